@@ -1,0 +1,729 @@
+"""Step time and memory of LoRA beside full fine-tuning, an embeddings-only floor, and the peers.
+
+    python benchmarks/step_time.py                                    # every size, both dtypes
+    python benchmarks/step_time.py --sizes nano,0.8M --dtypes float32
+    python benchmarks/step_time.py --methods full,floor,lora --no-memory --output results/lora
+
+Every method trains the project's own BigramLanguageModelLoRA with the same attention, dropout,
+optimizer and batch; only the linears differ. Times are interleaved in one process: each round runs
+one step of every method, in an order that rotates, and ratios pair the steps of one round. Memory
+is the peak of a process of its own. The record goes to stdout, progress to stderr.
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape and the shape of its batch."""
+
+    n_embd: int
+    n_head: int
+    n_layer: int
+    batch: int
+    block: int
+
+
+SIZES = {
+    "nano": Size(n_embd=128, n_head=4, n_layer=4, batch=12, block=64),
+    "0.8M": Size(n_embd=128, n_head=4, n_layer=4, batch=32, block=128),
+    "3.3M": Size(n_embd=256, n_head=4, n_layer=4, batch=32, block=128),
+    "11M": Size(n_embd=384, n_head=6, n_layer=6, batch=16, block=256),
+    "25M": Size(n_embd=512, n_head=8, n_layer=8, batch=8, block=256),
+    "85M": Size(n_embd=768, n_head=12, n_layer=12, batch=4, block=256),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+METHODS = {
+    "full": "every parameter trains",
+    "floor": "only the embeddings train, no adapter: what nothing can beat at equal arithmetic",
+    "lora": "this project's LoRA (use_lora=True)",
+    "peft": "PEFT's LoRA",
+    "loralib": "loralib's Linear",
+    "autograd": "base(x) + scaling * (x A^T) B^T, left to autograd",
+}
+PACKAGES = {"peft": "peft", "loralib": "loralib"}  # method -> the package that it needs
+HOW_TO_INSTALL = "pip install -r requirements-dev.txt"
+
+VOCAB_SIZE = 256
+ALPHA = 16.0
+LEARNING_RATE = 3e-4
+WARMUP_ROUNDS = 3
+MEMORY_STEPS = 4
+SEED = 1337
+
+LIMIT = """\
+The limit. With N parameters in the linears, full fine-tuning computes per token 2N floating-point
+operations forward, 2N for the gradients of the inputs and 2N for the gradients of the weights.
+LoRA needs no gradient of a frozen weight, and its own products are small: at best 4N of the 6N,
+hence a ratio of 0.67, plus what does not scale with N: attention, normalization, activations,
+dropout, the embeddings. Where a step has few tokens for the model's width, the optimizer's pass
+over all N parameters, which only full fine-tuning pays, counts too and can push the ratio lower."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of one run share."""
+
+    rank: int
+    dropout: float
+    lora_dropout: float
+    steps: int
+    device: torch.device
+
+
+@dataclass
+class Result:
+    """The measurements of one method at one size in one dtype."""
+
+    size: str
+    dtype: str
+    method: str
+    trainable: int | None = None  # parameters that train
+    step_ms: list[float] = field(default_factory=list)  # one entry per round, warm-up left out
+    peak_mib: float | None = None
+
+
+Results = dict[tuple[str, str, str], Result]  # by (size, dtype, method)
+
+
+# The methods
+
+
+class AutogradLoRA(nn.Module):
+    """The textbook adapter: base(x) + scaling * (dropout(x) A^T) B^T, left to autograd."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        h = F.linear(F.dropout(x, self.dropout, self.training and self.dropout > 0.0), self.lora_A)
+        return self.base(x) + self.scaling * F.linear(h, self.lora_B)
+
+
+def loralib_linear(base: nn.Linear, rank: int, alpha: float, dropout: float) -> nn.Module:
+    """loralib's Linear with the parameters of `base`, adopted and not copied."""
+    import loralib
+
+    linear = loralib.Linear(
+        base.in_features,
+        base.out_features,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=base.bias is not None,
+        device=base.weight.device,
+    )
+    linear.weight, linear.bias = base.weight, base.bias
+    return linear
+
+
+def add_peft_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    """Put PEFT's LoRA on every linear of `model`, in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears)
+    inject_adapter_in_model(config, model)
+
+
+def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Swap every nn.Linear of `model` for what `replacement` makes of it, in place."""
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement(linear))
+
+
+def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings) -> nn.Module:
+    """The model of `size` as `method` trains it, with the same base weights for every method.
+
+    `full` and `lora` are the project's models as they are. In the others frozen linears are stored
+    in `dtype`, which changes no result: otherwise autocast would cast them again in every step.
+    """
+    torch.manual_seed(SEED)
+    adapter = (settings.rank, ALPHA, settings.lora_dropout)
+    model = BigramLanguageModelLoRA(
+        vocab_size=VOCAB_SIZE,
+        n_embd=size.n_embd,
+        block_size=size.block,
+        device=settings.device,
+        dropout=settings.dropout,
+        n_head=size.n_head,
+        n_layer=size.n_layer,
+        use_lora=method == "lora",
+        lora_rank=settings.rank,
+        lora_alpha=ALPHA,
+        lora_dropout=settings.lora_dropout,
+    )
+    model.train()
+    if method in ("full", "lora"):
+        return model
+    model.requires_grad_(False)
+    if method == "peft":
+        add_peft_lora(model, *adapter)
+    elif method == "loralib":
+        replace_linears(model, lambda linear: loralib_linear(linear, *adapter))
+    elif method == "autograd":
+        replace_linears(model, lambda linear: AutogradLoRA(linear, *adapter))
+    model.token_embedding_table.requires_grad_(True)
+    model.position_embedding_table.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+            if module.bias is not None:
+                module.bias.data = module.bias.data.to(dtype)
+    return model
+
+
+def training_step(
+    model: nn.Module, size: Size, dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that takes one training step on a fixed random batch and returns the loss."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(VOCAB_SIZE, (size.batch, size.block + 1), generator=generator)
+    idx, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)  # (batch, block) each
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            _, loss = model(idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+# The measurements
+
+
+def measure_times(
+    size_name: str, dtype_name: str, methods: Sequence[str], settings: Settings
+) -> list[Result]:
+    """Time one step of every method in turn, `settings.steps` rounds after the warm-up.
+
+    Raises RuntimeError when the methods turn out not to train the same model.
+    """
+    size, dtype = SIZES[size_name], DTYPES[dtype_name]
+    steps: dict[str, Callable[[], Tensor]] = {}
+    results = {}
+    for method in methods:
+        model = build_model(method, size, dtype, settings)
+        steps[method] = training_step(model, size, dtype, settings.device)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        results[method] = Result(size_name, dtype_name, method, trainable)
+    losses = {}
+    for i in range(WARMUP_ROUNDS + settings.steps):
+        first = i % len(methods)
+        for method in [*methods[first:], *methods[:first]]:
+            synchronize(settings.device)
+            start = time.perf_counter()
+            loss = steps[method]()
+            synchronize(settings.device)
+            elapsed = time.perf_counter() - start
+            if i >= WARMUP_ROUNDS:
+                results[method].step_ms.append(1000.0 * elapsed)
+            elif i == 0:
+                losses[method] = loss.item()
+        if i == 0:
+            check_same_model(list(results.values()), losses, settings)
+    return list(results.values())
+
+
+def check_same_model(
+    results: Sequence[Result], losses: dict[str, float], settings: Settings
+) -> None:
+    """Raise RuntimeError unless adapters are of one size and the first losses finite and alike.
+
+    Adapters start at zero, so that without dropout the first loss is the base's, whatever trains.
+    """
+    adapted = {r.method: r.trainable for r in results if r.method not in ("full", "floor")}
+    if len(set(adapted.values())) > 1:
+        raise RuntimeError(f"the LoRA methods train different numbers of parameters: {adapted}")
+    if not all(math.isfinite(loss) for loss in losses.values()):
+        raise RuntimeError(f"a first loss is not finite: {losses}")
+    if settings.dropout == 0.0 and max(losses.values()) - min(losses.values()) > 0.01:
+        raise RuntimeError(f"the methods start from different losses: {losses}")
+
+
+def measure_memory(size_name: str, dtype_name: str, method: str, settings: Settings) -> float:
+    """Peak MiB of a process of its own that builds the model and takes MEMORY_STEPS steps.
+
+    Exits with the end of that process's stderr when it fails.
+    """
+    command = [sys.executable, __file__, "--memory-of", size_name, dtype_name, method]
+    command += [f"--rank={settings.rank}", f"--device={settings.device}"]
+    command += [f"--dropout={settings.dropout}", f"--lora-dropout={settings.lora_dropout}"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode != 0:
+        sys.exit(
+            f"error: measuring the memory of {method} at {size_name} in {dtype_name} ended with "
+            f"exit code {child.returncode}: {child.stderr.strip()[-2000:]}"
+        )
+    return float(child.stdout.split()[-1])
+
+
+def print_own_memory(size_name: str, dtype_name: str, method: str, settings: Settings) -> None:
+    """What the process of `measure_memory` does: take some steps and print its own peak in MiB."""
+    size, dtype = SIZES[size_name], DTYPES[dtype_name]
+    model = build_model(method, size, dtype, settings)
+    step = training_step(model, size, dtype, settings.device)
+    for _ in range(MEMORY_STEPS):
+        step()
+    synchronize(settings.device)
+    print(peak_mib(settings.device))
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak MiB of this process: what torch allocated on CUDA, elsewhere the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes or KiB
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> None:
+    """Free the models of the size before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def tune_allocator() -> bool:
+    """Have the C allocator keep freed memory, as training does; False without such a helper."""
+    for name in ("memory", "device"):  # WIRE IN: the root module that has keep_freed_memory()
+        if importlib.util.find_spec(name) is not None:
+            helper = getattr(importlib.import_module(name), "keep_freed_memory", None)
+            if helper is not None:
+                helper()
+                return True
+    return False
+
+
+# The report
+
+
+def describe_cpu() -> str:
+    """The CPU's model, and whether it multiplies bfloat16 natively where /proc/cpuinfo tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        info.setdefault(key.strip(), value.strip())
+    flags = info.get("flags", "").split()
+    features = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
+    found = [f"{name} {'yes' if flag in flags else 'no'}" for name, flag in features.items()]
+    return ", ".join([info.get("model name") or platform.machine(), *found])
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package, or 'not installed'."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def environment(settings: Settings, tuned: bool) -> dict[str, str]:
+    """What a reader needs to compare these figures with others, as label -> text."""
+    device = str(settings.device)
+    if settings.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(settings.device)})"
+    versions = [f"{name} {package_version(name)}" for name in PACKAGES.values()]
+    return {
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        "device": device,
+        "CPU": f"{describe_cpu()}, {torch.get_num_threads()} threads",
+        "versions": ", ".join(
+            [f"torch {torch.__version__}", *versions, f"Python {platform.python_version()}"]
+        ),
+        "LoRA": f"rank {settings.rank}, alpha {ALPHA:g}, dropout {settings.lora_dropout:g}, "
+        "on every linear; the embeddings train too",
+        "model dropout": f"{settings.dropout:g}",
+        "optimizer": f"AdamW, fused, learning rate {LEARNING_RATE:g}",
+        "C allocator keeps freed memory, as in training": "yes" if tuned else "no",
+    }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return float(low), float(median), float(high)
+
+
+def time_ratios(results: Results, result: Result, other: str) -> list[float]:
+    """Step time over that of method `other` in the same round; empty where one is missing."""
+    reference = results.get((result.size, result.dtype, other))
+    if reference is None or not reference.step_ms:
+        return []
+    return [a / b for a, b in zip(result.step_ms, reference.step_ms, strict=True)]
+
+
+def memory_ratio(results: Results, result: Result) -> float | None:
+    """Peak memory over that of full fine-tuning; None where one is missing."""
+    full = results.get((result.size, result.dtype, "full"))
+    if full is None or full.peak_mib is None or result.peak_mib is None:
+        return None
+    return result.peak_mib / full.peak_mib
+
+
+def ratio_cell(results: Results, result: Result, other: str) -> str:
+    """Median and quartiles of the pairwise ratios to `other`, such as '0.79 (0.78-0.81)'."""
+    if result.method == other and result.step_ms:
+        return "1.00"
+    ratios = time_ratios(results, result, other)
+    if not ratios:
+        return "-"
+    low, median, high = quartiles(ratios)
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def time_cell(result: Result) -> str:
+    """Median step time in ms, to about three digits."""
+    if not result.step_ms:
+        return "-"
+    median = statistics.median(result.step_ms)
+    return f"{median:.{2 if median < 10 else 1 if median < 100 else 0}f}"
+
+
+def memory_cell(results: Results, result: Result) -> str:
+    """Peak MiB and its ratio to full fine-tuning, such as '1180 (0.91)'."""
+    if result.peak_mib is None:
+        return "-"
+    ratio = memory_ratio(results, result)
+    return f"{result.peak_mib:.0f}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def table(title: str, dtype: str, results: Results, cell: Callable[[Result], str]) -> str:
+    """A Markdown table of one dtype: a row per method, a column per size."""
+    of_dtype = [r for r in results.values() if r.dtype == dtype]
+    methods = dict.fromkeys(r.method for r in of_dtype)
+    sizes = dict.fromkeys(r.size for r in of_dtype)
+    rows = [
+        ["method", *(f"{s}, {SIZES[s].batch}x{SIZES[s].block}" for s in sizes)],
+        ["---", *("---:" for _ in sizes)],
+        *([m, *(cell(results[size, dtype, m]) for size in sizes)] for m in methods),
+    ]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{title}:\n\n{lines}"
+
+
+def markdown(
+    results: Results, settings: Settings, env: dict[str, str], notes: Sequence[str], memory: bool
+) -> str:
+    """The whole record in Markdown, ASCII only."""
+    methods = dict.fromkeys(r.method for r in results.values())
+    parts = [
+        "# Step time and memory beside full fine-tuning",
+        textwrap.fill(
+            "One step is forward, backward, optimizer step and zero_grad of "
+            "BigramLanguageModelLoRA on a fixed random batch; bfloat16 is autocast over float32 "
+            "trained weights. Columns are model sizes and batch x tokens. Times are medians of "
+            f"{settings.steps} rounds after {WARMUP_ROUNDS} of warm-up, all methods interleaved in "
+            "one process; ratios are medians of the pairwise ratios within a round, with their "
+            "interquartile range.",
+            width=100,
+        ),
+        "\n".join(f"- {label}: {text}" for label, text in env.items()),
+        "\n".join(f"- `{method}`: {METHODS[method]}" for method in methods),
+        *notes,
+    ]
+    for dtype in dict.fromkeys(r.dtype for r in results.values()):
+        parts.append(f"## {dtype}")
+        frozen = [m for m in methods if m not in ("full", "lora")]
+        if dtype == "bfloat16" and frozen:
+            parts.append(f"Frozen linears are stored in bfloat16 in: {', '.join(frozen)}.")
+        for other in ("full", "floor"):
+            if other in methods:
+
+                def cell(result: Result, other: str = other) -> str:
+                    return ratio_cell(results, result, other)
+
+                parts.append(table(f"Step time over that of `{other}`", dtype, results, cell))
+        parts.append(table("Step time in ms", dtype, results, time_cell))
+        if memory:
+            what = "allocated on the GPU" if settings.device.type == "cuda" else "imports included"
+            title = f"Peak memory in MiB of a process of its own, {what} (ratio to `full`)"
+            parts.append(table(title, dtype, results, lambda r: memory_cell(results, r)))
+    parts.append(LIMIT)
+    return "\n\n".join(parts).encode("ascii", "replace").decode() + "\n"
+
+
+def as_json(results: Results, settings: Settings, env: dict[str, str], notes: Sequence[str]) -> str:
+    """The whole record in JSON, with the time of every step."""
+    rows = []
+    for result in results.values():
+        row = {
+            "size": result.size,
+            "dtype": result.dtype,
+            "method": result.method,
+            "trainable_parameters": result.trainable,
+            "median_step_ms": statistics.median(result.step_ms) if result.step_ms else None,
+        }
+        for other in ("full", "floor"):
+            ratios = time_ratios(results, result, other)
+            row[f"step_ratio_to_{other}"] = None
+            if ratios:
+                low, median, high = quartiles(ratios)
+                row[f"step_ratio_to_{other}"] = {"median": median, "quartiles": [low, high]}
+        row["peak_mib"] = result.peak_mib
+        row["peak_ratio_to_full"] = memory_ratio(results, result)
+        row["step_ms"] = [round(ms, 4) for ms in result.step_ms]
+        rows.append(row)
+    record = {
+        "environment": env,
+        "rank": settings.rank,
+        "alpha": ALPHA,
+        "dropout": settings.dropout,
+        "lora_dropout": settings.lora_dropout,
+        "steps": settings.steps,
+        "warmup_rounds": WARMUP_ROUNDS,
+        "threads": torch.get_num_threads(),
+        "notes": list(notes),
+        "sizes": {r.size: vars(SIZES[r.size]) for r in results.values()},
+        "results": rows,
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it into place."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with open(handle, "w", encoding="ascii") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+# The command line
+
+
+def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names out of `accepted`, separated by commas, each once."""
+
+    def names(text: str) -> list[str]:
+        chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
+        unknown = [name for name in chosen if name not in accepted]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(map(ascii, unknown))}; accepted: {', '.join(accepted)}"
+            )
+        return chosen
+
+    return names
+
+
+def at_least_one(text: str) -> int:
+    """An argparse type: an integer from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!a} is not an integer of at least 1")
+    return number
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!a} is not a number in [0, 1)")
+    return number
+
+
+def device_of(text: str) -> torch.device:
+    """An argparse type: auto, or a cpu, cuda or mps device that is there."""
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if text == "auto":
+        return torch.device(next(kind for kind, count in counts.items() if count))
+    kind, colon, index = text.partition(":")
+    if kind not in counts or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{text!a} is no device; accepted: auto, {', '.join(counts)}, or one such as cuda:1"
+        )
+    if int(index or 0) >= counts[kind]:
+        raise argparse.ArgumentTypeError(f"torch finds no device {text} here")
+    return torch.device(text)
+
+
+def output_prefix(text: str) -> str:
+    """An argparse type: the start of a file's path, in a folder that can be written."""
+    folder, name = os.path.split(text)
+    if not name or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!a} is no start of a file's name, as in results/step_time"
+        )
+    if not os.path.isdir(folder or ".") or not os.access(folder or ".", os.W_OK):
+        raise argparse.ArgumentTypeError(f"{folder!a} is not a folder that can be written")
+    return text
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The checked options; exits with code 2 and a message for a bad one."""
+    parser = argparse.ArgumentParser(
+        description="Step time and memory of LoRA beside full fine-tuning and the peers."
+    )
+
+    for option, accepted in (("--sizes", SIZES), ("--dtypes", DTYPES), ("--methods", METHODS)):
+        parser.add_argument(
+            option,
+            type=names_of(list(accepted)),
+            metavar="NAMES",
+            help=f"some of {', '.join(accepted)}, separated by commas (default: all)",
+        )
+    parser.add_argument("--rank", type=at_least_one, default=8, help="(default: 8)")
+    parser.add_argument(
+        "--dropout", type=probability, default=0.0, help="the model's dropout (default: 0)"
+    )
+    parser.add_argument(
+        "--lora-dropout", type=probability, default=0.0, help="the adapters' (default: 0)"
+    )
+    parser.add_argument(
+        "--steps", type=at_least_one, default=30, help="rounds that are timed (default: 30)"
+    )
+    parser.add_argument(
+        "--device", type=device_of, default="auto", help="auto, cpu, cuda or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure peak memory too, each in a process of its own",
+    )
+    parser.add_argument(
+        "--output", type=output_prefix, metavar="PREFIX", help="write PREFIX.json and PREFIX.md"
+    )
+    parser.add_argument(
+        "--memory-of", nargs=3, metavar=("SIZE", "DTYPE", "METHOD"), help=argparse.SUPPRESS
+    )
+    args = parser.parse_args()
+    args.sizes = args.sizes or list(SIZES)
+    args.dtypes = args.dtypes or list(DTYPES)
+    args.notes = []
+    missing = {m: p for m, p in PACKAGES.items() if importlib.util.find_spec(p) is None}
+    if args.methods is None:
+        args.methods = [method for method in METHODS if method not in missing]
+        args.notes = [
+            f"The row `{method}` is left out: the package {package} is not installed "
+            f"({HOW_TO_INSTALL})."
+            for method, package in missing.items()
+        ]
+    for method in args.methods:
+        if method in missing:
+            parser.error(
+                f"--methods {method} needs the package {missing[method]}, which is not installed: "
+                f"{HOW_TO_INSTALL}"
+            )
+    if args.memory and args.device.type != "cuda" and sys.platform == "win32":
+        args.memory = False
+        args.notes.append("Peak memory is left out: Python has no `resource` module on Windows.")
+    return args
+
+
+def progress(text: str) -> None:
+    """A line for whoever is waiting."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Measure, report, write."""
+    args = parse_arguments()
+    settings = Settings(args.rank, args.dropout, args.lora_dropout, args.steps, args.device)
+    tuned = tune_allocator()
+    if args.memory_of is not None:
+        print_own_memory(*args.memory_of, settings)
+        return
+    results: Results = {
+        (size, dtype, method): Result(size, dtype, method)
+        for dtype in args.dtypes
+        for size in args.sizes
+        for method in args.methods
+    }
+    # Memory comes first, while this process is small: Linux counts the memory that a process had
+    # between fork and exec, which is its parent's, into its peak.
+    if args.memory:
+        for (size, dtype, method), result in results.items():
+            result.peak_mib = measure_memory(size, dtype, method, settings)
+            progress(f"memory of {method}, {size}, {dtype}: {result.peak_mib:.0f} MiB")
+    env = environment(settings, tuned)
+    for dtype in args.dtypes:
+        for size in args.sizes:
+            progress(f"times, {size}, {dtype} ...")
+            for timed in measure_times(size, dtype, args.methods, settings):
+                timed.peak_mib = results[size, dtype, timed.method].peak_mib
+                results[size, dtype, timed.method] = timed
+            free_memory(settings.device)
+            if args.output is not None:  # after every size, so that a long run leaves what it has
+                record = markdown(results, settings, env, args.notes, args.memory)
+                write_text(Path(f"{args.output}.md"), record)
+                write_text(Path(f"{args.output}.json"), as_json(results, settings, env, args.notes))
+    print(markdown(results, settings, env, args.notes, args.memory), end="", flush=True)
+    if args.output is not None:
+        progress(f"written: {args.output}.json, {args.output}.md")
+
+
+if __name__ == "__main__":
+    main()

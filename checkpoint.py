@@ -1,0 +1,69 @@
+"""Full checkpoints: all weights of a model, its shape, and where they come from."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora.files import FileError, check_tensors, read_file, write_file
+
+FORMAT = "model checkpoint"
+VERSION = 1
+SHAPE = ("vocab_size", "n_embd", "block_size", "n_head", "n_layer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: `shape` has the constructor's arguments named in SHAPE."""
+
+    path: str
+    shape: dict[str, int]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without adapters: what a full checkpoint holds."""
+    return {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_A", ".lora_B"))}
+
+
+def save_checkpoint(
+    path: str | os.PathLike, model: nn.Module, shape: Mapping[str, int], metadata: Mapping[str, Any]
+) -> int:
+    """Write all weights of a model without adapters; returns the file's size in bytes."""
+    tensors = {name: tensor.cpu() for name, tensor in base_state(model).items()}
+    content = {"format": FORMAT, "version": VERSION, "shape": dict(shape)}
+    return write_file(path, content | {"metadata": dict(metadata), "tensors": tensors})
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a checkpoint. Raises FileError when it is missing, damaged or of another kind."""
+    content = read_file(path, FORMAT)
+    if content.get("version") != VERSION:
+        raise FileError(f"{path} has format version {content.get('version')}, not {VERSION}")
+    shape, tensors, metadata = (content.get(key) for key in ("shape", "tensors", "metadata"))
+    if (
+        not all(isinstance(part, dict) for part in (shape, tensors, metadata))
+        or set(shape) != set(SHAPE)
+        or not all(isinstance(size, int) and size > 0 for size in shape.values())
+        # The largest sizes come from tensors that exist, before a model of that size is built.
+        or getattr(tensors.get("token_embedding_table.weight"), "shape", None)
+        != (shape["vocab_size"], shape["n_embd"])
+        or getattr(tensors.get("position_embedding_table.weight"), "shape", None)
+        != (shape["block_size"], shape["n_embd"])
+        or shape["n_layer"] > len(tensors)
+        or shape["n_embd"] % shape["n_head"] != 0
+    ):
+        raise FileError(f"{path} is damaged: its tensors do not fit the shape that it states")
+    return Checkpoint(str(path), shape, tensors, metadata)
+
+
+def load_base(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint into a model of its shape, with or without adapters.
+
+    Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
+    """
+    check_tensors(checkpoint.path, checkpoint.tensors, base_state(model))
+    model.load_state_dict(checkpoint.tensors, strict=False)

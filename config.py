@@ -1,0 +1,212 @@
+"""Every setting of a run: one dataclass, one field for each environment variable.
+
+`MAX_STEPS=200 USE_LORA=True python training.py` sets the fields `max_steps` and `use_lora`.
+A field knows its default, its check and its help line, and nothing else in the project does.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TRUE_WORDS = ("true", "1", "yes", "on")
+FALSE_WORDS = ("false", "0", "no", "off")
+
+
+class ConfigError(ValueError):
+    """A variable that cannot be used: names the variable, what was found, what is accepted."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    lora: Any = None,
+    test: Any = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of `Config`: its default, the default under USE_LORA or TEST_MODE where that
+    differs, the range or the words that it accepts, and its line in `--help`."""
+    metadata = dict(locals())
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one run. `explicit` holds the names of the variables that the user set."""
+
+    # What to train
+    use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
+    lora_rank: int = option(8, "rank of the adapters", at_least=1)
+    lora_alpha: float = option(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", above=0)
+    lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
+    test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
+
+    # Data and files
+    data: str | None = option(
+        None, "python-code, python-docs, a file or a folder [data/input.txt if there, else "
+        "python-code]"
+    )  # fmt: skip
+    out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
+    base_checkpoint: str | None = option(
+        None, "checkpoint to start from [none; under USE_LORA full.pt in OUT_DIR]"
+    )
+
+    # Hardware
+    seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
+    device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
+    num_threads: int | None = option(None, "CPU threads [torch's own choice]", at_least=1)
+
+    # Model
+    n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
+    n_head: int = option(4, "attention heads; with a base, the base's", at_least=1)
+    n_layer: int = option(4, "transformer blocks; with a base, the base's", at_least=1)
+    block_size: int = option(128, "context in tokens; with a base, the base's", at_least=1)
+    dropout: float = option(0.2, "dropout of the model while training", at_least=0, below=1)
+
+    # Optimization
+    batch_size: int = option(32, "sequences in a batch", at_least=1)
+    grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
+    max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
+    learning_rate: float = option(1e-3, "peak learning rate", lora=4e-3, above=0)
+    min_learning_rate: float | None = option(
+        None, "learning rate at the last step [LEARNING_RATE / 10]", at_least=0
+    )
+    warmup_steps: int = option(50, "steps of linear warm-up", at_least=0, test=2)
+    weight_decay: float = option(0.1, "AdamW's decay, on matrices", lora=0.0, at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
+    adam_beta2: float = option(0.99, "AdamW's second beta", at_least=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient, 0 for no limit", at_least=0)
+
+    # Report
+    eval_interval: int = option(100, "steps between evaluations", at_least=1, test=5)
+    eval_batches: int = option(20, "validation batches an evaluation", at_least=1, test=2)
+    sample_tokens: int = option(400, "bytes of text to sample at the end", at_least=0, test=60)
+    progress: bool = option(True, "progress bar on a terminal")
+
+    explicit: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Config":
+        """Read every variable. Raises ConfigError for a bad value or a misspelt name."""
+        options = {field.name.upper(): field for field in option_fields()}
+        for name in environment:
+            _refuse_misspelt(name, options)
+        given = {n: _parse(n, environment[n], f) for n, f in options.items() if n in environment}
+        use_lora, test_mode = given.get("USE_LORA", False), given.get("TEST_MODE", False)
+
+        def default(field: dataclasses.Field) -> Any:
+            if test_mode and field.metadata["test"] is not None:
+                return field.metadata["test"]
+            if use_lora and field.metadata["lora"] is not None:
+                return field.metadata["lora"]
+            return field.default
+
+        values = {f.name: given.get(n, default(f)) for n, f in options.items()}
+        config = cls(**values, explicit=frozenset(given))
+        config._check_combinations()
+        return config
+
+    def _check_combinations(self) -> None:
+        if self.n_embd % self.n_head != 0:
+            raise ConfigError(
+                f"N_EMBD={self.n_embd} is not divisible by N_HEAD={self.n_head}; "
+                "the heads share the width evenly"
+            )
+        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
+                f"LEARNING_RATE={self.learning_rate}"
+            )
+
+    @property
+    def output_folder(self) -> str:
+        """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
+        return self.out_dir.rstrip("/") + "-test" if self.test_mode else self.out_dir
+
+    def describe(self) -> list[str]:
+        """One `NAME: value` line for each variable; `*` marks those that the user set."""
+        lines = []
+        for field in option_fields():
+            name, value = field.name.upper(), getattr(self, field.name)
+            value = "default" if value is None else value
+            lines.append(f"{name}: {value}{' *' if name in self.explicit else ''}")
+        return lines
+
+
+def option_fields() -> list[dataclasses.Field]:
+    """The fields of `Config` that are environment variables, in order."""
+    return [field for field in dataclasses.fields(Config) if "help" in field.metadata]
+
+
+def help_table() -> list[tuple[str, str, str]]:
+    """(variable, default, help line) for each variable, for `--help` and the README."""
+    rows = []
+    for field in option_fields():
+        default = "" if field.default is None else str(field.default)
+        for mode, variable in (("lora", "USE_LORA"), ("test", "TEST_MODE")):
+            if field.metadata[mode] is not None:
+                default += f" ({variable}: {field.metadata[mode]})"
+        text = field.metadata["help"]
+        if field.metadata["choices"]:
+            text += f": {', '.join(field.metadata['choices'])}"
+        rows.append((field.name.upper(), default, text))
+    return rows
+
+
+def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
+    """The value of variable `name`, checked against its field."""
+    text = text.strip()
+    kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # X of X | None
+    if kind is bool:
+        if text.lower() in TRUE_WORDS + FALSE_WORDS:
+            return text.lower() in TRUE_WORDS
+        raise ConfigError(f"{name}={text!r} is neither True nor False")
+    if kind is str:
+        choices = field.metadata["choices"]
+        if choices and text.lower() not in choices:
+            raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
+        if not text:
+            raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
+        return text.lower() if choices else text
+    accepted = ("a whole number" if kind is int else "a number") + _range(field)
+    try:
+        value = kind(text.replace("_", "")) if text.isascii() else kind("not a number")
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not {accepted}") from None
+    limits = field.metadata
+    if (
+        not math.isfinite(value)
+        or (limits["at_least"] is not None and value < limits["at_least"])
+        or (limits["above"] is not None and value <= limits["above"])
+        or (limits["below"] is not None and value >= limits["below"])
+    ):
+        raise ConfigError(f"{name}={text} is not {accepted}")
+    return value
+
+
+def _range(field: dataclasses.Field) -> str:
+    words = {"at_least": "at least", "above": "above", "below": "below"}
+    limits = [f"{w} {field.metadata[k]}" for k, w in words.items() if field.metadata[k] is not None]
+    return " " + " and ".join(limits) if limits else ""
+
+
+def _refuse_misspelt(name: str, known: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a variable that was probably meant to be one of ours.
+
+    The environment is full of other programs' variables, so only two kinds are refused: those
+    that begin with LORA_, and those that are almost spelled as one of ours. A known name behind
+    another program's prefix (OMP_NUM_THREADS) is left alone.
+    """
+    if name in known or name.endswith(tuple("_" + k for k in known)):
+        return
+    cutoff = 0.0 if name.startswith("LORA_") else 0.85
+    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff)
+    if nearest:
+        raise ConfigError(f"{name} is not a variable of this script; did you mean {nearest[0]}?")

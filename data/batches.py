@@ -1,0 +1,100 @@
+"""Batches of windows, gathered from the bytes of a corpus; only what a batch needs is read.
+
+B is the batch size and T the block size: a window is T tokens and the one that follows them.
+"""
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+
+def training_batch(
+    tokens: np.ndarray,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Draw windows uniformly, with replacement, from anywhere in the text.
+
+    The batch depends on nothing but the arguments, so a run that is resumed at a step needs no
+    saved state to see the batches that it would have seen.
+
+    Args:
+        tokens: (n,) uint8, the split to draw from.
+        seed, step, micro_step: the batch's place in the run; whole numbers, none negative.
+
+    Returns:
+        x and y, (B, T) int64 on `device`; y is x one token later.
+
+    Raises:
+        ValueError: tokens has fewer than block_size + 1 bytes, or a number is negative.
+    """
+    n_offsets = _count_offsets(tokens, block_size)
+    offsets = np.random.default_rng([seed, step, micro_step]).integers(n_offsets, size=batch_size)
+    return windows_batch(tokens, offsets, block_size, device)
+
+
+def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> np.ndarray:
+    """Offsets of evenly spaced windows, from the first possible to the last.
+
+    They depend on no seed, so that the losses of any two runs on a corpus can be compared.
+
+    Args:
+        tokens: (n,) uint8, the split to evaluate on.
+        n_windows: how many offsets are wanted; a split too short for as many gives all it has.
+
+    Returns:
+        (min(n_windows, n - block_size),) int64, strictly increasing; for one window, offset 0.
+
+    Raises:
+        ValueError: tokens has fewer than block_size + 1 bytes, or n_windows is below 1.
+    """
+    if n_windows < 1:
+        raise ValueError(f"n_windows is {n_windows}, but must be at least 1")
+    n_offsets = _count_offsets(tokens, block_size)
+    n_windows = min(n_windows, n_offsets)
+    return np.arange(n_windows, dtype=np.int64) * (n_offsets - 1) // max(n_windows - 1, 1)
+
+
+def windows_batch(
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    block_size: int,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Gather the windows that start at the given offsets.
+
+    Args:
+        tokens: (n,) uint8.
+        offsets: (B,) integers from 0 to n - block_size - 1.
+
+    Returns:
+        x and y, (B, T) int64 on `device`, contiguous; y is x one token later.
+
+    Raises:
+        IndexError: an offset is too large.
+        ValueError: tokens has fewer than block_size + 1 bytes.
+    """
+    # A view with a row for every offset; the only copy is of the rows that the index picks.
+    rows = sliding_window_view(tokens, block_size + 1)  # (n - T, T + 1)
+    windows = torch.from_numpy(rows[offsets])  # (B, T + 1) uint8
+    if torch.device(device).type == "cuda":
+        # From pinned memory the copy runs beside the GPU's work; bytes are an eighth of int64.
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    else:
+        windows = windows.to(device)
+    return windows[:, :-1].long(), windows[:, 1:].long()
+
+
+def _count_offsets(tokens: np.ndarray, block_size: int) -> int:
+    """How many windows of block_size + 1 tokens there are, counting every start."""
+    n_offsets = len(tokens) - block_size
+    if n_offsets < 1:
+        raise ValueError(
+            f"{len(tokens):,} tokens hold no window: block_size {block_size} needs {block_size + 1}"
+        )
+    return n_offsets

@@ -1,0 +1,366 @@
+"""Corpora by name or path: finds the text and maps it into memory as byte tokens.
+
+Tokens are bytes (vocabulary 256), so a file is a corpus as it lies on the disk. Nothing here reads
+a corpus into the process: a single file is memory-mapped, and the files of a folder are joined in
+an anonymous temporary file that is memory-mapped in turn.
+"""
+
+import codecs
+import difflib
+import hashlib
+import mmap
+import os
+import stat
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+BUILT_IN = ("python-code", "python-docs")
+ACCEPTED_PATH = "DATA=path of a file or of a folder with text files"
+ACCEPTED = f"DATA={', DATA='.join(BUILT_IN)}, or {ACCEPTED_PATH}"
+
+# What is left out of the standard library for python-code: tests and tables are not code that
+# anyone would want to imitate, and installed packages differ from machine to machine.
+NOT_PYTHON_CODE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+NOT_PYTHON_CODE |= {"site-packages", "dist-packages", "__pycache__"}
+
+MIB = 1024 * 1024
+N_SAMPLES = 64  # of 1 MiB each: what the checksum of a larger corpus reads
+HEAD_BYTES = 64 * 1024  # how much of a file decides whether it is text
+
+
+class DataError(ValueError):
+    """The corpus that DATA names cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text as byte tokens, with what a record of the run needs to identify it.
+
+    Attributes:
+        name: what was asked for: a built-in name, or the path as the user wrote it.
+        tokens: (n_bytes,) uint8, read-only, in mapped memory.
+        checksum: "sha256:" and 16 hex digits; ends in " (64 samples)" if not every byte was read.
+        n_files: how many texts were joined (for python-docs, its topics).
+        n_skipped: how many files of the folder were left out because they are not text. Empty
+            and hidden files are not counted.
+    """
+
+    name: str
+    tokens: np.ndarray = field(repr=False)
+    checksum: str
+    n_files: int
+    n_skipped: int
+
+    @property
+    def n_train(self) -> int:
+        """Bytes in the training split: 90% of all, rounded down."""
+        return len(self.tokens) * 9 // 10
+
+    @property
+    def train(self) -> np.ndarray:
+        """The first 90% of the bytes: (n_train,) uint8, a view."""
+        return self.tokens[: self.n_train]
+
+    @property
+    def validation(self) -> np.ndarray:
+        """The last 10% of the bytes: (n_bytes - n_train,) uint8, a view."""
+        return self.tokens[self.n_train :]
+
+    def describe(self) -> list[str]:
+        """The corpus as `key: value` lines for the record, aligned, ASCII only."""
+        n_validation = len(self.tokens) - self.n_train
+        facts = {
+            "name": _printable(self.name),
+            "bytes": f"{len(self.tokens):,}",
+            "files": f"{self.n_files:,}",
+            "skipped": f"{self.n_skipped:,} (not text)",
+            "checksum": self.checksum,
+            "split": f"first 90% train ({self.n_train:,} bytes), "
+            f"last 10% validation ({n_validation:,} bytes)",
+        }
+        if self.n_skipped == 0:
+            del facts["skipped"]
+        width = max(map(len, facts)) + 1
+        return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
+
+
+def load_corpus(name: str | None, default_path: Path) -> Corpus:
+    """Find a corpus and map it into memory.
+
+    Args:
+        name: the variable DATA. `python-code` and `python-docs` come with Python itself; anything
+            else is the path of a file, of which every byte is a token, or of a folder, of which
+            the text files count. A file of the same name as a built-in corpus is reached as
+            `./python-code`. None stands for `default_path` if that is a file, else `python-code`.
+        default_path: the corpus of the project, used when it exists and DATA is not set.
+
+    A mapped file must not shrink while the corpus is in use.
+
+    Raises:
+        DataError: nothing there, nothing in it, not readable, or neither a file nor a folder.
+    """
+    if name is None:
+        name = str(default_path) if os.path.isfile(default_path) else "python-code"
+    if name == "python-code":
+        return _python_code()
+    if name == "python-docs":
+        return _python_docs()
+    if not name:
+        raise _data_error(name, "the value is empty")
+
+    path = os.path.expanduser(name)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _data_error(name, _what_failed(error) + _did_you_mean(name)) from error
+    if stat.S_ISDIR(mode):
+        return _folder(name, path)
+    if stat.S_ISREG(mode):
+        return _file(name, path)
+    # Opening a pipe would wait for its writer, and a device has no end: neither can be mapped.
+    raise _data_error(name, "neither a regular file nor a folder")
+
+
+def check_length(corpus: Corpus, block_size: int) -> None:
+    """Check that each split holds a window of block_size tokens and the token that follows it.
+
+    Raises:
+        DataError: it does not; says how many bytes the corpus has and how many it needs.
+    """
+    if min(corpus.n_train, len(corpus.tokens) - corpus.n_train) >= block_size + 1:
+        return
+    # The validation split decides: it has ceil(n / 10) bytes, and more than block_size from here.
+    needed = 10 * block_size + 1
+    raise DataError(
+        f"DATA={_printable(corpus.name)}: the corpus has {len(corpus.tokens):,} bytes, but "
+        f"BLOCK_SIZE={block_size} needs at least {needed:,} (a tenth is kept for validation); "
+        "accepted: a longer text or a smaller BLOCK_SIZE"
+    )
+
+
+# ---- the four kinds of corpus
+
+
+def _python_code() -> Corpus:
+    """The standard library's sources, about 9 MB with Python 3.11."""
+    name = "python-code"
+    root = sysconfig.get_path("stdlib")
+    files: list[str] = []
+    if os.path.isdir(root):
+        files = _files_below(name, root, lambda folder: folder not in NOT_PYTHON_CODE)
+    sources = [path for path in files if path.endswith(".py")]
+    if not sources:
+        raise _data_error(
+            name, f"this Python has no .py files in {_printable(root)}", ACCEPTED_PATH
+        )
+    return _join_text_files(name, sources)
+
+
+def _python_docs() -> Corpus:
+    """The language reference that help() prints, about 465,000 characters of English."""
+    name = "python-docs"
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise _data_error(name, "this Python has no pydoc_data.topics", ACCEPTED_PATH) from error
+    texts = ([topics[key].encode()] for key in sorted(topics))
+    tokens, checksum = _join(name, texts)
+    return Corpus(name, tokens, checksum, n_files=len(topics), n_skipped=0)
+
+
+def _file(name: str, path: str) -> Corpus:
+    """One regular file, every byte of it, whatever it holds."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise _data_error(name, "the file is empty")
+            tokens, checksum = _map(file)
+    except OSError as error:
+        raise _data_error(name, _what_failed(error)) from error
+    return Corpus(name, tokens, checksum, n_files=1, n_skipped=0)
+
+
+def _folder(name: str, path: str) -> Corpus:
+    """The text files of a folder and of the folders in it, except hidden ones."""
+    files = _files_below(name, path, lambda folder: True)
+    return _join_text_files(name, files)
+
+
+# ---- finding files
+
+
+def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str]:
+    """Paths of all files that are not hidden, sorted by POSIX path relative to root.
+
+    `enter` decides by a folder's name. Links to folders are followed, but no folder is read
+    twice, so that a loop of links ends.
+
+    Raises:
+        DataError: a folder cannot be listed. To pass over it would train on another corpus.
+    """
+
+    def fail(error: OSError) -> None:
+        found = f"{_what_failed(error)}: {_printable(str(error.filename))}"
+        raise _data_error(name, found) from error
+
+    files: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # In place, which is how os.walk learns where to go on; sorted, so that of two links to
+        # one folder the same one is followed on every machine.
+        subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and enter(n))
+        files += [os.path.join(folder, n) for n in names if not n.startswith(".")]
+    return sorted(files, key=lambda path: Path(path).relative_to(root).as_posix())
+
+
+def _join_text_files(name: str, paths: Iterable[str]) -> Corpus:
+    """A corpus of those files that are text.
+
+    Raises:
+        DataError: none is, or one cannot be read. To pass over it would train on another corpus.
+    """
+    texts: list[str] = []
+    n_skipped = 0
+    for path in paths:
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would block when opened
+                n_skipped += 1
+            elif status.st_size > 0:
+                with open(path, "rb") as file:
+                    head = file.read(HEAD_BYTES)
+                if _is_text(head):
+                    texts.append(path)
+                else:
+                    n_skipped += 1
+        except OSError as error:
+            if os.path.islink(path) and not os.path.exists(path):
+                n_skipped += 1  # leads nowhere, or in a circle
+                continue
+            raise _data_error(name, f"{_what_failed(error)}: {_printable(path)}") from error
+    if not texts:
+        others = f" ({n_skipped:,} that are not text)" if n_skipped else ""
+        raise _data_error(name, f"the folder has no text files{others}")
+    tokens, checksum = _join(name, (_chunks(name, path) for path in texts))
+    return Corpus(name, tokens, checksum, n_files=len(texts), n_skipped=n_skipped)
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the first HEAD_BYTES of a file, or all of a shorter one, are UTF-8 without NUL."""
+    if b"\0" in head:
+        return False
+    try:
+        # Unless this is the whole file, the last character may be cut in two.
+        is_whole = len(head) < HEAD_BYTES
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=is_whole)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ---- joining and mapping
+
+
+def _chunks(name: str, path: str) -> Iterator[bytes]:
+    """The bytes of a file, 1 MiB at a time."""
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(MIB):
+                yield chunk
+    except OSError as error:
+        raise _data_error(name, f"{_what_failed(error)}: {_printable(path)}") from error
+
+
+def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]:
+    """Write texts one after another, each starting on a new line; returns as `_map` does.
+
+    The file has no name: the system removes it when the map goes, also after a crash.
+    """
+    try:
+        with tempfile.TemporaryFile() as joined:
+            last = b"\n"
+            for chunks in texts:
+                if not last.endswith(b"\n"):
+                    joined.write(b"\n")
+                for chunk in chunks:
+                    joined.write(chunk)
+                    last = chunk
+            joined.flush()
+            return _map(joined)
+    except OSError as error:  # those of reading a text have become DataErrors in _chunks
+        raise DataError(
+            f"DATA={_printable(name)}: the texts cannot be joined in a temporary file: "
+            f"{error.strerror}; accepted: TMPDIR=folder with enough room, or one large file"
+        ) from error
+
+
+def _map(file: BinaryIO) -> tuple[np.ndarray, str]:
+    """Map an open file that is not empty: its bytes (n_bytes,) uint8, and their checksum."""
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Not np.memmap, which cannot tell the system that windows are read here and there: it would
+    # read ahead of each for nothing. Measured with 20 batches of 32 windows of 128 tokens from a
+    # sparse file of 8 GB: 8 s and 45 MiB without the advice, 3 ms and 3 MiB with it.
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    # The checksum reads the file beside the map, or each page of it would count as our memory.
+    return np.frombuffer(mapped, dtype=np.uint8), _checksum(file)
+
+
+def _checksum(file: BinaryIO) -> str:
+    """SHA-256 of all bytes up to 64 MiB; above, of the size and 64 evenly spaced samples.
+
+    Samples keep a corpus of any size quick to load. They tell corpora apart, and do not prove
+    that two are equal, so the string says that they are samples.
+    """
+    size = os.fstat(file.fileno()).st_size
+    digest = hashlib.sha256()
+    if size <= N_SAMPLES * MIB:
+        starts: Iterable[int] = range(0, size, MIB)
+        note = ""
+    else:
+        digest.update(str(size).encode())
+        starts = [i * (size - MIB) // (N_SAMPLES - 1) for i in range(N_SAMPLES)]
+        note = f" ({N_SAMPLES} samples)"
+    for start in starts:
+        file.seek(start)
+        digest.update(file.read(MIB))
+    return f"sha256:{digest.hexdigest()[:16]}{note}"
+
+
+# ---- messages
+
+
+def _data_error(name: str, found: str, accepted: str = ACCEPTED) -> DataError:
+    return DataError(f"DATA={_printable(name)}: {found}; accepted: {accepted}")
+
+
+def _what_failed(error: OSError | ValueError) -> str:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return "no such file or folder"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"cannot be read ({reason})"
+
+
+def _did_you_mean(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _printable(text: str) -> str:
+    """The text on one line of ASCII: a path may hold line breaks, or bytes that are no text."""
+    return "".join(
+        c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text
+    )

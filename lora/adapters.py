@@ -1,0 +1,54 @@
+"""Adapter files: what a LoRA run trained, as named tensors, and what they belong to."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.files import FileError, check_tensors, read_file, write_file
+
+FORMAT = "LoRA adapter"
+VERSION = 1
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors by name: every `lora_A` and `lora_B`, and the embeddings if they train.
+
+    The tensors share memory with the model's parameters.
+    """
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(
+    path: str | os.PathLike, model: nn.Module, base: str, metadata: Mapping[str, Any]
+) -> int:
+    """Write the model's adapter and return the file's size in bytes.
+
+    `base` is the `fingerprint` of the model that the adapter was trained on. `metadata` (numbers,
+    strings and dicts of these) is stored beside it.
+    """
+    tensors = {name: t.cpu() for name, t in adapter_state(model).items()}
+    content = {"format": FORMAT, "version": VERSION, "base": base, "metadata": dict(metadata)}
+    return write_file(path, content | {"tensors": tensors})
+
+
+def load_adapter(path: str | os.PathLike, model: nn.Module, base: str) -> dict[str, Any]:
+    """Copy an adapter into a model with adapters of the same shapes, and return its metadata.
+
+    Raises FileError, and leaves the model as it was, when the file is damaged, when a tensor is
+    missing, unexpected, of another shape or not finite, and when the adapter was trained on
+    another base than the one whose fingerprint is `base`.
+    """
+    content = read_file(path, FORMAT)
+    if content.get("version") != VERSION:
+        raise FileError(f"{path} has format version {content.get('version')}, not {VERSION}")
+    if content.get("base") != base:
+        raise FileError(f"{path} was trained on base {content.get('base')}, not on {base}")
+    state = adapter_state(model)
+    check_tensors(path, content.get("tensors"), state)
+    with torch.no_grad():
+        for name, tensor in content["tensors"].items():
+            state[name].copy_(tensor)
+    return content["metadata"]

@@ -1,0 +1,105 @@
+"""Files of tensors: written whole or not at all, read without running code, checked before use."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FileError(ValueError):
+    """A file that cannot be read, written or used: names the file and what is wrong with it."""
+
+
+def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
+    """Save `content` (tensors, numbers, strings, dicts and lists of these) and return its bytes.
+
+    The file is written beside `path`, synced to disk and renamed into place, so that a kill or a
+    full disk leaves what was there before. Raises FileError when it cannot be written.
+    """
+    path = Path(path)
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
+        ) as file:
+            partial = file.name
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise FileError(f"{path} cannot be written: {_one_line(error)}") from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+    return size
+
+
+def read_file(path: str | os.PathLike, kind: str) -> dict[str, Any]:
+    """The content of a file that `write_file` made and whose entry `format` is `kind`.
+
+    Nothing but plain data is unpickled. Raises FileError for anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
+        raise FileError(f"{path} is not a {kind}, or it is damaged") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        what = f"a {found}" if isinstance(found, str) else "some other file"
+        raise FileError(f"{path} is {what}, not a {kind}")
+    return content
+
+
+def check_tensors(path: str | os.PathLike, found: Any, expected: Mapping[str, Tensor]) -> None:
+    """Raise FileError unless `found` has the names, shapes and kind of `expected`, all finite."""
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise FileError(f"{path} holds no table of tensors")
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has an unexpected", found.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FileError(f"{path} {what} tensor {min(map(str, names))}{more}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise FileError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                f"the model's has {tuple(expected[name].shape)}"
+            )
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise FileError(f"{path}: {name} is {tensor.dtype}, not floating-point numbers")
+        if not torch.isfinite(tensor).all():
+            raise FileError(f"{path}: {name} holds numbers that are not finite")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values, which tells one base model from another."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _one_line(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

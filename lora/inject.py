@@ -1,0 +1,56 @@
+"""Put LoRA into a model: swap its linears, freeze the rest, count the parameters."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora.linear import LoRALinear
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> list[str]:
+    """Freeze `model` and swap its linears for LoRALinears that adopt their parameters, in place.
+
+    `targets` are module names or their last parts (`"query"`, `"blocks.0.attn.query"`), None for
+    every linear. Returns the full names of the adapted modules.
+
+    Raises ValueError when a target matches no linear: the message lists what would match.
+    """
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    chosen = list(linears)
+    if targets is not None:
+        for target in targets:
+            if not any(_matches(name, target) for name in linears):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+                raise ValueError(f"target {target!r} matches no linear; these would: {known}")
+        chosen = [name for name in linears if any(_matches(name, t) for t in targets)]
+    model.requires_grad_(False)
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(linears[name], rank, alpha, dropout))
+    return chosen
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRALinears of `model` by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: `total`, `trainable`, `frozen`, and `lora` for the adapters alone.
+
+    A tensor that two modules share counts once.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = sum(m.lora_A.numel() + m.lora_B.numel() for m in lora_layers(model).values())
+    return {"total": total, "trainable": trainable, "frozen": total - trainable, "lora": lora}

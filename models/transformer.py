@@ -1,0 +1,117 @@
+"""The transformer's parts: dropout, causal attention, MLP, block (GPT-2's pre-norm design)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora import grouped_linear
+
+# Up to this context length the plain form of attention beats torch's fused one on a CPU, in
+# bfloat16 always and in float32 where attention has dropout.
+PLAIN_ATTENTION_MAX_CONTEXT = 256
+
+
+class _CPUDropout(torch.autograd.Function):
+    """Dropout that costs 16 random bits an element, where `F.dropout` draws a number for each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        # The bits come from torch's default generator, so seeds and resuming hold.
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+        keep = torch.empty(x.shape, dtype=x.dtype)
+        torch.ge(bits, round(p * 65536) - 32768, out=keep)  # 1.0 with probability 1 - p
+        keep.mul_(1.0 / (1.0 - p))
+        ctx.save_for_backward(keep)
+        return x * keep
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return grad * keep, None
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p).
+
+    On a CPU the probability is rounded to a multiple of 1/65536; elsewhere this is `F.dropout`.
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type == "cpu":
+        return _CPUDropout.apply(x, p)
+    return F.dropout(x, p)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training: bool) -> Tensor:
+    """Causal scaled dot-product attention. q, k, v and the result have shape (B, H, T, D)."""
+    dropout_p = dropout_p if training else 0.0
+    if (
+        q.device.type == "cpu"
+        and q.shape[2] <= PLAIN_ATTENTION_MAX_CONTEXT
+        and (q.dtype == torch.bfloat16 or dropout_p > 0.0)
+    ):
+        return plain_attention(q, k, v, dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """The same as two batched products with a softmax between them."""
+    B, H, T, D = q.shape
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D))  # (B*H, T, T)
+    weights = dropout(F.softmax(scores, dim=-1), dropout_p, training=True)
+    return torch.bmm(weights, v).view(B, H, T, D)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with separate key, query, value and proj linears."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.key = nn.Linear(n_embd, n_embd)
+        self.query = nn.Linear(n_embd, n_embd)
+        self.value = nn.Linear(n_embd, n_embd)
+        self.proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        y = causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linears with GPT-2's tanh-approximated GELU between them."""
+
+    def __init__(self, n_embd: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc_in = nn.Linear(n_embd, 4 * n_embd)
+        self.fc_out = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc_in(x))  # (B, T, 4C)
+        return dropout(self.fc_out(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalized copy of the residual stream (B, T, C)."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.attn = CausalSelfAttention(n_embd, n_head, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = MLP(n_embd, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))

@@ -1,0 +1,60 @@
+"""Helpers of the tests: the script started as a user starts it, and a tiny setting for it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A model and a budget that train in a second.
+TINY = {
+    "N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "2", "BLOCK_SIZE": "32", "BATCH_SIZE": "4",
+    "MAX_STEPS": "6", "EVAL_INTERVAL": "3", "EVAL_BATCHES": "2", "WARMUP_STEPS": "2",
+    "SAMPLE_TOKENS": "20", "DATA": "text.txt", "NUM_THREADS": "1",
+}  # fmt: skip
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
+
+
+def start_script(folder: Path, *arguments: str, script: str = "training.py", **variables: str):
+    """Run a script of the repository in `folder` with these variables and no others of ours."""
+    environment = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
+    }
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        timeout=120,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run training.py in a fresh folder that holds text.txt, in the tiny setting."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        return start_script(tmp_path, *arguments, **TINY | variables)
+
+    return run
+
+
+def succeeded(process: subprocess.CompletedProcess) -> str:
+    """The record of a run that must have ended well."""
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def refused(process: subprocess.CompletedProcess) -> str:
+    """The error of a run that must have been refused: exit code 2 and one line."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    return lines[0]

@@ -1,0 +1,121 @@
+"""Configuration: names, defaults, checks and misspellings."""
+
+import pytest
+
+from config import Config, ConfigError, help_table, option_fields
+
+
+def read(**environment: str) -> Config:
+    return Config.from_environment(environment)
+
+
+def test_defaults_are_the_guides():
+    config = read()
+    assert (config.use_lora, config.lora_rank, config.lora_alpha) == (False, 8, 16.0)
+    assert (config.lora_dropout, config.test_mode) == (0.0, False)
+    assert (config.n_embd, config.n_head, config.n_layer, config.block_size) == (256, 4, 4, 128)
+    assert config.dropout == 0.2
+    assert config.explicit == frozenset()
+
+
+@pytest.mark.parametrize("word", ["True", "true", "TRUE", "1", "yes", "On", " true "])
+def test_true_is_spelled_in_many_ways(word):
+    assert read(USE_LORA=word).use_lora is True
+
+
+@pytest.mark.parametrize("word", ["False", "false", "0", "No", "OFF"])
+def test_false_is_spelled_in_many_ways(word):
+    assert read(USE_LORA=word).use_lora is False
+
+
+def test_defaults_depend_on_the_mode_and_explicit_values_win():
+    assert read(USE_LORA="1").learning_rate != read().learning_rate
+    assert read(TEST_MODE="1").max_steps < read().max_steps
+    assert read(TEST_MODE="1", MAX_STEPS="77").max_steps == 77
+    assert read(MAX_STEPS="77").explicit == {"MAX_STEPS"}
+
+
+def test_test_mode_has_an_output_folder_of_its_own():
+    assert read().output_folder == "out"
+    assert read(TEST_MODE="1").output_folder == "out-test"
+    assert read(TEST_MODE="1", OUT_DIR="runs/a/").output_folder == "runs/a-test"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("USE_LORA", "Ture"),
+        ("USE_LORA", ""),
+        ("LORA_RANK", "0"),
+        ("LORA_RANK", "eight"),
+        ("LORA_RANK", "8.5"),
+        ("LORA_RANK", "1e9"),
+        ("LORA_ALPHA", "-1"),
+        ("LORA_ALPHA", "0"),
+        ("LORA_ALPHA", "nan"),
+        ("LORA_ALPHA", "inf"),
+        ("LORA_DROPOUT", "1.0"),
+        ("LORA_DROPOUT", "-0.1"),
+        ("DEVICE", "tpu"),
+        ("DTYPE", "float16"),
+        ("SEED", "-1"),
+        ("NUM_THREADS", "0"),
+        ("DATA", ""),
+        ("BATCH_SIZE", "٣"),
+        ("ADAM_BETA2", "1"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ConfigError) as refusal:
+        read(**{name: value})
+    assert name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_the_message_says_what_is_accepted():
+    with pytest.raises(ConfigError, match=r"LORA_RANK=0 is not a whole number at least 1"):
+        read(LORA_RANK="0")
+    with pytest.raises(ConfigError, match=r"DEVICE='tpu' is not one of auto, cuda, mps, cpu"):
+        read(DEVICE="tpu")
+
+
+def test_heads_must_share_the_width():
+    with pytest.raises(ConfigError, match="N_EMBD=100 is not divisible by N_HEAD=3"):
+        read(N_EMBD="100", N_HEAD="3")
+
+
+def test_a_minimum_above_the_peak_is_refused():
+    with pytest.raises(ConfigError, match="MIN_LEARNING_RATE"):
+        read(LEARNING_RATE="1e-4", MIN_LEARNING_RATE="1e-3")
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("LORA_RNAK", "LORA_RANK"),
+        ("LORA_R", "LORA_RANK"),
+        ("LORA_TYPE_OF_THING", "LORA_"),
+        ("LEARNIG_RATE", "LEARNING_RATE"),
+        ("BATCHSIZE", "BATCH_SIZE"),
+        ("N_LAYERS", "N_LAYER"),
+        ("USE_LORAS", "USE_LORA"),
+        ("use_lora", "USE_LORA"),
+        ("TESTMODE", "TEST_MODE"),
+        ("EVAL_INTERVALS", "EVAL_INTERVAL"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):
+    with pytest.raises(ConfigError, match=f"{misspelt} .*did you mean {meant}"):
+        read(**{misspelt: "1"})
+
+
+def test_other_programs_variables_are_left_alone():
+    read(OMP_NUM_THREADS="2", PATH="/bin", LANG="C", CUDA_VISIBLE_DEVICES="0", TERM="x", DATE="1",
+         PIP_CERT="x", SHELL="x", HOME="/", MKL_NUM_THREADS="1", DEBUG="1", MODE="x")  # fmt: skip
+
+
+def test_every_field_is_documented_and_described():
+    assert [row[0] for row in help_table()] == [field.name.upper() for field in option_fields()]
+    assert all(text for _, _, text in help_table())
+    described = read(LORA_RANK="4").describe()
+    assert "LORA_RANK: 4 *" in described and "LORA_ALPHA: 16.0" in described
+    assert len(described) == len(option_fields())

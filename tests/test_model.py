@@ -1,0 +1,203 @@
+"""The model: the guide's constructor and snippets, parameter counts, causality, dropout."""
+
+import math
+
+import pytest
+import torch
+
+from lora import LoRALinear, lora_layers
+from models import transformer
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
+
+
+def make(shape=SHAPES[0], **options) -> BigramLanguageModelLoRA:
+    vocab_size, n_embd, block_size, n_head, n_layer = shape
+    torch.manual_seed(0)
+    options = {"dropout": 0.0, "device": "cpu"} | options
+    return BigramLanguageModelLoRA(
+        vocab_size=vocab_size, n_embd=n_embd, block_size=block_size, n_head=n_head,
+        n_layer=n_layer, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 8, 13])
+def test_parameter_counts_are_those_of_the_shapes(shape, rank):
+    V, C, T, _, L = shape
+    linears = 4 * (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
+    base = L * (linears + 4 * C) + 2 * C + V * C
+    embedding = (V + T) * C
+    adapters = L * rank * (4 * 2 * C + 2 * 5 * C) + rank * (C + V)
+
+    info = make(shape, use_lora=True, lora_rank=rank).get_parameter_info()
+    assert info["lora"] == adapters and info["embedding"] == embedding
+    assert info["trainable"] == adapters + embedding and info["frozen"] == base
+    assert info["total"] == info["trainable"] + info["frozen"]
+    assert info["lora_percentage"] == pytest.approx(100 * info["trainable"] / info["total"])
+
+    info = make(shape).get_parameter_info()
+    assert info["total"] == info["trainable"] == base + embedding
+    assert info["frozen"] == info["lora"] == 0 and info["lora_percentage"] == 100.0
+
+
+def test_the_default_model_has_3_3_million_parameters():
+    assert 3.2e6 < make((256, 256, 128, 4, 4)).get_parameter_info()["total"] < 3.4e6
+
+
+def test_every_linear_is_adapted_and_only_adapters_and_embeddings_train():
+    model = make(use_lora=True)
+    names = {name.rpartition(".")[2] for name in lora_layers(model)}
+    assert names == {"key", "query", "value", "proj", "fc_in", "fc_out", "lm_head"}
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linears == [] and len(lora_layers(model)) == 2 * 6 + 1
+    for name, parameter in model.named_parameters():
+        trains = name.endswith(("lora_A", "lora_B")) or "embedding_table" in name
+        assert parameter.requires_grad == trains, name
+
+
+def test_an_adapted_model_starts_as_its_base_to_the_bit():
+    base, adapted = make(), make(use_lora=True)
+    adapted.load_state_dict(base.state_dict(), strict=False)
+    idx = torch.randint(256, (2, 16))
+    assert torch.equal(base(idx)[0], adapted(idx)[0])
+
+
+def test_the_guides_snippets_run(tmp_path):
+    model = make(use_lora=True, lora_rank=8, lora_alpha=16.0)
+    info = model.get_parameter_info()
+    assert f"Trainable: {info['trainable']:,} ({info['lora_percentage']:.2f}%)"
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    lora_state = {
+        name: param
+        for name, param in model.named_parameters()
+        if "lora" in name and param.requires_grad
+    }
+    torch.save(lora_state, tmp_path / "lora_weights.pt")
+    other = make(use_lora=True, lora_rank=8, lora_alpha=16.0)
+    lora_state = torch.load(tmp_path / "lora_weights.pt")
+    result = other.load_state_dict(lora_state, strict=False)
+    assert result.unexpected_keys == []
+    idx = torch.randint(256, (2, 16))
+    assert torch.equal(model(idx)[0], other(idx)[0])
+
+
+def test_loss_is_the_mean_cross_entropy():
+    model, idx = make(), torch.randint(256, (3, 16))
+    targets = torch.randint(256, (3, 16))
+    logits, loss = model(idx, targets)
+    expected = -logits.double().log_softmax(-1).gather(-1, targets[..., None]).mean()
+    assert logits.shape == (3, 16, 256)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model(idx)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_position_sees_a_later_one(dtype):
+    model = make().eval()
+    a = torch.randint(256, (1, 16))
+    b = a.clone()
+    b[0, 9:] = (b[0, 9:] + 1) % 256
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        first, second = model(a)[0], model(b)[0]
+    assert torch.equal(first[0, :9], second[0, :9])
+    assert not torch.equal(first[0, 9], second[0, 9])
+
+
+def test_generate_continues_and_restores_the_mode():
+    model = make(dropout=0.5).train()
+    idx = torch.randint(256, (2, 3))
+    out = model.generate(idx, max_new_tokens=30, temperature=0.0, top_k=None)
+    assert out.shape == (2, 33) and torch.equal(out[:, :3], idx) and model.training
+    expected = idx
+    model.eval()
+    for _ in range(30):  # the likeliest next token, again and again
+        logits = model(expected[:, -16:])[0][:, -1]
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, expected)
+    assert torch.equal(model.generate(idx, 5, temperature=1.0, top_k=1), expected[:, :8])
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(idx[:, :0], 1)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="n_embd=32 is not divisible by n_head=5"):
+        make((256, 32, 16, 5, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+def test_dropout_keeps_elements_at_its_rate_independently(dtype, p):
+    """Keep rate and pairwise agreement of neighbours within 4.5 standard errors."""
+    torch.manual_seed(1)
+    n = 2**20
+    kept = transformer.dropout(torch.ones(n, dtype=dtype), p, training=True) != 0
+    assert abs(kept.double().mean().item() - (1 - p)) < 4.5 * math.sqrt(p * (1 - p) / n)
+    for lag in (1, 2, 3, 4, 7, 64):
+        both = (kept[lag:] & kept[:-lag]).double().mean().item()
+        q = (1 - p) ** 2
+        assert abs(both - q) < 4.5 * math.sqrt(q * (1 - q) / n), lag
+    x = torch.randn(n, dtype=dtype)
+    scaled = transformer.dropout(x, p, training=True)
+    survivors = scaled != 0
+    expected = x[survivors].float() / (1 - p)
+    torch.testing.assert_close(scaled[survivors].float(), expected, rtol=2**-7, atol=0)
+
+
+def test_dropout_is_seeded_differentiable_and_off_in_eval():
+    x = torch.randn(5, 7, 3, requires_grad=True)
+    torch.manual_seed(3)
+    first = transformer.dropout(x, 0.4, training=True)
+    torch.manual_seed(3)
+    assert torch.equal(first, transformer.dropout(x, 0.4, training=True))
+    assert not torch.equal(first, transformer.dropout(x, 0.4, training=True))
+    first.sum().backward()
+    torch.testing.assert_close(x.grad, torch.where(first != 0, 1 / 0.6, 0.0).expand_as(x))
+    assert transformer.dropout(x, 0.4, training=False) is x
+    assert transformer.dropout(x, 0.0, training=True) is x
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 64, 16), (1, 1, 300, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_agrees_with_float64(shape, dtype):
+    """Both forms, values and gradients, against softmax(q k^T / sqrt(D)) v in float64."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
+
+    def exact(q, k, v):
+        scores = q @ k.mT / math.sqrt(shape[-1])
+        mask = torch.ones(shape[2], shape[2]).tril() == 0
+        return scores.masked_fill(mask, -math.inf).softmax(-1) @ v
+
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    results = []
+    for function, kind in (
+        (exact, torch.float64),
+        (lambda *qkv: transformer.causal_attention(*qkv, 0.0, True), dtype),
+        (lambda *qkv: transformer.plain_attention(*qkv, 0.0), dtype),
+    ):
+        inputs = [t.to(kind, copy=True).requires_grad_() for t in (q, k, v)]
+        y = function(*inputs)
+        y.backward(g.to(kind))
+        results.append([t.double() for t in (y.detach(), *(i.grad for i in inputs))])
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            assert (a - b).norm() / b.norm() < tolerance
+
+
+def test_attention_dropout_drops_whole_weights():
+    """With one-hot values the output is the row of dropped attention weights itself."""
+    torch.manual_seed(0)
+    T = 32
+    q = k = torch.zeros(1, 1, T, T)  # uniform attention: every weight of row i is 1 / (i + 1)
+    v = torch.eye(T).view(1, 1, T, T)
+    weights = transformer.plain_attention(q, k, v, 0.25)[0, 0]
+    row = weights[-1] * T * 0.75
+    assert set(row.round(decimals=4).tolist()) == {0.0, 1.0}
+
+
+def test_lora_linear_is_importable_from_lora():
+    assert LoRALinear.__module__ == "lora.linear"

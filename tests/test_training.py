@@ -1,0 +1,207 @@
+"""The script as a user starts it: records, files, determinism, and refusals."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TEXT, TINY, refused, start_script, succeeded
+
+STEP = re.compile(
+    r"step (\d+) \| train loss (\S+) \| val loss (\S+) \+- (\S+) \| lr (\S+) \| "
+    r"tokens/s (\d+) \| elapsed (\S+) s"
+)
+SUMMARY = [
+    r"Best validation loss: \d+\.\d{4}",
+    r"Final validation loss: \d+\.\d{4}",
+    r"Training time: \d+\.\d s",
+    r"Median step time: \d+\.\d ms",
+    r"Tokens per second: \d+",
+    r"Peak memory: \d+ MiB",
+]
+
+
+def losses(record: str) -> list[tuple[str, ...]]:
+    """(step, train loss, validation loss, standard error) of each evaluation, as printed."""
+    return [match.groups()[:4] for match in STEP.finditer(record)]
+
+
+def final_loss(record: str) -> float:
+    return float(re.search(r"Final validation loss: (\S+)", record).group(1))
+
+
+def test_a_full_run_leaves_a_record_and_a_checkpoint(training, tmp_path):
+    process = training()
+    record = succeeded(process)
+    assert [int(step) for step, *_ in losses(record)] == [0, 3, 6]
+    assert losses(record)[0][1] == "nan"  # no step was taken yet
+    for pattern in SUMMARY:
+        assert len(re.findall(f"^{pattern}$", record, re.MULTILINE)) == 1, pattern
+    for part in ("Configuration", "N_EMBD: 32 *", "Device: ", "dtype: ", "checksum: sha256:",
+                 "Base: none", "Total parameters: ", "Sample (20 bytes"):  # fmt: skip
+        assert part in record
+    for name in ("full.pt", "full-best.pt"):
+        size = (tmp_path / "out" / name).stat().st_size
+        assert f"Wrote out/{name}: {size / 2**20:.2f} MiB" in record
+    assert process.stderr == ""  # no terminal, no progress bar
+    assert "\r" not in record
+
+
+def test_lora_fine_tunes_the_last_full_run(training, tmp_path):
+    full = succeeded(training(MAX_STEPS="30", EVAL_INTERVAL="30"))
+    before = (tmp_path / "out" / "full.pt").read_bytes()
+    record = succeeded(training(USE_LORA="True", MAX_STEPS="30", EVAL_INTERVAL="30"))
+    assert "Base: out/full.pt" in record and "the same data" in record
+    assert "Using LoRA for efficient fine-tuning" in record
+    assert "LoRA rank: 8, alpha: 16.0, dropout: 0.0" in record
+    # It starts where the full run ended, and goes on from there.
+    assert float(losses(record)[0][2]) == pytest.approx(final_loss(full), abs=1e-3)
+    assert final_loss(record) < final_loss(full)
+    assert (tmp_path / "out" / "full.pt").read_bytes() == before
+    adapter = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)
+    names = set(adapter["tensors"])
+    assert {"lm_head.lora_A", "blocks.1.mlp.fc_out.lora_B"} <= names
+    assert {"token_embedding_table.weight", "position_embedding_table.weight"} <= names
+    assert len(names) == 2 * (6 * 2 + 1) + 2
+
+
+def test_lora_statistics_are_those_of_the_shapes(training):
+    record = succeeded(training(USE_LORA="True", LORA_RANK="4", MAX_STEPS="1"))
+    C, V, T, L, r = 32, 256, 32, 2, 4
+    adapters = L * (4 * r * 2 * C + 2 * r * 5 * C) + r * (C + V)
+    embeddings = (V + T) * C
+    frozen = L * (12 * C * C + 4 * C + 5 * C + 4 * C) + 2 * C + V * C
+    total = frozen + adapters + embeddings
+    share = 100 * (adapters + embeddings) / total
+    for line in (
+        f"Total parameters: {total:,}",
+        f"Trainable (LoRA): {adapters + embeddings:,}",
+        f"Frozen (base): {frozen:,}",
+        f"LoRA percentage: {share:.2f}%",
+        f"adapters {adapters:,}, embeddings {embeddings:,}",
+        f"Training only {share:.2f}% of parameters!",
+    ):
+        assert line in record
+    assert "Note: there is no base in out" in record
+
+
+def test_two_runs_print_the_same_losses(training):
+    first, second = succeeded(training()), succeeded(training(OUT_DIR="other"))
+    assert len(losses(first)) == 3 and losses(first) == losses(second)
+    assert first[first.index("Sample") :] == second[second.index("Sample") :]
+    assert losses(succeeded(training(SEED="2"))) != losses(first)
+
+
+def test_accumulated_gradients_train_like_one_batch_of_that_size(training):
+    """Dropout off: the only difference is which windows make up a step."""
+    record = succeeded(training(GRAD_ACCUM_STEPS="3", DROPOUT="0", MAX_STEPS="30"))
+    assert final_loss(record) < float(losses(record)[0][2])
+    assert "GRAD_ACCUM_STEPS: 3 *" in record
+
+
+@pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_the_record_survives_any_encoding(tmp_path, encoding):
+    (tmp_path / "caf\u00e9.txt").write_text("\u00e9\u00e8 \u4f60\u597d\r\n\x07" * 400)
+    variables = TINY | {"DATA": "caf\u00e9.txt"} | encoding
+    assert "Final validation loss" in succeeded(start_script(tmp_path, **variables))
+
+
+def test_test_mode_never_touches_a_real_checkpoint(training, tmp_path):
+    succeeded(training())
+    before = (tmp_path / "out" / "full.pt").read_bytes()
+    succeeded(training(TEST_MODE="True", SEED="5"))
+    assert (tmp_path / "out" / "full.pt").read_bytes() == before
+    assert (tmp_path / "out-test" / "full.pt").exists()
+
+
+def test_a_full_run_can_start_from_a_checkpoint_but_not_replace_it(training, tmp_path):
+    record = succeeded(training())
+    base = "out/full.pt"
+    again = succeeded(training(BASE_CHECKPOINT=base, OUT_DIR="tuned"))
+    assert float(losses(again)[0][2]) == pytest.approx(final_loss(record), abs=1e-3)
+    assert "BASE_CHECKPOINT" in refused(training(BASE_CHECKPOINT=base))
+    assert "BASE_CHECKPOINT" in refused(training(BASE_CHECKPOINT="./out/../out/full-best.pt"))
+
+
+def test_the_base_decides_the_shape(training, tmp_path):
+    succeeded(training())
+    budget = {name: TINY[name] for name in TINY if name not in ("N_EMBD", "N_HEAD", "N_LAYER")}
+    del budget["BLOCK_SIZE"]
+    record = succeeded(start_script(tmp_path, USE_LORA="1", **budget))
+    assert "Frozen (base): 33," in record  # the tiny base's, not the default model's
+    error = refused(training(USE_LORA="1", N_LAYER="3"))
+    assert "N_LAYER=3" in error and "out/full.pt" in error
+
+
+def test_the_script_works_from_anywhere_without_arguments(training):
+    assert "configuration comes from the environment" in refused(training("--rank=8"))
+    help_text = succeeded(training("--help"))
+    assert "LORA_RANK" in help_text and "USE_LORA=True python training.py" in help_text
+
+
+BAD_INPUT = {
+    "use_lora": ({"USE_LORA": "Ture"}, "USE_LORA='Ture'"),
+    "rank 0": ({"LORA_RANK": "0"}, "LORA_RANK=0"),
+    "misspelt": ({"LORA_RNAK": "8"}, "LORA_RANK"),
+    "no mps here": ({"DEVICE": "mps"}, "DEVICE=mps"),
+    "heads": ({"N_HEAD": "3"}, "N_HEAD=3"),
+    "no such data": ({"DATA": "nowhere.txt"}, "nowhere.txt"),
+    "empty data": ({"DATA": "empty.txt"}, "empty.txt"),
+    "short data": ({"DATA": "short.txt"}, "BLOCK_SIZE=32"),
+    "no such base": ({"BASE_CHECKPOINT": "none.pt"}, "none.pt"),
+    "base is text": ({"BASE_CHECKPOINT": "text.txt"}, "text.txt"),
+    "base is truncated": ({"BASE_CHECKPOINT": "half.pt", "OUT_DIR": "b"}, "half.pt"),
+    "base is a folder": ({"BASE_CHECKPOINT": ".", "OUT_DIR": "b"}, "."),
+    "base is an adapter": ({"BASE_CHECKPOINT": "out/lora.pt", "OUT_DIR": "b"}, "a LoRA adapter"),
+    "output is a file": ({"OUT_DIR": "text.txt"}, "text.txt"),
+    "loss is not a number": ({"LEARNING_RATE": "1e30", "GRAD_CLIP": "0"}, "LEARNING_RATE"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """A folder with a full run, an adapter, and files that cannot be used."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("short")
+    succeeded(start_script(folder, **TINY))
+    succeeded(start_script(folder, **TINY | {"USE_LORA": "1"}))
+    whole = (folder / "out" / "full.pt").read_bytes()
+    (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
+    if case == "no mps here" and torch.backends.mps.is_available():
+        pytest.skip("this machine has mps")
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_folder, folder)
+    variables, named = BAD_INPUT[case]
+    assert named in refused(start_script(folder, **TINY | variables))
+    if case == "loss is not a number":  # and the good checkpoint is still there
+        good = (trained_folder / "out" / "full.pt").read_bytes()
+        assert (folder / "out" / "full.pt").read_bytes() == good
+
+
+def test_probable_mistakes_are_pointed_out(training):
+    record = succeeded(training(LORA_RANK="4", MAX_STEPS="1"))
+    assert "Note: LORA_RANK set without USE_LORA=True" in record
+    record = succeeded(training(USE_LORA="1", LORA_RANK="64", MAX_STEPS="1"))
+    assert "Note: LORA_RANK=64 is larger than the smaller side" in record
+
+
+def test_the_schedule_warms_up_and_falls_to_its_minimum():
+    from config import Config
+    from training import learning_rate
+
+    config = Config(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.6)
+    assert rates[100] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert math.isfinite(learning_rate(Config(max_steps=1, warmup_steps=50), 1))
