@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def read_file(path: str | os.PathLike, kind: str) -> dict[str, Any]:
     Nothing but plain data is unpickled. Raises FileError for anything else.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -2,14 +2,15 @@
 
 The layer computes y = x W^T + b + s (x A^T) B^T with s = alpha / rank (Hu et al. 2021, "LoRA",
 arXiv 2106.09685). Left to autograd that is slower than training W itself, for every adapter adds
-small products and keeps intermediate results. Here one autograd function does it all:
+small products and keeps intermediate results. Here two autograd functions share the work:
 
-    y  = x M^T + b              with M = W + s B A: the adapter costs no product of its own
-    dx = g M
-    dB = s g^T (x A^T)          both through the rank: never the (out, in) gradient of W,
-    dA = s (g B)^T x            unless the layer is so small that one product beats four
+    merged      y = x M^T + b  and  dx = g M      with M = W + s B A made for each step
+    two paths   y = x W^T + b + s (x A^T) B^T     where making M costs more than it saves:
+                dx = g W + s (g B) A              few tokens, or dropout between x and A
 
-Only x is kept for backward, and M where it is a copy in a lower precision.
+    both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
+
+Only x is kept for backward, and M or W where it was cast for the step.
 """
 
 import math
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# A product over fewer multiply-adds than this costs little more than its launch, so that dW = g^T x
-# and two tiny products beat the four skinny ones.
+from lora.dropout import draw_mask
+
+# In bfloat16 a product of fewer multiply-adds than this costs little more than its launch: then
+# dW = g^T x and two tiny products are cheaper than four skinny ones.
 DENSE_GRADIENT_LIMIT = 2**26
 
 # On a CPU a product over many tokens is faster as a batch of products over this many, summed.
@@ -105,72 +108,178 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor]:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     first = layers[0]
+    p = first.dropout if first.training else 0.0
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
     down = [layer.lora_A for layer in layers]
     up = [layer.lora_B for layer in layers]
-    return _LoRAFunction.apply(x, first.scaling, *weights, *biases, *down, *up)
+    if any(t is not None and t.requires_grad for t in weights + biases):
+        return [_by_autograd(x, layer, p) for layer in layers]
+    if p == 0.0 and all(merging_pays(x.numel() // max(1, x.shape[-1]), la) for la in layers):
+        return _Merged.apply(x, first.scaling, *weights, *biases, *down, *up)
+    mask = draw_mask(x, p) if p > 0.0 else None
+    return _TwoPaths.apply(x, first.scaling, mask, *weights, *biases, *down, *up)
 
 
-class _LoRAFunction(torch.autograd.Function):
+def merging_pays(tokens: int, layer: LoRALinear) -> bool:
+    """Whether a pass over W costs less than two passes over activations of `tokens` rows.
+
+    M = W + s B A is made by going over in * out numbers, forward and backward. Two paths go over
+    tokens * out numbers forward and tokens * in backward.
+
+    A base in a lower precision than its adapter is never merged: the sum would be rounded to
+    steps larger than the adapter's.
+    """
+    n_in, n_out = layer.in_features, layer.out_features
+    return layer.weight.dtype == layer.lora_A.dtype and tokens * (n_in + n_out) > 2 * n_in * n_out
+
+
+def _by_autograd(x: Tensor, layer: LoRALinear, p: float) -> Tensor:
+    """One layer whose base was made trainable, so that W needs its gradient after all."""
+    adapter = F.linear(F.linear(F.dropout(x, p), layer.lora_A), layer.lora_B)
+    return F.linear(x, layer.weight, layer.bias) + layer.scaling * adapter
+
+
+class _Merged(torch.autograd.Function):
     """n LoRA linears on one input; the arguments after `scaling` are n W, n b, n A and n B."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, *parameters: Tensor) -> tuple[Tensor, ...]:
-        n = len(parameters) // 4
-        W, b, A, B = (parameters[i * n : (i + 1) * n] for i in range(4))
-        merged = [_merge(*wab, scaling, x.dtype) for wab in zip(W, A, B, strict=True)]
-        ctx.n, ctx.scaling = n, scaling
-        # A merged weight in x's dtype is kept only where making it again would cost a cast too.
-        ctx.keeps_merged = x.dtype != W[0].dtype
-        ctx.save_for_backward(x, *(merged if ctx.keeps_merged else W), *A, *B)
-        bias = [None if bias is None else bias.to(x.dtype) for bias in b]
-        return tuple(F.linear(x, m, bias) for m, bias in zip(merged, bias, strict=True))
+        W, b, A, B = _in_four(parameters)
+        M = _merge(W, A, B, scaling, x.dtype)
+        # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
+        ctx.keeps_M = x.dtype != W[0].dtype
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, *(M if ctx.keeps_M else W), *A, *B)
+        return _linear(x, M, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        n, s = ctx.n, ctx.scaling
-        x, *saved = ctx.saved_tensors
-        W, A, B = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])  # (T, in)
-        grads = [g.reshape(-1, g.shape[-1]) for g in grads]  # (T, out) each
+        x, *parameters = ctx.saved_tensors
+        M, A, B = _in_three(parameters)
+        rows, grads = _rows(x), [_rows(g) for g in grads]
         dx = None
         if ctx.needs_input_grad[0]:
-            if not ctx.keeps_merged:
-                W = [_merge(*wab, s, x.dtype) for wab in zip(W, A, B, strict=True)]
-            dx = grads[0] @ W[0]
-            for g, w in zip(grads[1:], W[1:], strict=True):
-                dx.addmm_(g, w)
-            dx = dx.view(shape)
-        if x.shape[0] * W[0].numel() <= DENSE_GRADIENT_LIMIT and x.dtype == torch.bfloat16:
-            dW = [(g.t() @ x).to(A[0].dtype) for g in grads]
-            dA = [(b.t() @ d).mul_(s) for b, d in zip(B, dW, strict=True)]
-            dB = [(d @ a.t()).mul_(s) for a, d in zip(A, dW, strict=True)]
-        else:
-            h = F.linear(x, (torch.cat(A) * s).to(x.dtype))  # (T, n * rank)
-            gB = [g @ (b * s).to(x.dtype) for g, b in zip(grads, B, strict=True)]  # (T, rank)
-            rank = A[0].shape[0]
-            dA = _over_tokens(torch.cat(gB, 1) if n > 1 else gB[0], x).split(rank)
-            dB = [_over_tokens(hi, g).t() for hi, g in zip(h.split(rank, 1), grads, strict=True)]
-        return dx, None, *(None,) * (2 * n), *dA, *dB
+            if not ctx.keeps_M:
+                M = _merge(M, A, B, ctx.scaling, x.dtype)
+            dx = _input_gradient(grads, M).view(x.shape)
+        dA, dB = _adapter_gradients(rows, grads, A, B, ctx.scaling)
+        return dx, None, *(None for _ in 2 * A), *dA, *dB
 
 
-def _merge(W: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W + scaling B A, added up in A's dtype and then rounded once to `dtype`.
+class _TwoPaths(torch.autograd.Function):
+    """The same with base and adapter apart; `mask`, if any, is dropout on the adapters' input."""
 
-    `out=` also keeps autocast from adding up in a lower precision, which would swallow the
-    small updates.
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, scaling: float, mask: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        W, b, A, B = _in_four(parameters)
+        W = [w.to(x.dtype) for w in W]
+        ys = _linear(x, W, b)
+        h = F.linear(x if mask is None else x * mask, torch.cat(A).to(x.dtype))
+        for y, hi, up in zip(ys, _rows(h).split(A[0].shape[0], 1), B, strict=True):
+            _rows(y).addmm_(hi, up.t().to(x.dtype), alpha=scaling)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, mask, *W, *A, *B)
+        return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, *parameters = ctx.saved_tensors
+        W, A, B = _in_three(parameters)
+        grads = [_rows(g) for g in grads]
+        gB = _through_B(grads, B, ctx.scaling)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(grads, W)
+            down = torch.cat(A).to(x.dtype)
+            if mask is None:
+                dx.addmm_(gB, down)
+            else:
+                dx.addcmul_(gB @ down, _rows(mask))
+            dx = dx.view(x.shape)
+        rows = _rows(x if mask is None else x * mask)
+        dA, dB = _adapter_gradients(rows, grads, A, B, ctx.scaling, gB)
+        return dx, None, None, *(None for _ in 2 * A), *dA, *dB
+
+
+def _linear(x: Tensor, W: Sequence[Tensor], b: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    biases = [None if bias is None else bias.to(x.dtype) for bias in b]
+    return tuple(F.linear(x, w, bias) for w, bias in zip(W, biases, strict=True))
+
+
+def _merge(
+    W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], s: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """W + s B A of each layer, added up in W's and A's dtype and rounded once, to `dtype`.
+
+    `out=` keeps autocast from adding up in its own dtype, which would swallow small updates.
     """
-    out = torch.empty_like(W, dtype=A.dtype)
-    return torch.addmm(W.to(A.dtype), B, A, alpha=scaling, out=out).to(dtype)
+    return [
+        torch.addmm(w, up, down, alpha=s, out=torch.empty_like(w)).to(dtype)
+        for w, down, up in zip(W, A, B, strict=True)
+    ]
+
+
+def _input_gradient(grads: Sequence[Tensor], W: Sequence[Tensor]) -> Tensor:
+    """The sum of g W over the layers: (T, in)."""
+    dx = grads[0] @ W[0]
+    for g, w in zip(grads[1:], W[1:], strict=True):
+        dx.addmm_(g, w)
+    return dx
+
+
+def _through_B(grads: Sequence[Tensor], B: Sequence[Tensor], s: float) -> Tensor:
+    """s g B of all layers side by side: (T, n * rank)."""
+    products = [g @ (up * s).to(g.dtype) for g, up in zip(grads, B, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
+def _adapter_gradients(
+    x: Tensor,
+    grads: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    s: float,
+    gB: Tensor | None = None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """dA and dB of each layer, from x (T, in) and its g (T, out)."""
+    T, rank = x.shape[0], A[0].shape[0]
+    if x.dtype == torch.bfloat16 and T * A[0].shape[1] * B[0].shape[0] <= DENSE_GRADIENT_LIMIT:
+        dW = [(g.t() @ x).to(A[0].dtype) for g in grads]
+        dA = [(up.t() @ d).mul_(s) for up, d in zip(B, dW, strict=True)]
+        dB = [(d @ down.t()).mul_(s) for down, d in zip(A, dW, strict=True)]
+        return dA, dB
+    if gB is None:
+        gB = _through_B(grads, B, s)
+    h = F.linear(x, (torch.cat(A) * s).to(x.dtype))  # (T, n * rank)
+    dA = _over_tokens(gB, x).split(rank)
+    dB = [_over_tokens(hi, g).t() for hi, g in zip(h.split(rank, 1), grads, strict=True)]
+    return dA, dB
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b for a (T, m) and b (T, n) with few m."""
+    """a^T b for a (T, m) and b (T, n), where m is small."""
     T = a.shape[0]
     if a.device.type != "cpu" or T < 2 * TOKEN_CHUNK or T % TOKEN_CHUNK:
         return a.t() @ b
-    a, b = (t.view(T // TOKEN_CHUNK, TOKEN_CHUNK, -1) for t in (a, b))
+    a, b = (t.reshape(T // TOKEN_CHUNK, TOKEN_CHUNK, -1) for t in (a, b))
     return torch.bmm(a.transpose(1, 2), b).sum(0)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., features) -> (T, features)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _in_four(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    n = len(parameters) // 4
+    return tuple(parameters[i : i + n] for i in range(0, 4 * n, n))
+
+
+def _in_three(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    n = len(parameters) // 3
+    return tuple(parameters[i : i + n] for i in range(0, 3 * n, n))

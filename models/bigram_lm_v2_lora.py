@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import add_lora, count_parameters
-from models.transformer import Block, dropout
+from lora import dropout as apply_dropout
+from models.transformer import Block
 
 
 class BigramLanguageModelLoRA(nn.Module):
@@ -77,7 +78,7 @@ class BigramLanguageModelLoRA(nn.Module):
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = dropout(x, self.dropout, self.training)
+        x = apply_dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))

@@ -1,4 +1,4 @@
-"""The transformer's parts: dropout, causal attention, MLP, block (GPT-2's pre-norm design)."""
+"""The transformer's parts: causal attention, MLP, block (GPT-2's pre-norm design)."""
 
 import math
 
@@ -6,43 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import grouped_linear
+from lora import dropout, grouped_linear
 
 # Up to this context length the plain form of attention beats torch's fused one on a CPU, in
 # bfloat16 always and in float32 where attention has dropout.
 PLAIN_ATTENTION_MAX_CONTEXT = 256
-
-
-class _CPUDropout(torch.autograd.Function):
-    """Dropout that costs 16 random bits an element, where `F.dropout` draws a number for each."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
-        # The bits come from torch's default generator, so seeds and resuming hold.
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        keep = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(bits, round(p * 65536) - 32768, out=keep)  # 1.0 with probability 1 - p
-        keep.mul_(1.0 / (1.0 - p))
-        ctx.save_for_backward(keep)
-        return x * keep
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return grad * keep, None
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p).
-
-    On a CPU the probability is rounded to a multiple of 1/65536; elsewhere this is `F.dropout`.
-    """
-    if not training or p == 0.0:
-        return x
-    if x.device.type == "cpu":
-        return _CPUDropout.apply(x, p)
-    return F.dropout(x, p)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training: bool) -> Tensor:

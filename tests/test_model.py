@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora import LoRALinear, lora_layers
+from lora import LoRALinear, dropout, lora_layers
 from models import transformer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -134,14 +134,14 @@ def test_dropout_keeps_elements_at_its_rate_independently(dtype, p):
     """Keep rate and pairwise agreement of neighbours within 4.5 standard errors."""
     torch.manual_seed(1)
     n = 2**20
-    kept = transformer.dropout(torch.ones(n, dtype=dtype), p, training=True) != 0
+    kept = dropout(torch.ones(n, dtype=dtype), p, training=True) != 0
     assert abs(kept.double().mean().item() - (1 - p)) < 4.5 * math.sqrt(p * (1 - p) / n)
     for lag in (1, 2, 3, 4, 7, 64):
         both = (kept[lag:] & kept[:-lag]).double().mean().item()
         q = (1 - p) ** 2
         assert abs(both - q) < 4.5 * math.sqrt(q * (1 - q) / n), lag
     x = torch.randn(n, dtype=dtype)
-    scaled = transformer.dropout(x, p, training=True)
+    scaled = dropout(x, p, training=True)
     survivors = scaled != 0
     expected = x[survivors].float() / (1 - p)
     torch.testing.assert_close(scaled[survivors].float(), expected, rtol=2**-7, atol=0)
@@ -150,14 +150,14 @@ def test_dropout_keeps_elements_at_its_rate_independently(dtype, p):
 def test_dropout_is_seeded_differentiable_and_off_in_eval():
     x = torch.randn(5, 7, 3, requires_grad=True)
     torch.manual_seed(3)
-    first = transformer.dropout(x, 0.4, training=True)
+    first = dropout(x, 0.4, training=True)
     torch.manual_seed(3)
-    assert torch.equal(first, transformer.dropout(x, 0.4, training=True))
-    assert not torch.equal(first, transformer.dropout(x, 0.4, training=True))
+    assert torch.equal(first, dropout(x, 0.4, training=True))
+    assert not torch.equal(first, dropout(x, 0.4, training=True))
     first.sum().backward()
     torch.testing.assert_close(x.grad, torch.where(first != 0, 1 / 0.6, 0.0).expand_as(x))
-    assert transformer.dropout(x, 0.4, training=False) is x
-    assert transformer.dropout(x, 0.0, training=True) is x
+    assert dropout(x, 0.4, training=False) is x
+    assert dropout(x, 0.0, training=True) is x
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 64, 16), (1, 1, 300, 8)])

@@ -1,0 +1,43 @@
+"""The loss of a byte bigram model: what a language model must beat to have learned anything.
+
+    python benchmarks/bigram.py [python-code | python-docs | path]
+
+Counts pairs of bytes in the training split (plus one for every pair, so that none is
+impossible) and prints the mean cross-entropy of the validation split, in nats per byte.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import DataError, load_corpus
+
+
+def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
+    """Nats per byte of `validation` under the pair counts of `train`; both (n,) uint8."""
+    pairs = train[:-1].astype(np.int64) * 256 + train[1:]
+    counts = np.bincount(pairs, minlength=256 * 256).reshape(256, 256) + 1
+    log_probability = np.log(counts / counts.sum(1, keepdims=True))
+    return -log_probability[validation[:-1], validation[1:]].mean()
+
+
+def main() -> int:
+    if len(sys.argv) > 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        corpus = load_corpus(sys.argv[1] if len(sys.argv) > 1 else None, ROOT / "data/input.txt")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*corpus.describe(), sep="\n")
+    print(f"bigram loss: {bigram_loss(corpus.train, corpus.validation):.4f} nats per byte")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

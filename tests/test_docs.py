@@ -1,0 +1,97 @@
+"""The documents are true: their commands and snippets run, and their tables match the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, start_script, succeeded
+
+from config import help_table
+
+DOCUMENTS = ["README.md", "LORA_USAGE.md"]
+# The smallest budget for the default model, which some snippets load.
+BUDGET = {"MAX_STEPS": "1", "EVAL_BATCHES": "1", "BATCH_SIZE": "2", "SAMPLE_TOKENS": "5"}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def split(command: str) -> tuple[dict[str, str], list[str], str | None]:
+    """The variables, words and redirection of one simple command."""
+    words = shlex.split(command.rpartition("&&")[2])
+    target = None
+    if ">" in words:
+        target = words[words.index(">") + 1]
+        words = words[: words.index(">")]
+    variables = {}
+    while "=" in words[0]:
+        name, _, variables[name] = words.pop(0).partition("=")
+    return variables, words, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_commands_run_in_their_order(document, tmp_path):
+    """Each command of a document, with the smallest budget; `pip install` and pytest are CI's."""
+    ran = 0
+    for command in commands(document):
+        variables, words, target = split(command)
+        if words[:3] == ["python", "-m", "pytest"]:
+            continue
+        assert words[0] == "python", command
+        process = start_script(tmp_path, *words[2:], script=words[1], **BUDGET | variables)
+        record = succeeded(process)
+        if target is not None:
+            (tmp_path / target).write_text(record)
+            assert "Final validation loss: " in record
+        ran += 1
+    assert ran >= 4
+
+
+def test_the_installed_files_exist():
+    for document in DOCUMENTS:
+        for requirements in re.findall(r"pip install -r (\S+)", (ROOT / document).read_text()):
+            assert (ROOT / requirements).is_file()
+
+
+def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for mode in ("False", "True"):  # what the guide's commands leave behind
+        succeeded(start_script(tmp_path, USE_LORA=mode, DATA="text.txt", **BUDGET))
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for snippet in blocks("LORA_USAGE.md", "python"):
+        exec(compile(snippet, "LORA_USAGE.md", "exec"), namespace)
+    assert namespace["metadata"]["step"] == 1
+    assert "Trainable: 249,856 (7.19%)" in capsys.readouterr().out
+    assert Path("lora_weights.pt").exists() and isinstance(namespace["tokens"], torch.Tensor)
+
+
+def test_the_readmes_table_is_that_of_the_help():
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.M)
+    expected = [
+        (name, f"`{default}`" if default else "", text) for name, default, text in help_table()
+    ]
+    assert table == expected
+
+
+def test_the_guides_parameter_counts_are_those_of_the_script(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    variables = {"USE_LORA": "True", "DATA": "text.txt", **BUDGET}
+    record = succeeded(start_script(tmp_path, **variables))
+    (statistics,) = (b for b in blocks("LORA_USAGE.md", "text") if "Parameter Statistics" in b)
+    assert statistics in record
+
+
+def test_every_linked_file_exists():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#\w+)?\)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), target

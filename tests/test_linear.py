@@ -1,0 +1,263 @@
+"""LoRALinear against float64, over shapes, dtypes, forms of input and what needs gradients."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lora import LoRALinear, grouped_linear
+from lora import linear as module
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def make(out_features=7, in_features=5, rank=3, bias=True, alpha=16.0, dtype=torch.float32):
+    """An adapter whose B is not zero, on a base of this dtype."""
+    layer = LoRALinear(nn.Linear(in_features, out_features, bias=bias, dtype=dtype), rank, alpha)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    return layer
+
+
+def reference(layer: LoRALinear, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients by plain autograd in float64."""
+    x = x.detach().double().requires_grad_()
+    A, B = (p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    bias = None if layer.bias is None else layer.bias.double()
+    y = nn.functional.linear(x, layer.weight.double(), bias)
+    y = y + layer.alpha / layer.rank * ((x @ A.T) @ B.T)
+    y.backward(g.double())
+    return {"y": y.detach(), "x": x.grad, "A": A.grad, "B": B.grad}
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def assert_agrees(layer: LoRALinear, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> None:
+    x = x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == dtype and y.shape == (*x.shape[:-1], layer.out_features)
+    g = torch.randn_like(y)
+    y.backward(g)
+    exact = reference(layer, x, g)
+    found = {"y": y, "x": x.grad, "A": layer.lora_A.grad, "B": layer.lora_B.grad}
+    kinds = {"y": dtype, "x": x.dtype, "A": layer.lora_A.dtype, "B": layer.lora_B.dtype}
+    for name, value in found.items():
+        assert value.dtype == kinds[name]
+        assert relative_error(value, exact[name]) < TOLERANCE[dtype], name
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    dims=st.lists(st.integers(1, 9), min_size=0, max_size=3),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    rank=st.integers(1, 64),
+    bias=st.booleans(),
+    mode=st.sampled_from(["float64", "float32", "bfloat16", "autocast"]),
+    contiguous=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_values_and_gradients_agree_with_float64(dims, sizes, rank, bias, mode, contiguous, seed):
+    torch.manual_seed(seed)
+    kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
+    layer = make(*sizes, rank, bias, alpha=rank * 1.5, dtype=kind)
+    x = torch.randn(*dims, sizes[1]).to(kind)
+    if not contiguous:
+        x = torch.randn(*dims, sizes[1], 2).to(kind)[..., 0]
+    assert_agrees(layer, x.detach(), torch.bfloat16 if mode == "autocast" else kind,
+                  mode == "autocast")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("shape", [(1024, 64, 96), (2048, 256, 512), (1030, 48, 48), (16, 256, 96)])
+def test_every_form_of_the_products_agrees_with_float64(mode, shape):
+    """Shapes on both sides of each rule of lora/linear.py: chunks, dense gradients, two paths."""
+    torch.manual_seed(0)
+    tokens, in_features, out_features = shape
+    kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
+    layer = make(out_features, in_features, 8, dtype=kind)
+    x = torch.randn(tokens, in_features).to(kind)
+    assert_agrees(layer, x, torch.bfloat16 if mode == "autocast" else kind, mode == "autocast")
+
+
+def test_it_starts_equal_to_the_linear_to_the_bit():
+    linear = nn.Linear(12, 9)
+    x = torch.randn(4, 12)
+    expected = linear(x)
+    assert torch.equal(LoRALinear(linear, 4)(x), expected)
+
+
+def test_an_empty_batch_gives_empty_output_and_zero_gradients():
+    layer = make()
+    x = torch.zeros(0, 4, 5, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, 4, 7)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
+
+
+def test_gradients_accumulate():
+    layer, x = make(), torch.randn(6, 5)
+    layer(x).sum().backward()
+    once = layer.lora_B.grad.clone()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.lora_B.grad, 2 * once)
+
+
+@pytest.mark.parametrize("needs", ["x", "lora_A", "lora_B", "none"])
+def test_only_what_needs_a_gradient_gets_one(needs):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(6, 5)
+    tensors = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == needs)
+    y = layer(x)
+    assert y.requires_grad == (needs != "none")
+    if needs != "none":
+        g = torch.randn_like(y)
+        y.backward(g)
+        exact = reference(layer, x, g)[needs.removeprefix("lora_")]
+        assert relative_error(tensors[needs].grad, exact) < 1e-5
+    assert all(t.grad is None for name, t in tensors.items() if name != needs)
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_base_that_is_made_trainable_gets_its_gradient(which):
+    layer, x = make(), torch.randn(6, 5)
+    getattr(layer, which).requires_grad_()
+    y = layer(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected = g.T @ x if which == "weight" else g.sum(0)
+    torch.testing.assert_close(getattr(layer, which).grad, expected)
+    exact = reference(layer, x, g)
+    assert relative_error(layer.lora_A.grad, exact["A"]) < 1e-5
+    assert relative_error(layer.lora_B.grad, exact["B"]) < 1e-5
+
+
+def test_gradcheck_passes_in_float64():
+    torch.manual_seed(0)
+    layer = make(dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [layer.lora_A, layer.lora_B]
+
+    def function(x, A, B):
+        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_double_backward_is_refused_clearly():
+    layer, x = make(), torch.randn(4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_gives_what_its_layers_give(dtype):
+    torch.manual_seed(0)
+    layers = [make(out, 24, rank=4) for out in (24, 24, 40)]
+    x = torch.randn(3, 50, 24)
+    gradients = []
+    for run in (grouped_linear, lambda x, layers: [layer(x) for layer in layers]):
+        for layer in layers:
+            layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ys = run(leaf, layers)
+        sum((y.float() * (i + 1)).square().sum() for i, y in enumerate(ys)).backward()
+        gradients.append(
+            [*ys, leaf.grad, *(p.grad for la in layers for p in (la.lora_A, la.lora_B))]
+        )
+    for a, b in zip(*gradients, strict=True):
+        assert relative_error(a, b.double()) < TOLERANCE[dtype]
+
+
+def test_a_group_of_unlike_layers_falls_back_to_each():
+    x = torch.randn(2, 5)
+    for layers in (
+        [make(rank=2), make(rank=3)],
+        [make(), nn.Linear(5, 4)],
+        [nn.Linear(5, 4), nn.Linear(5, 4)],
+    ):
+        for y, layer in zip(grouped_linear(x, layers), layers, strict=True):
+            torch.testing.assert_close(y, layer(x))
+
+
+def test_small_updates_survive_bfloat16():
+    """W + s B A is added up in float32: updates below bfloat16's resolution of B add up."""
+    layer = make(4, 4, rank=1, bias=False)
+    with torch.no_grad():
+        layer.lora_B.fill_(1.0)
+        for _ in range(100):
+            layer.lora_B.add_(1e-4)  # a bfloat16 at 1.0 would not move
+    assert layer.lora_B.dtype == torch.float32
+    assert layer.lora_B.mean().item() == pytest.approx(1.01, rel=1e-5)
+
+
+def test_the_merged_weight_is_rounded_once():
+    """Under autocast the output is that of the float32 sum W + s B A rounded to bfloat16, as full
+    fine-tuning rounds its float32 weight, and not that of a sum of rounded terms."""
+    torch.manual_seed(0)
+    layer, x = make(64, 64, rank=8), torch.randn(2048, 64)
+    merged = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        expected = nn.functional.linear(x, merged, layer.bias)
+    assert torch.equal(found, expected)
+
+
+def test_only_the_input_is_kept_for_backward():
+    """No tensor of an activation's size but x itself is saved, in float32."""
+    kept = []
+    layer, x = make(64, 32), torch.randn(100, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    extra = [t for t in kept if t.data_ptr() not in parameters]
+    assert [t.data_ptr() for t in extra] == [x.data_ptr()]
+
+
+def test_it_survives_copying_pickling_moving_and_state_dicts():
+    layer, x = make(), torch.randn(3, 5)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    other = make()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
+    torch.testing.assert_close(layer.to(torch.float64)(x.double()).float(), y)
+
+
+def test_eval_no_grad_and_inference_mode_give_the_same_output():
+    layer, x = make().eval(), torch.randn(3, 5)
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2, "dropout": 1.0}, {"dropout": -0.1}])
+def test_bad_arguments_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options)) if len(options) == 1 else "dropout"):
+        LoRALinear(nn.Linear(3, 3), **options)
+
+
+def test_initialization_is_kaiming_and_zero():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(400, 300), rank=64)
+    assert not layer.lora_B.any()
+    assert layer.lora_A.abs().max() <= 1 / math.sqrt(400)
+    assert layer.lora_A.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.02)
+    assert "rank=64" in repr(layer) and module.__doc__
