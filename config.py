@@ -61,7 +61,9 @@ class Config:
     seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
-    num_threads: int | None = option(None, "CPU threads [torch's own choice]", at_least=1)
+    num_threads: int | None = option(
+        None, "CPU threads [torch's own choice]", at_least=1, below=1025
+    )
 
     # Model
     n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
@@ -74,7 +76,7 @@ class Config:
     batch_size: int = option(32, "sequences in a batch", at_least=1)
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
     max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
-    learning_rate: float = option(1e-3, "peak learning rate", lora=4e-3, above=0)
+    learning_rate: float = option(3e-3, "peak learning rate", lora=1e-2, above=0)
     min_learning_rate: float | None = option(
         None, "learning rate at the last step [LEARNING_RATE / 10]", at_least=0
     )

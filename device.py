@@ -1,7 +1,6 @@
 """The hardware of a run: which device, which dtype and why, and its memory."""
 
 import ctypes
-import resource
 import sys
 
 import torch
@@ -73,8 +72,17 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory in MiB: what torch allocated on a GPU, the whole process's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on a CPU torch has no type of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
+    )
 
 
 def synchronize(device: torch.device) -> None:

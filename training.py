@@ -35,7 +35,7 @@ from data import (
     validation_windows,
     windows_batch,
 )
-from lora import FileError, lora_layers, save_adapter
+from lora import FileError, lora_layers, save_adapter, store_base
 from lora.files import fingerprint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -55,7 +55,6 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     corpus: Corpus
-    base: Checkpoint | None  # None starts from random weights
     base_id: str  # fingerprint of the weights that the run starts from
     model: BigramLanguageModelLoRA
     last: Path  # where the weights or the adapter of the last evaluation go
@@ -81,9 +80,22 @@ def main(arguments: list[str]) -> int:
         train(run)
         print_sample(run)
     except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        return fail("there is not enough memory; lower BATCH_SIZE, BLOCK_SIZE or N_EMBD", 2)
+    except KeyboardInterrupt:
+        return fail("interrupted; the files of the last evaluation are as they were", 130)
+    except BrokenPipeError:  # whoever read the record has gone, as in `python training.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return fail("stdout was closed", 141)
     return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code
 
 
 def set_up(config: Config) -> Run:
@@ -111,6 +123,8 @@ def set_up(config: Config) -> Run:
     if base is not None:
         load_base(model, base)
     base_id = fingerprint(base_state(model))
+    if dtype != torch.float32:
+        store_base(model, dtype, tokens=config.batch_size * shape["block_size"])
 
     say("Configuration (* set in the environment):", *indent(config.describe()))
     say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
@@ -120,7 +134,7 @@ def set_up(config: Config) -> Run:
     say(*describe_parameters(config, model))
     for note in notes(config, base, model):
         say(f"Note: {note}")
-    return Run(config, device, dtype, corpus, base, base_id, model, last, best)
+    return Run(config, device, dtype, corpus, base_id, model, last, best)
 
 
 def train(run: Run) -> None:

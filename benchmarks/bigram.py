@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import DataError, load_corpus
+
+DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
 
 
 def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
@@ -30,7 +31,7 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        corpus = load_corpus(sys.argv[1] if len(sys.argv) > 1 else None, ROOT / "data/input.txt")
+        corpus = load_corpus(sys.argv[1] if len(sys.argv) > 1 else None, DEFAULT_INPUT)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

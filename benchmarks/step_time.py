@@ -12,7 +12,6 @@ is the peak of a process of its own. The record goes to stdout, progress to stde
 
 import argparse
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -37,6 +36,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import device as hardware
+from lora import store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
@@ -171,8 +172,8 @@ def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Modu
 def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings) -> nn.Module:
     """The model of `size` as `method` trains it, with the same base weights for every method.
 
-    `full` and `lora` are the project's models as they are. In the others frozen linears are stored
-    in `dtype`, which changes no result: otherwise autocast would cast them again in every step.
+    `full` and `lora` are the project's models as training.py makes them. In the others frozen
+    linears are stored in `dtype`, which changes no result and saves casting them in every step.
     """
     torch.manual_seed(SEED)
     adapter = (settings.rank, ALPHA, settings.lora_dropout)
@@ -190,6 +191,8 @@ def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings)
         lora_dropout=settings.lora_dropout,
     )
     model.train()
+    if method == "lora" and dtype != torch.float32:
+        store_base(model, dtype, tokens=size.batch * size.block)  # as training.py does
     if method in ("full", "lora"):
         return model
     model.requires_grad_(False)
@@ -252,10 +255,10 @@ def measure_times(
     for i in range(WARMUP_ROUNDS + settings.steps):
         first = i % len(methods)
         for method in [*methods[first:], *methods[:first]]:
-            synchronize(settings.device)
+            hardware.synchronize(settings.device)
             start = time.perf_counter()
             loss = steps[method]()
-            synchronize(settings.device)
+            hardware.synchronize(settings.device)
             elapsed = time.perf_counter() - start
             if i >= WARMUP_ROUNDS:
                 results[method].step_ms.append(1000.0 * elapsed)
@@ -306,26 +309,8 @@ def print_own_memory(size_name: str, dtype_name: str, method: str, settings: Set
     step = training_step(model, size, dtype, settings.device)
     for _ in range(MEMORY_STEPS):
         step()
-    synchronize(settings.device)
-    print(peak_mib(settings.device))
-
-
-def peak_mib(device: torch.device) -> float:
-    """Peak MiB of this process: what torch allocated on CUDA, elsewhere the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes or KiB
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    hardware.synchronize(settings.device)
+    print(hardware.peak_memory(settings.device))
 
 
 def free_memory(device: torch.device) -> None:
@@ -333,17 +318,6 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def tune_allocator() -> bool:
-    """Have the C allocator keep freed memory, as training does; False without such a helper."""
-    for name in ("memory", "device"):  # WIRE IN: the root module that has keep_freed_memory()
-        if importlib.util.find_spec(name) is not None:
-            helper = getattr(importlib.import_module(name), "keep_freed_memory", None)
-            if helper is not None:
-                helper()
-                return True
-    return False
 
 
 # The report
@@ -373,7 +347,7 @@ def package_version(name: str) -> str:
         return "not installed"
 
 
-def environment(settings: Settings, tuned: bool) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
     """What a reader needs to compare these figures with others, as label -> text."""
     device = str(settings.device)
     if settings.device.type == "cuda":
@@ -390,7 +364,6 @@ def environment(settings: Settings, tuned: bool) -> dict[str, str]:
         "on every linear; the embeddings train too",
         "model dropout": f"{settings.dropout:g}",
         "optimizer": f"AdamW, fused, learning rate {LEARNING_RATE:g}",
-        "C allocator keeps freed memory, as in training": "yes" if tuned else "no",
     }
 
 
@@ -692,7 +665,7 @@ def main() -> None:
     """Measure, report, write."""
     args = parse_arguments()
     settings = Settings(args.rank, args.dropout, args.lora_dropout, args.steps, args.device)
-    tuned = tune_allocator()
+    hardware.keep_freed_memory()
     if args.memory_of is not None:
         print_own_memory(*args.memory_of, settings)
         return
@@ -708,7 +681,7 @@ def main() -> None:
         for (size, dtype, method), result in results.items():
             result.peak_mib = measure_memory(size, dtype, method, settings)
             progress(f"memory of {method}, {size}, {dtype}: {result.peak_mib:.0f} MiB")
-    env = environment(settings, tuned)
+    env = environment(settings)
     for dtype in args.dtypes:
         for size in args.sizes:
             progress(f"times, {size}, {dtype} ...")

@@ -3,7 +3,7 @@
 from lora.adapters import adapter_state, load_adapter, save_adapter
 from lora.dropout import dropout
 from lora.files import FileError
-from lora.inject import add_lora, count_parameters, lora_layers
+from lora.inject import add_lora, count_parameters, lora_layers, store_base
 from lora.linear import LoRALinear, grouped_linear
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "save_adapter",
+    "store_base",
 ]

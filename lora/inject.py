@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from lora.linear import LoRALinear
+from lora.linear import LoRALinear, merging_pays
 
 
 def add_lora(
@@ -43,6 +44,18 @@ def _matches(name: str, target: str) -> bool:
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRALinears of `model` by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
+    """Keep in `dtype` the frozen weights that steps of `tokens` tokens would never merge.
+
+    Under autocast such a weight is cast to `dtype` in every step: this does it once, gives the same
+    numbers and takes half the memory. Weights that are merged stay as they are, since the sum with
+    the adapter must be rounded only once.
+    """
+    for layer in lora_layers(model).values():
+        if not merging_pays(tokens, layer):
+            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 The layer computes y = x W^T + b + s (x A^T) B^T with s = alpha / rank (Hu et al. 2021, "LoRA",
 arXiv 2106.09685). Left to autograd that is slower than training W itself, for every adapter adds
-small products and keeps intermediate results. Here two autograd functions share the work:
+small products and keeps intermediate results. Here it takes one of two forms:
 
     merged      y = x M^T + b  and  dx = g M      with M = W + s B A made for each step
     two paths   y = x W^T + b + s (x A^T) B^T     where making M costs more than it saves:
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora.dropout import draw_mask
+from lora.dropout import draw_mask, dropout
 
-# In bfloat16 a product of fewer multiply-adds than this costs little more than its launch: then
-# dW = g^T x and two tiny products are cheaper than four skinny ones.
-DENSE_GRADIENT_LIMIT = 2**26
+# Below this many multiply-adds a product costs little more than its launch. Then the fewest
+# operations win, and those are autograd's own on M = W + s B A, through the gradient of M.
+SMALL = 2**26
 
 # On a CPU a product over many tokens is faster as a batch of products over this many, summed.
 TOKEN_CHUNK = 512
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return _adapted(x, [self])[0]
+        return _adapted(x, [self])
 
     def extra_repr(self) -> str:
         return (
@@ -92,33 +92,48 @@ class LoRALinear(nn.Module):
 
 
 def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """`[layer(x) for layer in layers]`, with the products that read x shared by all the layers
-    where they are LoRALinears of one rank, scaling and dropout."""
+    """`[layer(x) for layer in layers]`, as one product where the layers are alike.
+
+    Alike are plain linears with biases, and LoRALinears of one rank, scaling and dropout. The
+    latter share the dropout's mask too, since they share its input.
+    """
     first = layers[0]
-    alike = all(
+    sizes = [layer.weight.shape[0] for layer in layers if hasattr(layer, "weight")]
+    if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        return F.linear(x, weight, bias).split(sizes, -1)
+    if all(
         type(layer) is LoRALinear
         and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
+        and (layer.bias is None) == (first.bias is None)
         for layer in layers
-    )
-    return _adapted(x, layers) if alike else [layer(x) for layer in layers]
+    ):
+        return _adapted(x, layers).split(sizes, -1)
+    return [layer(x) for layer in layers]
 
 
-def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor]:
-    """The outputs of LoRALinears that share x, rank, scaling and dropout."""
+def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
+    """The outputs, side by side, of LoRALinears that share x, rank, scaling and dropout."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     first = layers[0]
+    tokens = x.numel() // max(1, first.in_features)
     p = first.dropout if first.training else 0.0
-    weights = [layer.weight for layer in layers]
-    biases = [layer.bias for layer in layers]
-    down = [layer.lora_A for layer in layers]
-    up = [layer.lora_B for layer in layers]
-    if any(t is not None and t.requires_grad for t in weights + biases):
-        return [_by_autograd(x, layer, p) for layer in layers]
-    if p == 0.0 and all(merging_pays(x.numel() // max(1, x.shape[-1]), la) for la in layers):
-        return _Merged.apply(x, first.scaling, *weights, *biases, *down, *up)
+    W = [layer.weight for layer in layers]
+    b = [layer.bias for layer in layers if layer.bias is not None]
+    A = [layer.lora_A for layer in layers]
+    B = [layer.lora_B for layer in layers]
+    base_trains = any(t.requires_grad for t in W + b)
+    bias = _stack(b).to(x.dtype) if b else None
+    if p == 0.0 and all(merging_pays(tokens, layer) for layer in layers):
+        if base_trains or all(tokens * weight.numel() <= SMALL for weight in W):
+            return _merged_by_autograd(x, first.scaling, bias, W, A, B)
+        return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
+    if base_trains:
+        return _two_paths_by_autograd(x, first.scaling, bias, p, W, A, B)
     mask = draw_mask(x, p) if p > 0.0 else None
-    return _TwoPaths.apply(x, first.scaling, mask, *weights, *biases, *down, *up)
+    return _TwoPaths.apply(x, first.scaling, bias, mask, *W, *A, *B)
 
 
 def merging_pays(tokens: int, layer: LoRALinear) -> bool:
@@ -134,38 +149,60 @@ def merging_pays(tokens: int, layer: LoRALinear) -> bool:
     return layer.weight.dtype == layer.lora_A.dtype and tokens * (n_in + n_out) > 2 * n_in * n_out
 
 
-def _by_autograd(x: Tensor, layer: LoRALinear, p: float) -> Tensor:
-    """One layer whose base was made trainable, so that W needs its gradient after all."""
-    adapter = F.linear(F.linear(F.dropout(x, p), layer.lora_A), layer.lora_B)
-    return F.linear(x, layer.weight, layer.bias) + layer.scaling * adapter
+Tensors = Sequence[Tensor]  # one of each layer: W (out, in), A (rank, in) or B (out, rank)
+
+
+def _merged_by_autograd(
+    x: Tensor, s: float, bias: Tensor | None, W: Tensors, A: Tensors, B: Tensors
+) -> Tensor:
+    """The merged form in autograd's own operations, which serves a trainable W as well."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    # Not a `with torch.autocast(...)`: where this form is used, that would cost as much as it.
+    torch.set_autocast_enabled(device, False)
+    try:
+        M = [torch.addmm(*wba, alpha=s) for wba in zip(W, B, A, strict=True)]
+        return F.linear(x, _stack(M).to(x.dtype), bias)
+    finally:
+        torch.set_autocast_enabled(device, autocast)
+
+
+def _two_paths_by_autograd(
+    x: Tensor, s: float, bias: Tensor | None, p: float, W: Tensors, A: Tensors, B: Tensors
+) -> Tensor:
+    """The two-path form for a base that was made trainable, whose gradient is needed after all."""
+    h = F.linear(dropout(x, p, training=True), _stack(A).to(x.dtype)).split(A[0].shape[0], -1)
+    y = [F.linear(hi, up.to(x.dtype)) for hi, up in zip(h, B, strict=True)]
+    return F.linear(x, _stack(W).to(x.dtype), bias) + s * torch.cat(y, -1)
 
 
 class _Merged(torch.autograd.Function):
-    """n LoRA linears on one input; the arguments after `scaling` are n W, n b, n A and n B."""
+    """n LoRA linears on one input, outputs side by side; `parameters` are n W, n A and n B."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scaling: float, *parameters: Tensor) -> tuple[Tensor, ...]:
-        W, b, A, B = _in_four(parameters)
+    def forward(ctx, x: Tensor, scaling: float, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+        W, A, B = _in_three(parameters)
         M = _merge(W, A, B, scaling, x.dtype)
         # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
         ctx.keeps_M = x.dtype != W[0].dtype
         ctx.scaling = scaling
-        ctx.save_for_backward(x, *(M if ctx.keeps_M else W), *A, *B)
-        return _linear(x, M, b)
+        ctx.save_for_backward(x, M if ctx.keeps_M else None, *parameters)
+        return F.linear(x, M, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        M, A, B = _in_three(parameters)
-        rows, grads = _rows(x), [_rows(g) for g in grads]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, M, *parameters = ctx.saved_tensors
+        W, A, B = _in_three(parameters)
+        rows, g = _rows(x), _rows(grad)
         dx = None
         if ctx.needs_input_grad[0]:
-            if not ctx.keeps_M:
-                M = _merge(M, A, B, ctx.scaling, x.dtype)
-            dx = _input_gradient(grads, M).view(x.shape)
-        dA, dB = _adapter_gradients(rows, grads, A, B, ctx.scaling)
-        return dx, None, *(None for _ in 2 * A), *dA, *dB
+            if M is None:
+                M = _merge(W, A, B, ctx.scaling, x.dtype)
+            dx = (g @ M).view(x.shape)
+            del M
+        dA, dB = _adapter_gradients(rows, g, A, B, ctx.scaling, _through_B(g, B, ctx.scaling))
+        return dx, None, None, *(None for _ in W), *dA, *dB
 
 
 class _TwoPaths(torch.autograd.Function):
@@ -173,92 +210,72 @@ class _TwoPaths(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, scaling: float, mask: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        W, b, A, B = _in_four(parameters)
-        W = [w.to(x.dtype) for w in W]
-        ys = _linear(x, W, b)
-        h = F.linear(x if mask is None else x * mask, torch.cat(A).to(x.dtype))
-        for y, hi, up in zip(ys, _rows(h).split(A[0].shape[0], 1), B, strict=True):
-            _rows(y).addmm_(hi, up.t().to(x.dtype), alpha=scaling)
+        ctx,
+        x: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        W, A, B = _in_three(parameters)
+        cast = _stack(W).to(x.dtype)
+        y = F.linear(x, cast, bias)
+        h = F.linear(x if mask is None else x * mask, _stack(A).to(x.dtype))
+        columns = zip(_split(_rows(y), B), _rows(h).split(A[0].shape[0], 1), B, strict=True)
+        for yi, hi, up in columns:
+            yi.addmm_(hi, up.t().to(x.dtype), alpha=scaling)
         ctx.scaling = scaling
-        ctx.save_for_backward(x, mask, *W, *A, *B)
-        return ys
+        ctx.keeps_W = cast is not W[0]
+        ctx.save_for_backward(x, mask, cast if ctx.keeps_W else None, *parameters)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, *parameters = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
-        grads = [_rows(g) for g in grads]
-        gB = _through_B(grads, B, ctx.scaling)
+        g = _rows(grad)
+        gB = _through_B(g, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(grads, W)
-            down = torch.cat(A).to(x.dtype)
+            dx = g @ (cast if ctx.keeps_W else W[0])
+            down = _stack(A).to(x.dtype)
             if mask is None:
                 dx.addmm_(gB, down)
             else:
                 dx.addcmul_(gB @ down, _rows(mask))
             dx = dx.view(x.shape)
         rows = _rows(x if mask is None else x * mask)
-        dA, dB = _adapter_gradients(rows, grads, A, B, ctx.scaling, gB)
-        return dx, None, None, *(None for _ in 2 * A), *dA, *dB
+        dA, dB = _adapter_gradients(rows, g, A, B, ctx.scaling, gB)
+        return dx, None, None, None, *(None for _ in W), *dA, *dB
 
 
-def _linear(x: Tensor, W: Sequence[Tensor], b: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    biases = [None if bias is None else bias.to(x.dtype) for bias in b]
-    return tuple(F.linear(x, w, bias) for w, bias in zip(W, biases, strict=True))
-
-
-def _merge(
-    W: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], s: float, dtype: torch.dtype
-) -> list[Tensor]:
-    """W + s B A of each layer, added up in W's and A's dtype and rounded once, to `dtype`.
+def _merge(W: Tensors, A: Tensors, B: Tensors, s: float, dtype: torch.dtype) -> Tensor:
+    """W + s B A of all layers, stacked; added up in W's dtype and rounded once, to `dtype`.
 
     `out=` keeps autocast from adding up in its own dtype, which would swallow small updates.
     """
-    return [
-        torch.addmm(w, up, down, alpha=s, out=torch.empty_like(w)).to(dtype)
-        for w, down, up in zip(W, A, B, strict=True)
-    ]
+    M = W[0].new_empty(sum(w.shape[0] for w in W), W[0].shape[1])
+    for out, w, down, up in zip(_split(M, W, 0), W, A, B, strict=True):
+        torch.addmm(w, up, down, alpha=s, out=out)
+    return M.to(dtype)
 
 
-def _input_gradient(grads: Sequence[Tensor], W: Sequence[Tensor]) -> Tensor:
-    """The sum of g W over the layers: (T, in)."""
-    dx = grads[0] @ W[0]
-    for g, w in zip(grads[1:], W[1:], strict=True):
-        dx.addmm_(g, w)
-    return dx
-
-
-def _through_B(grads: Sequence[Tensor], B: Sequence[Tensor], s: float) -> Tensor:
+def _through_B(g: Tensor, B: Tensors, s: float) -> Tensor:
     """s g B of all layers side by side: (T, n * rank)."""
-    products = [g @ (up * s).to(g.dtype) for g, up in zip(grads, B, strict=True)]
+    products = [gi @ (up * s).to(g.dtype) for gi, up in zip(_split(g, B), B, strict=True)]
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
 def _adapter_gradients(
-    x: Tensor,
-    grads: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    s: float,
-    gB: Tensor | None = None,
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """dA and dB of each layer, from x (T, in) and its g (T, out)."""
-    T, rank = x.shape[0], A[0].shape[0]
-    if x.dtype == torch.bfloat16 and T * A[0].shape[1] * B[0].shape[0] <= DENSE_GRADIENT_LIMIT:
-        dW = [(g.t() @ x).to(A[0].dtype) for g in grads]
-        dA = [(up.t() @ d).mul_(s) for up, d in zip(B, dW, strict=True)]
-        dB = [(d @ down.t()).mul_(s) for down, d in zip(A, dW, strict=True)]
-        return dA, dB
-    if gB is None:
-        gB = _through_B(grads, B, s)
-    h = F.linear(x, (torch.cat(A) * s).to(x.dtype))  # (T, n * rank)
+    x: Tensor, g: Tensor, A: Tensors, B: Tensors, s: float, gB: Tensor
+) -> tuple[Tensors, Tensors]:
+    """dA and dB of each layer from x (T, in), g (T, sum of out) and s g B (T, n * rank)."""
+    rank = A[0].shape[0]
+    h = F.linear(x, (_stack(A) * s).to(x.dtype))  # (T, n * rank)
     dA = _over_tokens(gB, x).split(rank)
-    dB = [_over_tokens(hi, g).t() for hi, g in zip(h.split(rank, 1), grads, strict=True)]
-    return dA, dB
+    columns = zip(h.split(rank, 1), _split(g, B), strict=True)
+    return dA, [_over_tokens(hi, gi).t() for hi, gi in columns]
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
@@ -266,7 +283,7 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     T = a.shape[0]
     if a.device.type != "cpu" or T < 2 * TOKEN_CHUNK or T % TOKEN_CHUNK:
         return a.t() @ b
-    a, b = (t.reshape(T // TOKEN_CHUNK, TOKEN_CHUNK, -1) for t in (a, b))
+    a, b = (t.unflatten(0, (T // TOKEN_CHUNK, TOKEN_CHUNK)) for t in (a, b))
     return torch.bmm(a.transpose(1, 2), b).sum(0)
 
 
@@ -275,11 +292,16 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _in_four(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    n = len(parameters) // 4
-    return tuple(parameters[i : i + n] for i in range(0, 4 * n, n))
+def _stack(tensors: Tensors) -> Tensor:
+    """One below the other; a single one as it is, for it needs no copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _in_three(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+def _split(t: Tensor, like: Tensors, dim: int = 1) -> Tensors:
+    """The part of each layer, whose out_features are the first sizes of `like`."""
+    return [t] if len(like) == 1 else t.split([part.shape[0] for part in like], dim)
+
+
+def _in_three(parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:
     n = len(parameters) // 3
-    return tuple(parameters[i : i + n] for i in range(0, 3 * n, n))
+    return parameters[:n], parameters[n : 2 * n], parameters[2 * n :]

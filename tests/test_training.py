@@ -1,12 +1,17 @@
 """The script as a user starts it: records, files, determinism, and refusals."""
 
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import TEXT, TINY, refused, start_script, succeeded
+from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
 
 STEP = re.compile(
     r"step (\d+) \| train loss (\S+) \| val loss (\S+) \+- (\S+) \| lr (\S+) \| "
@@ -155,6 +160,7 @@ BAD_INPUT = {
     "base is a folder": ({"BASE_CHECKPOINT": ".", "OUT_DIR": "b"}, "."),
     "base is an adapter": ({"BASE_CHECKPOINT": "out/lora.pt", "OUT_DIR": "b"}, "a LoRA adapter"),
     "output is a file": ({"OUT_DIR": "text.txt"}, "text.txt"),
+    "too large": ({"N_EMBD": "400000000", "DATA": "text.txt"}, "memory"),
     "loss is not a number": ({"LEARNING_RATE": "1e30", "GRAD_CLIP": "0"}, "LEARNING_RATE"),
 }
 
@@ -184,6 +190,35 @@ def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
     if case == "loss is not a number":  # and the good checkpoint is still there
         good = (trained_folder / "out" / "full.pt").read_bytes()
         assert (folder / "out" / "full.pt").read_bytes() == good
+
+
+def test_an_interrupt_ends_in_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py")],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]} | TINY | {"MAX_STEPS": "1000000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "step 3 " not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.startswith("error: interrupted") and error.count("\n") == 1
+    torch.load(tmp_path / "out" / "full.pt", weights_only=True)
+
+
+def test_test_mode_takes_seconds(tmp_path):
+    """The default model and corpus from start to saved files, in both modes."""
+    for mode in ("False", "True"):
+        started = time.monotonic()
+        record = succeeded(start_script(tmp_path, TEST_MODE="True", USE_LORA=mode))
+        assert time.monotonic() - started < 20
+        assert "name:     python-code" in record
+    assert (tmp_path / "out-test" / "lora.pt").exists()
 
 
 def test_probable_mistakes_are_pointed_out(training):
