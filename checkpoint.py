@@ -40,9 +40,7 @@ def save_checkpoint(
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint. Raises FileError when it is missing, damaged or of another kind."""
-    content = read_file(path, FORMAT)
-    if content.get("version") != VERSION:
-        raise FileError(f"{path} has format version {content.get('version')}, not {VERSION}")
+    content = read_file(path, FORMAT, VERSION)
     shape, tensors, metadata = (content.get(key) for key in ("shape", "tensors", "metadata"))
     if (
         not all(isinstance(part, dict) for part in (shape, tensors, metadata))
@@ -65,5 +63,10 @@ def load_base(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
     """
+    for name, size in checkpoint.shape.items():  # n_head shows in no tensor
+        if getattr(model, name) != size:
+            raise FileError(
+                f"{checkpoint.path} has {name}={size}, the model has {getattr(model, name)}"
+            )
     check_tensors(checkpoint.path, checkpoint.tensors, base_state(model))
     model.load_state_dict(checkpoint.tensors, strict=False)

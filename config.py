@@ -9,8 +9,11 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+# Names that begin like ours are ours, or misspelt.
+PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
@@ -80,7 +83,7 @@ class Config:
     min_learning_rate: float | None = option(
         None, "learning rate at the last step [LEARNING_RATE / 10]", at_least=0
     )
-    warmup_steps: int = option(50, "steps of linear warm-up", at_least=0, test=2)
+    warmup_steps: int = option(50, "steps of warm-up, at most half the run", at_least=0, test=2)
     weight_decay: float = option(0.1, "AdamW's decay, on matrices", lora=0.0, at_least=0)
     adam_beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
     adam_beta2: float = option(0.99, "AdamW's second beta", at_least=0, below=1)
@@ -116,11 +119,6 @@ class Config:
         return config
 
     def _check_combinations(self) -> None:
-        if self.n_embd % self.n_head != 0:
-            raise ConfigError(
-                f"N_EMBD={self.n_embd} is not divisible by N_HEAD={self.n_head}; "
-                "the heads share the width evenly"
-            )
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
@@ -130,7 +128,7 @@ class Config:
     @property
     def output_folder(self) -> str:
         """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
-        return self.out_dir.rstrip("/") + "-test" if self.test_mode else self.out_dir
+        return f"{Path(self.out_dir)}-test" if self.test_mode else self.out_dir
 
     def describe(self) -> list[str]:
         """One `NAME: value` line for each variable; `*` marks those that the user set."""
@@ -179,17 +177,21 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
         return text.lower() if choices else text
     accepted = ("a whole number" if kind is int else "a number") + _range(field)
     try:
-        value = kind(text.replace("_", "")) if text.isascii() else kind("not a number")
+        if not text.isascii():
+            raise ValueError
+        value = kind(text)
     except ValueError:
-        raise ConfigError(f"{name}={text!r} is not {accepted}") from None
+        raise ConfigError(f"{name}={text[:80]!r} is not {accepted}") from None
     limits = field.metadata
+    if kind is int and value >= 2**63:  # larger than torch and numpy take
+        raise ConfigError(f"{name}={text[:80]} is too large")
     if (
-        not math.isfinite(value)
+        (kind is float and not math.isfinite(value))
         or (limits["at_least"] is not None and value < limits["at_least"])
         or (limits["above"] is not None and value <= limits["above"])
         or (limits["below"] is not None and value >= limits["below"])
     ):
-        raise ConfigError(f"{name}={text} is not {accepted}")
+        raise ConfigError(f"{name}={text[:80]} is not {accepted}")
     return value
 
 
@@ -203,12 +205,14 @@ def _refuse_misspelt(name: str, known: Mapping[str, Any]) -> None:
     """Raise ConfigError for a variable that was probably meant to be one of ours.
 
     The environment is full of other programs' variables, so only two kinds are refused: those
-    that begin with LORA_, and those that are almost spelled as one of ours. A known name behind
+    that begin like ours, and those that are almost spelled as one of ours. A known name behind
     another program's prefix (OMP_NUM_THREADS) is left alone.
     """
-    if name in known or name.endswith(tuple("_" + k for k in known)):
+    begins_like_ours = name.upper().startswith(PREFIXES)
+    foreign = name.endswith(tuple("_" + k for k in known)) and not begins_like_ours
+    if name in known or foreign:
         return
-    cutoff = 0.0 if name.startswith("LORA_") else 0.85
+    cutoff = 0.0 if begins_like_ours else 0.85
     nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff)
     if nearest:
         raise ConfigError(f"{name} is not a variable of this script; did you mean {nearest[0]}?")

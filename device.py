@@ -1,6 +1,7 @@
 """The hardware of a run: which device, which dtype and why, and its memory."""
 
 import ctypes
+import math
 import sys
 
 import torch
@@ -69,11 +70,16 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: what torch allocated on a GPU, the whole process's elsewhere."""
+    """Peak memory in MiB: what torch allocated on CUDA, elsewhere the process's resident set.
+
+    nan where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

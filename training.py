@@ -7,6 +7,7 @@
 The environment configures everything (config.py). Facts go to stdout, the progress bar to stderr.
 """
 
+import dataclasses
 import math
 import os
 import statistics
@@ -55,6 +56,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     corpus: Corpus
+    base_path: str | None  # None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
     model: BigramLanguageModelLoRA
     last: Path  # where the weights or the adapter of the last evaluation go
@@ -66,11 +68,12 @@ class Run:
 
 def main(arguments: list[str]) -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    if arguments in (["--help"], ["-h"]):
-        say(__doc__.strip(), "", *format_table(help_table()))
-        return 0
+    if sys.stdout is not None:  # which it is when the caller closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if arguments in (["--help"], ["-h"]):
+            say(__doc__.strip(), "", *format_table(help_table()))
+            return 0
         if arguments:
             raise ConfigError(
                 f"{arguments[0]!r} is not understood: configuration comes from the environment, "
@@ -84,12 +87,17 @@ def main(arguments: list[str]) -> int:
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if not hardware.is_out_of_memory(error):
             raise
-        return fail("there is not enough memory; lower BATCH_SIZE, BLOCK_SIZE or N_EMBD", 2)
+        return fail(
+            "not enough memory; lower BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK",
+            2,
+        )
     except KeyboardInterrupt:
         return fail("interrupted; the files of the last evaluation are as they were", 130)
-    except BrokenPipeError:  # whoever read the record has gone, as in `python training.py | head`
+    except OSError as error:
+        # The record cannot be written: a full disk, or its reader has gone (`... | head`). Python
+        # would try again at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail("stdout was closed", 141)
+        return fail(f"stdout: {error.strerror}", 2)
     return 0
 
 
@@ -109,6 +117,7 @@ def set_up(config: Config) -> Run:
     last, best = output_files(config)
     base = find_base(config, last, best)
     shape = choose_shape(config, base)
+    config = dataclasses.replace(config, **{name: shape[name] for name in SHAPE[1:]})
     corpus = load_corpus(config.data, DEFAULT_INPUT)
     check_length(corpus, shape["block_size"])
     model = BigramLanguageModelLoRA(
@@ -134,7 +143,8 @@ def set_up(config: Config) -> Run:
     say(*describe_parameters(config, model))
     for note in notes(config, base, model):
         say(f"Note: {note}")
-    return Run(config, device, dtype, corpus, base_id, model, last, best)
+    base_path = base.path if base is not None else None
+    return Run(config, device, dtype, corpus, base_path, base_id, model, last, best)
 
 
 def train(run: Run) -> None:
@@ -150,58 +160,58 @@ def train(run: Run) -> None:
     step_times: list[float] = []
     best_loss = math.inf
     sizes: dict[Path, int] = {}
-    bar = tqdm(total=config.max_steps, unit="step", disable=not shows_progress(config))
     started = time.perf_counter()
 
-    for step in range(config.max_steps + 1):
-        if step % config.eval_interval == 0 or step == config.max_steps:
-            hardware.synchronize(run.device)
-            train_loss = torch.stack(losses).mean().item() if losses else math.nan
-            val_loss, val_error = evaluate(run, windows)
-            recent = step_times[-len(losses) :] if losses else []
-            with tqdm.external_write_mode():
-                say(
-                    f"step {step} | train loss {train_loss:.4f} | val loss {val_loss:.4f} "
-                    f"+- {val_error:.4f} | lr {learning_rate(config, step):.2e} | tokens/s "
-                    f"{rate(tokens_per_step, recent):.0f} | "
-                    f"elapsed {time.perf_counter() - started:.1f} s"
+    with tqdm(total=config.max_steps, unit="step", disable=not shows_progress(config)) as bar:
+        for step in range(config.max_steps + 1):
+            if step % config.eval_interval == 0 or step == config.max_steps:
+                hardware.synchronize(run.device)
+                train_loss = torch.stack(losses).mean().item() if losses else math.nan
+                val_loss, val_error = evaluate(run, windows)
+                recent = step_times[-len(losses) :] if losses else []
+                with tqdm.external_write_mode():
+                    say(
+                        f"step {step} | train loss {train_loss:.4f} | val loss {val_loss:.4f} "
+                        f"+- {val_error:.4f} | lr {learning_rate(config, step):.2e} | tokens/s "
+                        f"{rate(tokens_per_step, recent):.0f} | "
+                        f"elapsed {time.perf_counter() - started:.1f} s"
+                    )
+                check_finite(val_loss, step, config)
+                losses.clear()
+                if step > 0:
+                    sizes[run.last] = save(run, run.last, step, val_loss)
+                    if val_loss < best_loss:
+                        best_loss = val_loss
+                        sizes[run.best] = save(run, run.best, step, val_loss)
+                if step == config.max_steps:
+                    break
+
+            step_started = time.perf_counter()
+            loss = torch.zeros((), device=run.device)
+            for micro_step in range(config.grad_accum_steps):
+                shape = (config.batch_size, model.block_size)
+                x, y = training_batch(
+                    run.corpus.train, *shape, config.seed, step, micro_step, run.device
                 )
-            check_finite(val_loss, step, config)
-            losses.clear()
-            if step > 0:
-                sizes[run.last] = save(run, run.last, step, val_loss)
-                if val_loss < best_loss:
-                    best_loss = val_loss
-                    sizes[run.best] = save(run, run.best, step, val_loss)
-            if step == config.max_steps:
-                break
+                with run.autocast():
+                    _, micro_loss = model(x, y)
+                micro_loss = micro_loss / config.grad_accum_steps
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            if config.grad_clip > 0:
+                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            if step % 10 == 0:  # reading the loss waits for the device, so not at every step
+                check_finite(loss.item(), step, config)
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            hardware.synchronize(run.device)
+            step_times.append(time.perf_counter() - step_started)
+            bar.update()
 
-        step_started = time.perf_counter()
-        loss = torch.zeros((), device=run.device)
-        for micro_step in range(config.grad_accum_steps):
-            shape = (config.batch_size, model.block_size)
-            x, y = training_batch(
-                run.corpus.train, *shape, config.seed, step, micro_step, run.device
-            )
-            with run.autocast():
-                _, micro_loss = model(x, y)
-            micro_loss = micro_loss / config.grad_accum_steps
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        if config.grad_clip > 0:
-            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        if step % 10 == 0:  # reading the loss waits for the device, so not at every step
-            check_finite(loss.item(), step, config)
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        step_times.append(time.perf_counter() - step_started)
-        bar.update()
-
-    bar.close()
     say(
         f"Best validation loss: {best_loss:.4f}",
         f"Final validation loss: {val_loss:.4f}",
@@ -214,13 +224,14 @@ def train(run: Run) -> None:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine from LEARNING_RATE down to MIN_LEARNING_RATE."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    """Linear warm-up, then a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the last step."""
+    warmup = min(config.warmup_steps, config.max_steps // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
     low = config.min_learning_rate
     if low is None:
         low = config.learning_rate / 10
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    progress = (step - warmup) / max(1, config.max_steps - 1 - warmup)
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -266,7 +277,7 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     shape = {name: getattr(run.model, name) for name in SHAPE}
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, shape, metadata)
-    metadata |= {"shape": shape}
+    metadata |= {"shape": shape, "base_checkpoint": run.base_path, "seed": run.config.seed}
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     return save_adapter(path, run.model, run.base_id, metadata)
 
@@ -315,6 +326,11 @@ def find_base(config: Config, last: Path, best: Path) -> Checkpoint | None:
 def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
     """The model's shape: the base's, or without one the configuration's."""
     if base is None:
+        if config.n_embd % config.n_head != 0:
+            raise ConfigError(
+                f"N_EMBD={config.n_embd} is not divisible by N_HEAD={config.n_head}; "
+                "the heads share the width evenly"
+            )
         return {"vocab_size": VOCAB_SIZE} | {name: getattr(config, name) for name in SHAPE[1:]}
     if base.shape["vocab_size"] != VOCAB_SIZE:
         raise FileError(f"{base.path} has vocab_size={base.shape['vocab_size']}, not {VOCAB_SIZE}")
@@ -331,11 +347,13 @@ def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
 def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
     if base is None:
         return f"Base: none, random weights (fingerprint {base_id})"
-    data, val_loss = base.metadata.get("data"), base.metadata.get("val_loss", math.nan)
-    same = "the same data" if base.metadata.get("checksum") == corpus.checksum else "other data"
+    facts = base.metadata
+    val_loss = facts.get("val_loss")
+    reached = f" to validation loss {val_loss:.4f}" if isinstance(val_loss, float) else ""
+    same = "the same data" if facts.get("checksum") == corpus.checksum else "other data"
     return (
-        f"Base: {base.path} (fingerprint {base_id}), {base.metadata.get('step')} steps on {data} "
-        f"to validation loss {val_loss:.4f}; this run trains on {same}"
+        f"Base: {base.path} (fingerprint {base_id}), {facts.get('step')} steps on "
+        f"{facts.get('data')}{reached}; this run trains on {same}"
     )
 
 

@@ -39,16 +39,17 @@ def training_batch(
 
 
 def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> np.ndarray:
-    """Offsets of evenly spaced windows, from the first possible to the last.
+    """Offsets of evenly spaced windows that do not overlap, from the first possible to the last.
 
-    They depend on no seed, so that the losses of any two runs on a corpus can be compared.
+    They depend on no seed, so that runs that ask for as many can be compared; and as no token is
+    in two of them, the standard error of their losses is not understated.
 
     Args:
         tokens: (n,) uint8, the split to evaluate on.
         n_windows: how many offsets are wanted; a split too short for as many gives all it has.
 
     Returns:
-        (min(n_windows, n - block_size),) int64, strictly increasing; for one window, offset 0.
+        (min(n_windows, (n - 1) // block_size),) int64, at least block_size apart.
 
     Raises:
         ValueError: tokens has fewer than block_size + 1 bytes, or n_windows is below 1.
@@ -56,7 +57,7 @@ def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> n
     if n_windows < 1:
         raise ValueError(f"n_windows is {n_windows}, but must be at least 1")
     n_offsets = _count_offsets(tokens, block_size)
-    n_windows = min(n_windows, n_offsets)
+    n_windows = min(n_windows, (len(tokens) - 1) // block_size)
     return np.arange(n_windows, dtype=np.int64) * (n_offsets - 1) // max(n_windows - 1, 1)
 
 

@@ -1,7 +1,6 @@
 """LoRA for PyTorch: the layer, its injection into a model, and adapter files."""
 
 from lora.adapters import adapter_state, load_adapter, save_adapter
-from lora.dropout import dropout
 from lora.files import FileError
 from lora.inject import add_lora, count_parameters, lora_layers, store_base
 from lora.linear import LoRALinear, grouped_linear
@@ -12,7 +11,6 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "count_parameters",
-    "dropout",
     "grouped_linear",
     "load_adapter",
     "lora_layers",

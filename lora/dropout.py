@@ -8,7 +8,8 @@ from torch import Tensor
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p).
 
-    On a CPU the probability is rounded to a multiple of 1/65536; elsewhere this is `F.dropout`.
+    On a CPU the probability is rounded to a multiple of 1/65536 below 1; elsewhere this is
+    `F.dropout`.
     """
     if not training or p == 0.0:
         return x
@@ -23,9 +24,10 @@ def draw_mask(x: Tensor, p: float) -> Tensor:
     # from torch's default generator, so seeds and resuming hold.
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = min(round(p * 65536), 65535)  # of 65536 values
     mask = torch.empty(x.shape, dtype=x.dtype)
-    torch.ge(bits, round(p * 65536) - 32768, out=mask)  # 1.0 with probability 1 - p
-    return mask.mul_(1.0 / (1.0 - p))
+    torch.ge(bits, dropped - 32768, out=mask)  # 1.0 with probability 1 - dropped / 65536
+    return mask.mul_(65536 / (65536 - dropped))
 
 
 class _Dropout(torch.autograd.Function):

@@ -45,8 +45,8 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
     return size
 
 
-def read_file(path: str | os.PathLike, kind: str) -> dict[str, Any]:
-    """The content of a file that `write_file` made and whose entry `format` is `kind`.
+def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any]:
+    """The content of a file that `write_file` made, with `format` kind and this `version`.
 
     Nothing but plain data is unpickled. Raises FileError for anything else.
     """
@@ -57,12 +57,16 @@ def read_file(path: str | os.PathLike, kind: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
         raise FileError(f"{path} is not a {kind}, or it is damaged") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
         what = f"a {found}" if isinstance(found, str) else "some other file"
         raise FileError(f"{path} is {what}, not a {kind}")
+    if content.get("version") != version:
+        raise FileError(f"{path} has format version {content.get('version')}, not {version}")
     return content
 
 
@@ -106,4 +110,4 @@ def _umask() -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+    return (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]

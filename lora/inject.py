@@ -20,8 +20,13 @@ def add_lora(
     `targets` are module names or their last parts (`"query"`, `"blocks.0.attn.query"`), None for
     every linear. Returns the full names of the adapted modules.
 
-    Raises ValueError when a target matches no linear: the message lists what would match.
+    Adapters that the model has already stay and go on training.
+
+    Raises ValueError, and leaves the model as it was, for a rank or dropout out of range, and when
+    a target matches no linear: the message lists what would match.
     """
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is itself a linear, in which nothing can be swapped")
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     chosen = list(linears)
     if targets is not None:
@@ -30,10 +35,13 @@ def add_lora(
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
                 raise ValueError(f"target {target!r} matches no linear; these would: {known}")
         chosen = [name for name in linears if any(_matches(name, t) for t in targets)]
-    model.requires_grad_(False)
-    for name in chosen:
+    adapted = {name: LoRALinear(linears[name], rank, alpha, dropout) for name in chosen}
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            parameter.requires_grad_(False)
+    for name, layer in adapted.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linears[name], rank, alpha, dropout))
+        setattr(model.get_submodule(parent), child, layer)
     return chosen
 
 
@@ -54,7 +62,7 @@ def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
     the adapter must be rounded only once.
     """
     for layer in lora_layers(model).values():
-        if not merging_pays(tokens, layer):
+        if layer.dropout > 0.0 or not merging_pays(tokens, layer):
             layer.weight.data = layer.weight.data.to(dtype)
 
 

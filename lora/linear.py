@@ -10,7 +10,7 @@ small products and keeps intermediate results. Here it takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, and M or W where it was cast for the step.
+Only x is kept for backward, with dropout its mask, and M or W where it was cast for the step.
 """
 
 import math
@@ -69,6 +69,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
         self.reset_parameters()
+        self.train(linear.training)
 
     def reset_parameters(self) -> None:
         """Start the adapter afresh: B A = 0."""
@@ -95,21 +96,21 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """`[layer(x) for layer in layers]`, as one product where the layers are alike.
 
     Alike are plain linears with biases, and LoRALinears of one rank, scaling and dropout. The
-    latter share the dropout's mask too, since they share its input.
+    latter share the dropout's mask too, since they share its input. Forward hooks of layers that
+    are alike do not run.
     """
     first = layers[0]
-    sizes = [layer.weight.shape[0] for layer in layers if hasattr(layer, "weight")]
     if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        return F.linear(x, weight, bias).split(sizes, -1)
+        return F.linear(x, weight, bias).split([layer.weight.shape[0] for layer in layers], -1)
     if all(
         type(layer) is LoRALinear
         and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
         and (layer.bias is None) == (first.bias is None)
         for layer in layers
     ):
-        return _adapted(x, layers).split(sizes, -1)
+        return _adapted(x, layers).split([layer.out_features for layer in layers], -1)
     return [layer(x) for layer in layers]
 
 
@@ -184,9 +185,8 @@ class _Merged(torch.autograd.Function):
         W, A, B = _in_three(parameters)
         M = _merge(W, A, B, scaling, x.dtype)
         # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
-        ctx.keeps_M = x.dtype != W[0].dtype
         ctx.scaling = scaling
-        ctx.save_for_backward(x, M if ctx.keeps_M else None, *parameters)
+        ctx.save_for_backward(x, M if x.dtype != W[0].dtype else None, *parameters)
         return F.linear(x, M, bias)
 
     @staticmethod
@@ -225,8 +225,7 @@ class _TwoPaths(torch.autograd.Function):
         for yi, hi, up in columns:
             yi.addmm_(hi, up.t().to(x.dtype), alpha=scaling)
         ctx.scaling = scaling
-        ctx.keeps_W = cast is not W[0]
-        ctx.save_for_backward(x, mask, cast if ctx.keeps_W else None, *parameters)
+        ctx.save_for_backward(x, mask, cast if x.dtype != W[0].dtype else None, *parameters)
         return y
 
     @staticmethod
@@ -238,7 +237,7 @@ class _TwoPaths(torch.autograd.Function):
         gB = _through_B(g, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (cast if ctx.keeps_W else W[0])
+            dx = g @ (_stack(W) if cast is None else cast)
             down = _stack(A).to(x.dtype)
             if mask is None:
                 dx.addmm_(gB, down)

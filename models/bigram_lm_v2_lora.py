@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import add_lora, count_parameters
-from lora import dropout as apply_dropout
+from lora.dropout import dropout as apply_dropout
 from models.transformer import Block
 
 
@@ -72,8 +72,13 @@ class BigramLanguageModelLoRA(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab_size) for tokens `idx` (B, T), and the mean cross-entropy in nats
-        of `targets` (B, T), None without targets."""
+        of `targets` (B, T), None without targets.
+
+        Raises ValueError when T is above block_size.
+        """
         T = idx.shape[1]
+        if self.block_size < T:
+            raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
         positions = self.position_embedding_table.weight[:T]  # (T, C)
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
@@ -108,6 +113,14 @@ class BigramLanguageModelLoRA(nn.Module):
             raise ValueError(f"temperature={temperature} or top_k={top_k} is out of range")
         was_training = self.training
         self.eval()
+        try:
+            return self._continue(idx, max_new_tokens, temperature, top_k)
+        finally:
+            self.train(was_training)
+
+    def _continue(
+        self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
+    ) -> Tensor:
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size :])
             logits = logits[:, -1].float()  # (B, vocab_size)
@@ -119,7 +132,6 @@ class BigramLanguageModelLoRA(nn.Module):
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
             idx = torch.cat([idx, new], dim=1)
-        self.train(was_training)
         return idx
 
     def get_parameter_info(self) -> dict[str, float]:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import dropout, grouped_linear
+from lora import grouped_linear
+from lora.dropout import dropout
 
 # Up to this context length the plain form of attention beats torch's fused one on a CPU, in
 # bfloat16 always and in float32 where attention has dropout.
@@ -57,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linears with GPT-2's tanh-approximated GELU between them."""
+    """Two linears with a GELU between them."""
 
     def __init__(self, n_embd: int, dropout: float) -> None:
         super().__init__()

@@ -47,6 +47,22 @@ def test_a_loaded_adapter_gives_the_same_logits_to_the_bit(tmp_path):
     assert torch.equal(other(IDX)[0], model(IDX)[0])
 
 
+def test_an_adapter_brings_its_alpha(tmp_path):
+    model = make(seed=1, lora_alpha=32.0)
+    save_adapter(tmp_path / "a.pt", model, "base", {})
+    other = make(trained=False, lora_alpha=16.0)
+    load_adapter(tmp_path / "a.pt", other, "base")
+    assert torch.equal(other(IDX)[0], model(IDX)[0])
+
+
+def test_a_base_of_other_heads_is_refused(tmp_path):
+    """No tensor shows the number of heads."""
+    save_checkpoint(tmp_path / "full.pt", make(use_lora=False), SHAPE, {})
+    other = BigramLanguageModelLoRA(**SHAPE | {"n_head": 4}, device="cpu", dropout=0.0)
+    with pytest.raises(FileError, match="n_head=2, the model has 4"):
+        load_base(other, read_checkpoint(tmp_path / "full.pt"))
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_adapter(tmp_path / "a.pt", make(seed=1), "one", {})
     model = make(trained=False)
@@ -142,15 +158,15 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "file.pt"
-    write_file(path, {"format": "x", "n": 1})
+    write_file(path, {"format": "x", "version": 1, "n": 1})
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(FileError, match="No space left"):
-        write_file(path, {"format": "x", "n": 2})
-    assert read_file(path, "x")["n"] == 1
+        write_file(path, {"format": "x", "version": 1, "n": 2})
+    assert read_file(path, "x", 1)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
 
 
@@ -178,6 +194,18 @@ def test_lora_goes_into_any_module_by_name_or_suffix():
     expected = model(x)
     assert len(add_lora(model)) == 4
     assert torch.equal(model(x), expected)
+
+
+def test_adapters_added_later_leave_the_first_ones_training():
+    model = Attention().eval()
+    add_lora(model, rank=2, targets=["query"])
+    add_lora(model, rank=3, targets=["value"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{n}.lora_{m}" for n in ("query", "value") for m in "AB"}
+    assert not model.query.training
+    with pytest.raises(ValueError, match="rank=0"):
+        add_lora(model, rank=0)
+    assert len(lora_layers(model)) == 2
 
 
 def test_a_target_that_matches_nothing_lists_what_would():

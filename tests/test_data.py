@@ -549,8 +549,10 @@ def test_validation_windows_are_evenly_spaced_over_the_whole_split() -> None:
         assert validation_windows(RAMP, 1, 16).tolist() == [0]
 
 
-def test_short_split_gives_each_window_once() -> None:
-    assert validation_windows(RAMP[:10], n_windows=100, block_size=4).tolist() == list(range(6))
+def test_short_split_gives_windows_that_do_not_overlap() -> None:
+    assert validation_windows(RAMP[:10], n_windows=100, block_size=4).tolist() == [0, 5]
+    many = validation_windows(RAMP, n_windows=100, block_size=7)
+    assert len(many) == 199 // 7 and np.diff(many).min() >= 7
     assert validation_windows(RAMP[:5], n_windows=100, block_size=4).tolist() == [0]
 
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import sys
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora import LoRALinear, grouped_linear
+from lora import dropout as dropout_module
 from lora import linear as module
-
-dropout_module = sys.modules["lora.dropout"]  # `lora.dropout` is the function
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -333,6 +331,21 @@ def test_eval_no_grad_and_inference_mode_give_the_same_output():
         assert torch.equal(layer(x), y)
     with torch.inference_mode():
         assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("which", FORMS)
+def test_it_can_be_traced_by_torch_compile(which):
+    """Traced and differentiated ahead of time; code generation is left out, for it takes long."""
+    layer, x = make(16, 24), torch.randn(10, 24, requires_grad=True)
+    with form(which):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager")
+        y = compiled(x)
+        y.sum().backward()
+        found = [y, x.grad, layer.lora_A.grad, layer.lora_B.grad]
+    exact = reference(layer, x, torch.ones_like(y))
+    for value, wanted in zip(found, exact.values(), strict=True):
+        assert relative_error(value, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2, "dropout": 1.0}, {"dropout": -0.1}])

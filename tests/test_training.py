@@ -160,6 +160,10 @@ BAD_INPUT = {
     "base is a folder": ({"BASE_CHECKPOINT": ".", "OUT_DIR": "b"}, "."),
     "base is an adapter": ({"BASE_CHECKPOINT": "out/lora.pt", "OUT_DIR": "b"}, "a LoRA adapter"),
     "output is a file": ({"OUT_DIR": "text.txt"}, "text.txt"),
+    "dropout near 1 is legal, the heads are not": (
+        {"DROPOUT": "0.999999", "N_HEAD": "5"},
+        "N_HEAD=5",
+    ),
     "too large": ({"N_EMBD": "400000000", "DATA": "text.txt"}, "memory"),
     "loss is not a number": ({"LEARNING_RATE": "1e30", "GRAD_CLIP": "0"}, "LEARNING_RATE"),
 }
@@ -202,7 +206,7 @@ def test_an_interrupt_ends_in_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while "step 3 " not in process.stdout.readline():
+    while "step 6 " not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -221,6 +225,18 @@ def test_test_mode_takes_seconds(tmp_path):
     assert (tmp_path / "out-test" / "lora.pt").exists()
 
 
+def test_a_record_that_cannot_be_written_ends_in_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    environment = {"PATH": os.environ["PATH"]} | TINY
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, str(ROOT / "training.py")],
+            cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr == "error: stdout: No space left on device\n"
+
+
 def test_probable_mistakes_are_pointed_out(training):
     record = succeeded(training(LORA_RANK="4", MAX_STEPS="1"))
     assert "Note: LORA_RANK set without USE_LORA=True" in record
@@ -236,7 +252,7 @@ def test_the_schedule_warms_up_and_falls_to_its_minimum():
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert max(rates) == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.6)
-    assert rates[100] == pytest.approx(0.2)
+    assert rates[54] + rates[55] == pytest.approx(2 * 0.6)  # halfway between peak and minimum
+    assert rates[99] == rates[100] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert math.isfinite(learning_rate(Config(max_steps=1, warmup_steps=50), 1))

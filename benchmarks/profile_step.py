@@ -1,0 +1,48 @@
+"""Where the time of a training step goes: torch's profiler over full, floor and LoRA.
+
+    python benchmarks/profile_step.py [size] [dtype]        default: 3.3M bfloat16
+
+Prints for each method the operations that take most of a step, in ms a step with their calls. The
+profiler slows every operation a little, small ones most: read it for the order, and
+step_time.py for the times.
+"""
+
+import sys
+
+import torch
+from step_time import DTYPES, SIZES, Settings, build_model, hardware, training_step
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 10
+ROWS = 14
+
+
+def main() -> int:
+    size_name = sys.argv[1] if len(sys.argv) > 1 else "3.3M"
+    dtype_name = sys.argv[2] if len(sys.argv) > 2 else "bfloat16"
+    if size_name not in SIZES or dtype_name not in DTYPES or len(sys.argv) > 3:
+        print(f"error: sizes are {', '.join(SIZES)}; dtypes {', '.join(DTYPES)}", file=sys.stderr)
+        return 2
+    hardware.keep_freed_memory()
+    device = torch.device("cpu")
+    print(f"{size_name}, {dtype_name}, {hardware.device_name(device)}, torch {torch.__version__}")
+    settings = Settings(rank=8, dropout=0.0, lora_dropout=0.0, steps=STEPS, device=device)
+    for method in ("full", "floor", "lora"):
+        model = build_model(method, SIZES[size_name], DTYPES[dtype_name], settings)
+        step = training_step(model, SIZES[size_name], DTYPES[dtype_name], device)
+        for _ in range(3):
+            step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(STEPS):
+                step()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events) / STEPS / 1000
+        print(f"\n{method}: {total:.1f} ms a step under the profiler")
+        for event in events[:ROWS]:
+            ms, calls = event.self_cpu_time_total / STEPS / 1000, event.count / STEPS
+            print(f"   {event.key[:48]:48} {ms:8.2f} ms  {calls:5.0f} calls")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

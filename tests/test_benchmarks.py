@@ -1,0 +1,47 @@
+"""The scripts in benchmarks/ run, and say what they compare."""
+
+import json
+import sys
+
+import numpy as np
+from conftest import ROOT, start_script, succeeded
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from bigram import bigram_loss
+
+
+def test_bigram_loss_is_that_of_the_smoothed_counts():
+    train = np.frombuffer(b"ababac", dtype=np.uint8)
+    validation = np.frombuffer(b"aba", dtype=np.uint8)
+    # After a: b twice and c once; after b: a twice. Every pair counts one more.
+    expected = -(np.log(3 / (3 + 256)) + np.log(3 / (2 + 256))) / 2
+    assert np.isclose(bigram_loss(train, validation), expected, rtol=1e-12)
+
+
+def test_bigram_names_its_corpus(tmp_path):
+    (tmp_path / "text.txt").write_text("a rose is a rose is a rose\n" * 20)
+    output = succeeded(start_script(tmp_path, "text.txt", script="benchmarks/bigram.py"))
+    assert "text.txt" in output and "nats per byte" in output
+    missing = start_script(tmp_path, "nowhere", script="benchmarks/bigram.py")
+    assert missing.returncode == 2 and "nowhere" in missing.stderr
+
+
+def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
+    output = succeeded(
+        start_script(
+            tmp_path, "--sizes", "nano", "--steps", "1", "--dtypes", "float32", "--no-memory",
+            "--output", "table", script="benchmarks/step_time.py",
+        )
+    )  # fmt: skip
+    rows = {
+        row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["results"]
+    }
+    assert list(rows) == ["full", "floor", "lora", "peft", "loralib", "autograd"]
+    # The adapters of every method are of the same size.
+    assert len({rows[m]["trainable_parameters"] for m in list(rows)[2:]}) == 1
+    assert rows["lora"]["step_ratio_to_full"]["median"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| lora |" in table and "float32" in output and "AdamW" in output
+    wrong = start_script(tmp_path, "--sizes", "huge", script="benchmarks/step_time.py")
+    assert wrong.returncode == 2 and "nano" in wrong.stderr
