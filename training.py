@@ -84,13 +84,11 @@ def main(arguments: list[str]) -> int:
         print_sample(run)
     except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
         return fail(str(error), 2)
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not hardware.is_out_of_memory(error):
             raise
-        return fail(
-            "not enough memory; lower BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK",
-            2,
-        )
+        variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
+        return fail(f"not enough memory; lower {variables}", 2)
     except KeyboardInterrupt:
         return fail("interrupted; the files of the last evaluation are as they were", 130)
     except OSError as error:
@@ -165,7 +163,6 @@ def train(run: Run) -> None:
     with tqdm(total=config.max_steps, unit="step", disable=not shows_progress(config)) as bar:
         for step in range(config.max_steps + 1):
             if step % config.eval_interval == 0 or step == config.max_steps:
-                hardware.synchronize(run.device)
                 train_loss = torch.stack(losses).mean().item() if losses else math.nan
                 val_loss, val_error = evaluate(run, windows)
                 recent = step_times[-len(losses) :] if losses else []
@@ -205,7 +202,7 @@ def train(run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
-            if step % 10 == 0:  # reading the loss waits for the device, so not at every step
+            if step % 10 == 0:
                 check_finite(loss.item(), step, config)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             hardware.synchronize(run.device)

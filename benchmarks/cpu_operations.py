@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import device as hardware
-from lora import dropout
+from lora.dropout import dropout
 from models.transformer import plain_attention
 
 

@@ -184,8 +184,8 @@ class _Merged(torch.autograd.Function):
     def forward(ctx, x: Tensor, scaling: float, bias: Tensor | None, *parameters: Tensor) -> Tensor:
         W, A, B = _in_three(parameters)
         M = _merge(W, A, B, scaling, x.dtype)
-        # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
         ctx.scaling = scaling
+        # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
         ctx.save_for_backward(x, M if x.dtype != W[0].dtype else None, *parameters)
         return F.linear(x, M, bias)
 
@@ -194,14 +194,15 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, M, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
-        rows, g = _rows(x), _rows(grad)
+        g = _rows(grad)
         dx = None
         if ctx.needs_input_grad[0]:
             if M is None:
                 M = _merge(W, A, B, ctx.scaling, x.dtype)
             dx = (g @ M).view(x.shape)
             del M
-        dA, dB = _adapter_gradients(rows, g, A, B, ctx.scaling, _through_B(g, B, ctx.scaling))
+        gB = _through_B(g, B, ctx.scaling)
+        dA, dB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling, gB)
         return dx, None, None, *(None for _ in W), *dA, *dB
 
 

@@ -27,6 +27,12 @@ def test_bigram_names_its_corpus(tmp_path):
     assert missing.returncode == 2 and "nowhere" in missing.stderr
 
 
+def test_cpu_operations_prints_both_forms(tmp_path):
+    output = succeeded(start_script(tmp_path, script="benchmarks/cpu_operations.py"))
+    for row in ("GELU, exact", "dropout 0.2, ours", "attention, plain"):
+        assert output.count(row) == 2  # float32 and bfloat16
+
+
 def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
     output = succeeded(
         start_script(
