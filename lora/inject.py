@@ -62,7 +62,7 @@ def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
     the adapter must be rounded only once.
     """
     for layer in lora_layers(model).values():
-        if layer.dropout > 0.0 or not merging_pays(tokens, layer):
+        if layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
             layer.weight.data = layer.weight.data.to(dtype)
 
 

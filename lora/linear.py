@@ -23,12 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from lora.dropout import draw_mask, dropout
 
-# Below this many multiply-adds a product costs little more than its launch. Then the fewest
-# operations win, and those are autograd's own on M = W + s B A, through the gradient of M.
-SMALL = 2**26
-
-# On a CPU a product over many tokens is faster as a batch of products over this many, summed.
-TOKEN_CHUNK = 512
+# On a CPU a float32 product of a rank-wide matrix is faster as a batch of products over this many
+# tokens each.
+CHUNK = 512
 
 
 class LoRALinear(nn.Module):
@@ -95,9 +92,9 @@ class LoRALinear(nn.Module):
 def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """`[layer(x) for layer in layers]`, as one product where the layers are alike.
 
-    Alike are plain linears with biases, and LoRALinears of one rank, scaling and dropout. The
-    latter share the dropout's mask too, since they share its input. Forward hooks of layers that
-    are alike do not run.
+    Alike are plain linears with biases, and LoRALinears of one width, rank, scaling and dropout.
+    The latter share the dropout's mask too, since they share its input. Forward hooks of layers
+    that are alike do not run.
     """
     first = layers[0]
     if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
@@ -108,6 +105,7 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
         type(layer) is LoRALinear
         and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
         and (layer.bias is None) == (first.bias is None)
+        and layer.out_features == first.out_features
         for layer in layers
     ):
         return _adapted(x, layers).split([layer.out_features for layer in layers], -1)
@@ -125,56 +123,43 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     b = [layer.bias for layer in layers if layer.bias is not None]
     A = [layer.lora_A for layer in layers]
     B = [layer.lora_B for layer in layers]
-    base_trains = any(t.requires_grad for t in W + b)
     bias = _stack(b).to(x.dtype) if b else None
-    if p == 0.0 and all(merging_pays(tokens, layer) for layer in layers):
-        if base_trains or all(tokens * weight.numel() <= SMALL for weight in W):
-            return _merged_by_autograd(x, first.scaling, bias, W, A, B)
+    if any(t.requires_grad for t in W + b):
+        return _by_autograd(x, first.scaling, bias, p, W, A, B)
+    if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
-    if base_trains:
-        return _two_paths_by_autograd(x, first.scaling, bias, p, W, A, B)
-    mask = draw_mask(x, p) if p > 0.0 else None
-    return _TwoPaths.apply(x, first.scaling, bias, mask, *W, *A, *B)
+    mask, kept = draw_mask(x, p, bits=8) if p > 0.0 else (None, 1.0)
+    return _TwoPaths.apply(x, first.scaling / kept, bias, mask, *W, *A, *B)
 
 
-def merging_pays(tokens: int, layer: LoRALinear) -> bool:
-    """Whether a pass over W costs less than two passes over activations of `tokens` rows.
+def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
+    """Whether making M = W + s B A moves fewer bytes than two paths, for inputs of `dtype`.
 
-    M = W + s B A is made by going over in * out numbers, forward and backward. Two paths go over
-    tokens * out numbers forward and tokens * in backward.
+    Making M reads and writes in * out numbers: forward and backward, or forward only where M is
+    then cast to `dtype`, which reads and writes them again. Two paths read and write the output,
+    tokens * out numbers, once more in forward, and dx, tokens * in, once more in backward.
 
     A base in a lower precision than its adapter is never merged: the sum would be rounded to
     steps larger than the adapter's.
     """
-    n_in, n_out = layer.in_features, layer.out_features
-    return layer.weight.dtype == layer.lora_A.dtype and tokens * (n_in + n_out) > 2 * n_in * n_out
+    W, n_in, n_out = layer.weight, layer.in_features, layer.out_features
+    if W.dtype != layer.lora_A.dtype:
+        return False
+    merging = n_in * n_out * (4 if dtype == W.dtype else 3) * W.element_size()
+    merging += n_in * n_out * (0 if dtype == W.dtype else dtype.itemsize)
+    return merging < tokens * (n_in + n_out) * 2 * dtype.itemsize
 
 
 Tensors = Sequence[Tensor]  # one of each layer: W (out, in), A (rank, in) or B (out, rank)
 
 
-def _merged_by_autograd(
-    x: Tensor, s: float, bias: Tensor | None, W: Tensors, A: Tensors, B: Tensors
-) -> Tensor:
-    """The merged form in autograd's own operations, which serves a trainable W as well."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    # Not a `with torch.autocast(...)`: where this form is used, that would cost as much as it.
-    torch.set_autocast_enabled(device, False)
-    try:
-        M = [torch.addmm(*wba, alpha=s) for wba in zip(W, B, A, strict=True)]
-        return F.linear(x, _stack(M).to(x.dtype), bias)
-    finally:
-        torch.set_autocast_enabled(device, autocast)
-
-
-def _two_paths_by_autograd(
+def _by_autograd(
     x: Tensor, s: float, bias: Tensor | None, p: float, W: Tensors, A: Tensors, B: Tensors
 ) -> Tensor:
-    """The two-path form for a base that was made trainable, whose gradient is needed after all."""
-    h = F.linear(dropout(x, p, training=True), _stack(A).to(x.dtype)).split(A[0].shape[0], -1)
-    y = [F.linear(hi, up.to(x.dtype)) for hi, up in zip(h, B, strict=True)]
-    return F.linear(x, _stack(W).to(x.dtype), bias) + s * torch.cat(y, -1)
+    """Two paths in autograd's own operations, for a base that was made trainable after all."""
+    h = F.linear(dropout(x, p, training=True), _stack(A).to(x.dtype))
+    adapters = F.linear(h, torch.block_diag(*B).to(x.dtype))
+    return F.linear(x, _stack(W).to(x.dtype), bias) + s * adapters
 
 
 class _Merged(torch.autograd.Function):
@@ -183,7 +168,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, bias: Tensor | None, *parameters: Tensor) -> Tensor:
         W, A, B = _in_three(parameters)
-        M = _merge(W, A, B, scaling, x.dtype)
+        M = _merge(W, A, B, scaling).to(x.dtype)
         ctx.scaling = scaling
         # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
         ctx.save_for_backward(x, M if x.dtype != W[0].dtype else None, *parameters)
@@ -197,17 +182,17 @@ class _Merged(torch.autograd.Function):
         g = _rows(grad)
         dx = None
         if ctx.needs_input_grad[0]:
-            if M is None:
-                M = _merge(W, A, B, ctx.scaling, x.dtype)
-            dx = (g @ M).view(x.shape)
-            del M
-        gB = _through_B(g, B, ctx.scaling)
-        dA, dB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling, gB)
+            dx = (g @ (_merge(W, A, B, ctx.scaling) if M is None else M)).view(x.shape)
+        dA, dB, _ = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
         return dx, None, None, *(None for _ in W), *dA, *dB
 
 
 class _TwoPaths(torch.autograd.Function):
-    """The same with base and adapter apart; `mask`, if any, is dropout on the adapters' input."""
+    """The same with base and adapter apart.
+
+    `mask`, if any, holds 0 for the elements that are dropped from the adapters' input and 1 for the
+    others, whose scale is in `scaling`.
+    """
 
     @staticmethod
     def forward(
@@ -222,9 +207,7 @@ class _TwoPaths(torch.autograd.Function):
         cast = _stack(W).to(x.dtype)
         y = F.linear(x, cast, bias)
         h = F.linear(x if mask is None else x * mask, _stack(A).to(x.dtype))
-        columns = zip(_split(_rows(y), B), _rows(h).split(A[0].shape[0], 1), B, strict=True)
-        for yi, hi, up in columns:
-            yi.addmm_(hi, up.t().to(x.dtype), alpha=scaling)
+        _rows(y).addmm_(_rows(h), _block_diagonal(B, x.dtype).t(), alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(x, mask, cast if x.dtype != W[0].dtype else None, *parameters)
         return y
@@ -235,7 +218,8 @@ class _TwoPaths(torch.autograd.Function):
         x, mask, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
         g = _rows(grad)
-        gB = _through_B(g, B, ctx.scaling)
+        rows = _rows(x if mask is None else x * mask)
+        dA, dB, gB = _adapter_gradients(rows, g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ (_stack(W) if cast is None else cast)
@@ -245,46 +229,57 @@ class _TwoPaths(torch.autograd.Function):
             else:
                 dx.addcmul_(gB @ down, _rows(mask))
             dx = dx.view(x.shape)
-        rows = _rows(x if mask is None else x * mask)
-        dA, dB = _adapter_gradients(rows, g, A, B, ctx.scaling, gB)
         return dx, None, None, None, *(None for _ in W), *dA, *dB
 
 
-def _merge(W: Tensors, A: Tensors, B: Tensors, s: float, dtype: torch.dtype) -> Tensor:
-    """W + s B A of all layers, stacked; added up in W's dtype and rounded once, to `dtype`.
+def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:
+    """W + s B A of all layers, stacked, added up in W's dtype.
 
     `out=` keeps autocast from adding up in its own dtype, which would swallow small updates.
     """
-    M = W[0].new_empty(sum(w.shape[0] for w in W), W[0].shape[1])
-    for out, w, down, up in zip(_split(M, W, 0), W, A, B, strict=True):
-        torch.addmm(w, up, down, alpha=s, out=out)
-    return M.to(dtype)
-
-
-def _through_B(g: Tensor, B: Tensors, s: float) -> Tensor:
-    """s g B of all layers side by side: (T, n * rank)."""
-    products = [gi @ (up * s).to(g.dtype) for gi, up in zip(_split(g, B), B, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
+    W = _stack(W)
+    return torch.addmm(W, _block_diagonal(B, W.dtype), _stack(A), alpha=s, out=torch.empty_like(W))
 
 
 def _adapter_gradients(
-    x: Tensor, g: Tensor, A: Tensors, B: Tensors, s: float, gB: Tensor
-) -> tuple[Tensors, Tensors]:
-    """dA and dB of each layer from x (T, in), g (T, sum of out) and s g B (T, n * rank)."""
-    rank = A[0].shape[0]
-    h = F.linear(x, (_stack(A) * s).to(x.dtype))  # (T, n * rank)
-    dA = _over_tokens(gB, x).split(rank)
-    columns = zip(h.split(rank, 1), _split(g, B), strict=True)
-    return dA, [_over_tokens(hi, gi).t() for hi, gi in columns]
+    x: Tensor, g: Tensor, A: Tensors, B: Tensors, s: float
+) -> tuple[Tensors, Tensors, Tensor]:
+    """dA and dB of each layer, and s g B (T, n * rank), from x (T, in) and g (T, n * out).
+
+    In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g.
+    """
+    down = (_stack(A) * s).to(x.dtype)  # (n * rank, in)
+    up = (_block_diagonal(B, B[0].dtype) * s).to(x.dtype).t()  # (n * rank, n * out)
+    T = x.shape[0]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and T >= 2 * CHUNK and T % CHUNK == 0:
+        x, g = (t.unflatten(0, (T // CHUNK, CHUNK)) for t in (x, g))
+        down, up = (t.expand(T // CHUNK, *t.shape) for t in (down, up))
+        gB = up.bmm(g.mT)  # (T / CHUNK, n * rank, CHUNK)
+        dA, dB = gB.bmm(x).sum(0), down.bmm(x.mT).bmm(g).sum(0)
+        gB = gB.mT.reshape(T, -1)
+    else:
+        gB = up @ g.t()
+        dA, dB = gB @ x, down @ x.t() @ g
+        gB = gB.t()
+    return dA.split(A[0].shape[0]), _diagonal_blocks(dB.t(), len(B)), gB
 
 
-def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b for a (T, m) and b (T, n), where m is small."""
-    T = a.shape[0]
-    if a.device.type != "cpu" or T < 2 * TOKEN_CHUNK or T % TOKEN_CHUNK:
-        return a.t() @ b
-    a, b = (t.unflatten(0, (T // TOKEN_CHUNK, TOKEN_CHUNK)) for t in (a, b))
-    return torch.bmm(a.transpose(1, 2), b).sum(0)
+def _block_diagonal(B: Tensors, dtype: torch.dtype) -> Tensor:
+    """All B in one (n * out, n * rank), so that n layers are computed as one."""
+    n, (out, rank) = len(B), B[0].shape
+    if n == 1:
+        return B[0].to(dtype)
+    blocks = B[0].new_zeros(n, out, n, rank, dtype=dtype)
+    blocks.diagonal(dim1=0, dim2=2).copy_(torch.stack(tuple(B), -1))
+    return blocks.view(n * out, n * rank)
+
+
+def _diagonal_blocks(t: Tensor, n: int) -> Tensors:
+    """The inverse: n blocks (out, rank) from t (n * out, n * rank)."""
+    if n == 1:
+        return [t]
+    blocks = t.unflatten(1, (n, -1)).unflatten(0, (n, -1))
+    return blocks.diagonal(dim1=0, dim2=2).unbind(-1)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -295,11 +290,6 @@ def _rows(t: Tensor) -> Tensor:
 def _stack(tensors: Tensors) -> Tensor:
     """One below the other; a single one as it is, for it needs no copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _split(t: Tensor, like: Tensors, dim: int = 1) -> Tensors:
-    """The part of each layer, whose out_features are the first sizes of `like`."""
-    return [t] if len(like) == 1 else t.split([part.shape[0] for part in like], dim)
 
 
 def _in_three(parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:

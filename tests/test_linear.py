@@ -15,21 +15,18 @@ from torch import nn
 from lora import LoRALinear, grouped_linear
 from lora import dropout as dropout_module
 from lora import linear as module
+from lora.dropout import draw_mask
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-FORMS = ("merged", "two paths", "autograd")
+FORMS = ("merged", "two paths")
 
 
 @contextmanager
 def form(name: str):
     """Have every layer take one form of the arithmetic, whatever its shape."""
-    merges = name != "two paths"
-    with (
-        patch.object(module, "merging_pays", lambda tokens, layer: merges),
-        patch.object(module, "SMALL", 2**60 if name == "autograd" else -1),
-    ):
+    with patch.object(module, "merging_pays", lambda tokens, layer, dtype: name == "merged"):
         yield
 
 
@@ -110,7 +107,7 @@ def test_values_and_gradients_agree_with_float64(
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("shape", [(1024, 64, 96), (2048, 256, 512), (1030, 48, 48), (16, 256, 96)])
 def test_every_form_of_the_products_agrees_with_float64(mode, shape):
-    """Shapes on both sides of each rule of lora/linear.py: small, chunked, two paths."""
+    """Shapes on both sides of each rule of lora/linear.py: chunked or not, merged or two paths."""
     torch.manual_seed(0)
     tokens, in_features, out_features = shape
     kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
@@ -176,10 +173,11 @@ def test_a_base_that_is_made_trainable_gets_its_gradient(which):
     assert relative_error(layer.lora_B.grad, exact["B"]) < 1e-5
 
 
-@pytest.mark.parametrize("which", FORMS)
+@pytest.mark.parametrize("which", [*FORMS, "trainable base"])
 def test_gradcheck_passes_in_float64(which):
     torch.manual_seed(0)
     layer = make(dtype=torch.float64)
+    layer.bias.requires_grad_(which == "trainable base")
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x, A, B):
@@ -188,7 +186,7 @@ def test_gradcheck_passes_in_float64(which):
     inputs = (x, layer.lora_A, layer.lora_B)
     with form(which):
         assert torch.autograd.gradcheck(function, inputs)
-        if which == "autograd":
+        if which == "trainable base":
             assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -212,9 +210,11 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     x = torch.randn(3, 50, 20, requires_grad=True)
     masks = []
 
-    def draw(x, p):
-        masks.append(real(x, p))
-        return masks[-1]
+    def draw(x, p, bits=16):
+        mask, kept = real(x, p, bits)
+        assert kept == pytest.approx(0.7, abs=2**-bits)
+        masks.append(mask.double() / kept)
+        return mask, kept
 
     real = dropout_module.draw_mask
     with (
@@ -226,11 +226,11 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     g = torch.randn_like(y)
     y.backward(g)
     (mask,) = masks
-    assert set(mask.unique().tolist()) == {0.0, mask.max().item()}
+    assert mask.unique().tolist() == [0.0, pytest.approx(1 / 0.7, rel=0.01)]
 
     exact_x, A, B = (t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
     base = nn.functional.linear(exact_x, layer.weight.double(), layer.bias.detach().double())
-    exact = base + layer.scaling * (exact_x * mask.double()) @ A.T @ B.T
+    exact = base + layer.scaling * (exact_x * mask) @ A.T @ B.T
     exact.backward(g.double())
     tolerance = TOLERANCE[y.dtype]
     pairs = [(y, exact), (x.grad, exact_x.grad)]
@@ -241,10 +241,23 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     assert relative_error(layer(x), reference(layer, x, torch.ones(3, 50, 9))["y"]) < 1e-5
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99999])
+def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.empty(1000, 1001)
+    mask, kept = draw_mask(x, p, bits=8)
+    assert kept == pytest.approx(min(max(1 - p, 1 / 256), 255 / 256), abs=1 / 512)
+    deviation = math.sqrt(kept * (1 - kept) / x.numel())
+    assert abs(mask.mean().item() - kept) < 4 * deviation
+    # Neighbours, which come from one random number, are independent.
+    both = (mask[:, 1:] * mask[:, :-1]).mean().item()
+    assert abs(both - kept**2) < 8 * deviation
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_group_gives_what_its_layers_give(dtype):
     torch.manual_seed(0)
-    layers = [make(out, 24, rank=4) for out in (24, 24, 40)]
+    layers = [make(out, 24, rank=4) for out in (40, 40, 40)]
     x = torch.randn(3, 50, 24)
     gradients = []
     for run in (grouped_linear, lambda x, layers: [layer(x) for layer in layers]):
@@ -265,6 +278,7 @@ def test_a_group_of_unlike_layers_falls_back_to_each():
     x = torch.randn(2, 5)
     for layers in (
         [make(rank=2), make(rank=3)],
+        [make(7), make(8)],
         [make(), nn.Linear(5, 4)],
         [nn.Linear(5, 4), nn.Linear(5, 4)],
     ):
@@ -283,14 +297,13 @@ def test_small_updates_survive_bfloat16():
     assert layer.lora_B.mean().item() == pytest.approx(1.01, rel=1e-5)
 
 
-@pytest.mark.parametrize("which", ["merged", "autograd"])
-def test_the_merged_weight_is_rounded_once(which):
+def test_the_merged_weight_is_rounded_once():
     """Under autocast the output is that of the float32 sum W + s B A rounded to bfloat16, as full
     fine-tuning rounds its float32 weight, and not that of a sum of rounded terms."""
     torch.manual_seed(0)
     layer, x = make(64, 64, rank=8), torch.randn(2048, 64)
     merged = torch.addmm(layer.weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)
-    with form(which), torch.autocast("cpu", torch.bfloat16):
+    with form("merged"), torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
         expected = nn.functional.linear(x, merged, layer.bias)
     assert torch.equal(found, expected)
@@ -298,7 +311,7 @@ def test_the_merged_weight_is_rounded_once(which):
 
 @pytest.mark.parametrize("which", FORMS)
 def test_only_the_input_is_kept_for_backward(which):
-    """Beside parameters: x, and in autograd's form, for small layers, the merged weight."""
+    """Beside parameters."""
     kept = []
     layer, x = make(64, 32, bias=False), torch.randn(100, 32, requires_grad=True)
     with (
@@ -308,7 +321,7 @@ def test_only_the_input_is_kept_for_backward(which):
         layer(x)
     known = {p.data_ptr() for p in (*layer.parameters(), x)}
     extra = [t.numel() for t in kept if t.data_ptr() not in known]
-    assert extra == ([layer.weight.numel()] if which == "autograd" else [])
+    assert extra == []
     assert x.data_ptr() in {t.data_ptr() for t in kept}
 
 
