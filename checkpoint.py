@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora.files import FileError, check_tensors, read_file, write_file
 
 FORMAT = "model checkpoint"
-VERSION = 1
+VERSION = 2
 SHAPE = ("vocab_size", "n_embd", "block_size", "n_head", "n_layer")
 
 

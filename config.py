@@ -1,16 +1,17 @@
-"""Every setting of a run: one dataclass, one field for each environment variable.
+"""Every setting of a script: one dataclass for each, one field for each environment variable.
 
-`MAX_STEPS=200 USE_LORA=True python training.py` sets the fields `max_steps` and `use_lora`.
-A field knows its default, its check and its help line, and nothing else in the project does.
+`MAX_STEPS=200 USE_LORA=True python training.py` sets the fields `max_steps` and `use_lora` of
+`Config`; generate.py has `GenerateConfig`. A field knows its default, its check and its help line,
+and nothing else in the project does.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
@@ -31,24 +32,70 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    verbatim: bool = False,
 ) -> Any:
-    """A field of `Config`: its default, the default under USE_LORA or TEST_MODE where that
-    differs, the range or the words that it accepts, and its line in `--help`."""
+    """A field: its default, the default under USE_LORA or TEST_MODE where that differs, the range
+    or the words that it accepts, whether spaces around a value count, and its line in `--help`."""
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of one run. `explicit` holds the names of the variables that the user set."""
+class Settings:
+    """What the scripts' settings share. `explicit` holds the variables that the user set."""
+
+    explicit: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read every variable. Raises ConfigError for a bad value or a misspelt name."""
+        options = {field.name.upper(): field for field in option_fields(cls)}
+        known = {f.name.upper() for kind in (Config, GenerateConfig) for f in option_fields(kind)}
+        for name in environment:
+            _refuse_misspelt(name, known)
+        given = {n: _parse(n, environment[n], f) for n, f in options.items() if n in environment}
+        use_lora, test_mode = given.get("USE_LORA", False), given.get("TEST_MODE", False)
+
+        def default(field: dataclasses.Field) -> Any:
+            if test_mode and field.metadata["test"] is not None:
+                return field.metadata["test"]
+            if use_lora and field.metadata["lora"] is not None:
+                return field.metadata["lora"]
+            return field.default
+
+        values = {f.name: given.get(n, default(f)) for n, f in options.items()}
+        config = cls(**values, explicit=frozenset(given))
+        config._check_combinations()
+        return config
+
+    def describe(self) -> list[str]:
+        """One `NAME: value` line for each variable; `*` marks those that the user set."""
+        lines = []
+        for field in option_fields(type(self)):
+            name, value = field.name.upper(), getattr(self, field.name)
+            value = "default" if value is None else value
+            lines.append(f"{name}: {value}{' *' if name in self.explicit else ''}")
+        return lines
+
+    def _check_combinations(self) -> None:
+        """Raise ConfigError for values that do not go together."""
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The settings of one run of training.py."""
 
     # What to train
     use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
-    lora_rank: int = option(8, "rank of the adapters", at_least=1)
+    lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", above=0)
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
+    resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
+    eval_only: bool = option(False, "evaluate on all of the validation data; train nothing")
+    merge: bool = option(False, "write base and ADAPTERS as merged.pt in OUT_DIR; train nothing")
 
     # Data and files
     data: str | None = option(
@@ -57,8 +104,12 @@ class Config:
     )  # fmt: skip
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
-        None, "checkpoint to start from [none; under USE_LORA full.pt in OUT_DIR]"
+        None, "checkpoint to start from [full.pt in OUT_DIR; none when training every weight]"
     )
+    adapters: str | None = option(
+        None, "adapters to start from: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3"
+    )
+    any_base: bool = option(False, "load adapters onto another base than theirs")
 
     # Hardware
     seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
@@ -95,61 +146,93 @@ class Config:
     sample_tokens: int = option(400, "bytes of text to sample at the end", at_least=0, test=60)
     progress: bool = option(True, "progress bar on a terminal")
 
-    explicit: frozenset[str] = frozenset()
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Config":
-        """Read every variable. Raises ConfigError for a bad value or a misspelt name."""
-        options = {field.name.upper(): field for field in option_fields()}
-        for name in environment:
-            _refuse_misspelt(name, options)
-        given = {n: _parse(n, environment[n], f) for n, f in options.items() if n in environment}
-        use_lora, test_mode = given.get("USE_LORA", False), given.get("TEST_MODE", False)
-
-        def default(field: dataclasses.Field) -> Any:
-            if test_mode and field.metadata["test"] is not None:
-                return field.metadata["test"]
-            if use_lora and field.metadata["lora"] is not None:
-                return field.metadata["lora"]
-            return field.default
-
-        values = {f.name: given.get(n, default(f)) for n, f in options.items()}
-        config = cls(**values, explicit=frozenset(given))
-        config._check_combinations()
-        return config
-
     def _check_combinations(self) -> None:
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
                 f"LEARNING_RATE={self.learning_rate}"
             )
+        modes = [name for name in ("resume", "eval_only", "merge") if getattr(self, name)]
+        if len(modes) > 1:
+            raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
+        if self.merge and self.adapters is None:
+            raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
+        if self.adapters is not None:
+            adapter_weights(self.adapters)
+        if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
+            raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
 
     @property
     def output_folder(self) -> str:
         """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
         return f"{Path(self.out_dir)}-test" if self.test_mode else self.out_dir
 
-    def describe(self) -> list[str]:
-        """One `NAME: value` line for each variable; `*` marks those that the user set."""
-        lines = []
-        for field in option_fields():
-            name, value = field.name.upper(), getattr(self, field.name)
-            value = "default" if value is None else value
-            lines.append(f"{name}: {value}{' *' if name in self.explicit else ''}")
-        return lines
+
+@dataclass(frozen=True)
+class GenerateConfig(Settings):
+    """The settings of one run of generate.py."""
+
+    prompt: str = option("\n", "text to continue", verbatim=True)
+    max_new_tokens: int = option(400, "bytes to write", at_least=0)
+    temperature: float = option(0.8, "randomness; 0 takes the likeliest byte", at_least=0)
+    top_k: int | None = option(None, "sample from this many of the likeliest bytes", at_least=1)
+    top_p: float | None = option(
+        None, "sample from the fewest bytes that have this probability", above=0, at_most=1
+    )
+    seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
+
+    out_dir: str = option("out", "folder of the default base")
+    base_checkpoint: str | None = option(None, "checkpoint to sample from [full.pt in OUT_DIR]")
+    adapters: str | None = option(
+        None, "adapters on it: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3"
+    )
+    any_base: bool = option(False, "load adapters onto another base than theirs")
+    lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
+
+    device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = option(
+        "float32", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16")
+    )
+    num_threads: int | None = option(
+        None, "CPU threads [torch's own choice]", at_least=1, below=1025
+    )
+
+    def _check_combinations(self) -> None:
+        if self.adapters is not None:
+            adapter_weights(self.adapters)
 
 
-def option_fields() -> list[dataclasses.Field]:
-    """The fields of `Config` that are environment variables, in order."""
-    return [field for field in dataclasses.fields(Config) if "help" in field.metadata]
+def adapter_weights(text: str) -> list[tuple[str, float]]:
+    """The files and weights that ADAPTERS=`text` names: `a.pt`, or `a.pt:0.7,b.pt:-0.3`.
+
+    Raises ConfigError for an empty name and for a weight that is not finite.
+    """
+    weighted = []
+    for part in text.split(","):
+        path, _, weight = part.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:  # no weight: the colon, if any, belongs to the path
+            path, value = part.strip(), 1.0
+        if not path or not math.isfinite(value):
+            raise ConfigError(
+                f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, as in "
+                "out/lora.pt:0.7"
+            )
+        weighted.append((path, value))
+    return weighted
 
 
-def help_table() -> list[tuple[str, str, str]]:
-    """(variable, default, help line) for each variable, for `--help` and the README."""
+def option_fields(kind: type[Settings]) -> list[dataclasses.Field]:
+    """The fields of `kind` that are environment variables, in order."""
+    return [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+
+
+def help_table(kind: type[Settings]) -> list[tuple[str, str, str]]:
+    """(variable, default, help line) for each variable, for `--help` and the documents."""
     rows = []
-    for field in option_fields():
-        default = "" if field.default is None else str(field.default)
+    for field in option_fields(kind):
+        default = "" if field.default is None else str(field.default).replace("\n", "\\n")
         for mode, variable in (("lora", "USE_LORA"), ("test", "TEST_MODE")):
             if field.metadata[mode] is not None:
                 default += f" ({variable}: {field.metadata[mode]})"
@@ -162,7 +245,8 @@ def help_table() -> list[tuple[str, str, str]]:
 
 def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     """The value of variable `name`, checked against its field."""
-    text = text.strip()
+    if not field.metadata["verbatim"]:
+        text = text.strip()
     kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # X of X | None
     if kind is bool:
         if text.lower() in TRUE_WORDS + FALSE_WORDS:
@@ -190,18 +274,19 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
         or (limits["at_least"] is not None and value < limits["at_least"])
         or (limits["above"] is not None and value <= limits["above"])
         or (limits["below"] is not None and value >= limits["below"])
+        or (limits["at_most"] is not None and value > limits["at_most"])
     ):
         raise ConfigError(f"{name}={text[:80]} is not {accepted}")
     return value
 
 
 def _range(field: dataclasses.Field) -> str:
-    words = {"at_least": "at least", "above": "above", "below": "below"}
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
     limits = [f"{w} {field.metadata[k]}" for k, w in words.items() if field.metadata[k] is not None]
     return " " + " and ".join(limits) if limits else ""
 
 
-def _refuse_misspelt(name: str, known: Mapping[str, Any]) -> None:
+def _refuse_misspelt(name: str, known: Collection[str]) -> None:
     """Raise ConfigError for a variable that was probably meant to be one of ours.
 
     The environment is full of other programs' variables, so only two kinds are refused: those

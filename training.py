@@ -2,21 +2,21 @@
 
     python training.py                                  train every weight
     DATA=python-docs USE_LORA=True python training.py   fine-tune that model with LoRA
+    RESUME=True python training.py                      go on with an interrupted run
+    EVAL_ONLY=True python training.py                   the loss of a model on all validation data
+    MERGE=True ADAPTERS=out/lora.pt python training.py  write base and adapter as one checkpoint
     python training.py --help                           every variable
 
 The environment configures everything (config.py). Facts go to stdout, the progress bar to stderr.
 """
 
-import dataclasses
 import math
 import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,124 +25,42 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import device as hardware
-from checkpoint import SHAPE, Checkpoint, base_state, load_base, read_checkpoint, save_checkpoint
-from config import Config, ConfigError, help_table
-from data import (
-    Corpus,
-    DataError,
-    check_length,
-    load_corpus,
-    training_batch,
-    validation_windows,
-    windows_batch,
+from checkpoint import SHAPE, save_checkpoint
+from config import Config, help_table
+from data import training_batch, validation_windows, windows_batch
+from lora import lora_layers, merge_adapter, save_adapter
+from resume import Progress, StopSignals, identity, resume, save_training_state
+from run import (
+    Interrupted,
+    Run,
+    TrainingError,
+    asks_for_help,
+    exit_code_of,
+    format_table,
+    indent,
+    say,
+    set_up,
+    trains,
 )
-from lora import FileError, lora_layers, save_adapter, store_base
-from lora.files import fingerprint
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-
-DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
-VOCAB_SIZE = 256  # tokens are bytes
-
-
-class TrainingError(ValueError):
-    """A run that cannot go on, such as one whose loss is no longer a number."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run works with."""
-
-    config: Config
-    device: torch.device
-    dtype: torch.dtype
-    corpus: Corpus
-    base_path: str | None  # None for random weights
-    base_id: str  # fingerprint of the weights that the run starts from
-    model: BigramLanguageModelLoRA
-    last: Path  # where the weights or the adapter of the last evaluation go
-    best: Path  # and those of the best evaluation
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def main(arguments: list[str]) -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    if sys.stdout is not None:  # which it is when the caller closed it
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if arguments in (["--help"], ["-h"]):
-            say(__doc__.strip(), "", *format_table(help_table()))
-            return 0
-        if arguments:
-            raise ConfigError(
-                f"{arguments[0]!r} is not understood: configuration comes from the environment, "
-                "as in MAX_STEPS=200 python training.py; --help lists the variables"
-            )
-        run = set_up(Config.from_environment(os.environ))
+    return exit_code_of(lambda: work(arguments))
+
+
+def work(arguments: list[str]) -> None:
+    if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
+        say(__doc__.strip(), "", *format_table(help_table(Config)))
+        return
+    run = set_up(Config.from_environment(os.environ))
+    if run.config.eval_only:
+        print_evaluation(run)
+    elif run.config.merge:
+        write_merged(run)
+    else:
         train(run)
         print_sample(run)
-    except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
-        return fail(str(error), 2)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not hardware.is_out_of_memory(error):
-            raise
-        variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
-        return fail(f"not enough memory; lower {variables}", 2)
-    except KeyboardInterrupt:
-        return fail("interrupted; the files of the last evaluation are as they were", 130)
-    except OSError as error:
-        # The record cannot be written: a full disk, or its reader has gone (`... | head`). Python
-        # would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail(f"stdout: {error.strerror}", 2)
-    return 0
-
-
-def fail(message: str, exit_code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return exit_code
-
-
-def set_up(config: Config) -> Run:
-    """Choose device and dtype, open the data, build the model on its base, and print it all."""
-    hardware.keep_freed_memory()
-    torch.manual_seed(config.seed)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    device, device_reason = hardware.choose_device(config.device)
-    dtype, dtype_reason = hardware.choose_dtype(config.dtype, device)
-    last, best = output_files(config)
-    base = find_base(config, last, best)
-    shape = choose_shape(config, base)
-    config = dataclasses.replace(config, **{name: shape[name] for name in SHAPE[1:]})
-    corpus = load_corpus(config.data, DEFAULT_INPUT)
-    check_length(corpus, shape["block_size"])
-    model = BigramLanguageModelLoRA(
-        **shape,
-        device=device,
-        dropout=config.dropout,
-        use_lora=config.use_lora,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-    )
-    if base is not None:
-        load_base(model, base)
-    base_id = fingerprint(base_state(model))
-    if dtype != torch.float32:
-        store_base(model, dtype, tokens=config.batch_size * shape["block_size"])
-
-    say("Configuration (* set in the environment):", *indent(config.describe()))
-    say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
-    say(f"dtype: {str(dtype).removeprefix('torch.')}, {dtype_reason}")
-    say("Data:", *indent(corpus.describe()))
-    say(describe_base(base, base_id, corpus))
-    say(*describe_parameters(config, model))
-    for note in notes(config, base, model):
-        say(f"Note: {note}")
-    base_path = base.path if base is not None else None
-    return Run(config, device, dtype, corpus, base_path, base_id, model, last, best)
 
 
 def train(run: Run) -> None:
@@ -150,38 +68,61 @@ def train(run: Run) -> None:
     config, model = run.config, run.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(config, parameters)
+    progress = resume(run, optimizer) if config.resume else Progress()
     tokens_per_step = config.batch_size * config.grad_accum_steps * model.block_size
     windows = validation_windows(
         run.corpus.validation, config.eval_batches * config.batch_size, model.block_size
     )
-    losses: list[Tensor] = []  # of the steps since the last evaluation
-    step_times: list[float] = []
-    best_loss = math.inf
     sizes: dict[Path, int] = {}
-    started = time.perf_counter()
+    started = time.perf_counter() - progress.elapsed
 
-    with tqdm(total=config.max_steps, unit="step", disable=not shows_progress(config)) as bar:
-        for step in range(config.max_steps + 1):
-            if step % config.eval_interval == 0 or step == config.max_steps:
+    def save_progress() -> None:
+        progress.elapsed = time.perf_counter() - started
+        sizes[run.files.resume] = save_training_state(
+            run.files.resume, model, optimizer, identity(run), progress.plain()
+        )
+
+    with (
+        StopSignals() as stop,
+        tqdm(
+            total=config.max_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not shows_progress(config),
+        ) as bar,
+    ):
+        for step in range(progress.step, config.max_steps + 1):
+            due = step % config.eval_interval == 0 or step == config.max_steps
+            if due and progress.evaluated < step:
+                losses = progress.losses
                 train_loss = torch.stack(losses).mean().item() if losses else math.nan
-                val_loss, val_error = evaluate(run, windows)
-                recent = step_times[-len(losses) :] if losses else []
+                progress.val_loss, val_error = evaluate(run, windows)
+                recent = progress.step_times[-len(losses) :] if losses else []
                 with tqdm.external_write_mode():
                     say(
-                        f"step {step} | train loss {train_loss:.4f} | val loss {val_loss:.4f} "
-                        f"+- {val_error:.4f} | lr {learning_rate(config, step):.2e} | tokens/s "
+                        f"step {step} | train loss {train_loss:.4f} | val loss "
+                        f"{progress.val_loss:.4f} +- {val_error:.4f} | lr "
+                        f"{learning_rate(config, step):.2e} | tokens/s "
                         f"{rate(tokens_per_step, recent):.0f} | "
                         f"elapsed {time.perf_counter() - started:.1f} s"
                     )
-                check_finite(val_loss, step, config)
-                losses.clear()
+                check_finite(progress.val_loss, step, config)
+                progress.losses, progress.evaluated = [], step
                 if step > 0:
-                    sizes[run.last] = save(run, run.last, step, val_loss)
-                    if val_loss < best_loss:
-                        best_loss = val_loss
-                        sizes[run.best] = save(run, run.best, step, val_loss)
-                if step == config.max_steps:
-                    break
+                    sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
+                    if progress.val_loss < progress.best_loss:
+                        progress.best_loss = progress.val_loss
+                        sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
+                    save_progress()
+            if step == config.max_steps:
+                break
+            if stop.received:
+                save_progress()
+                raise Interrupted(
+                    f"interrupted after step {step}, saved in {run.files.resume}; "
+                    "the same command with RESUME=True goes on from there",
+                    stop.received,
+                )
 
             step_started = time.perf_counter()
             loss = torch.zeros((), device=run.device)
@@ -201,20 +142,21 @@ def train(run: Run) -> None:
                 group["lr"] = learning_rate(config, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
+            progress.losses.append(loss)
             if step % 10 == 0:
                 check_finite(loss.item(), step, config)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             hardware.synchronize(run.device)
-            step_times.append(time.perf_counter() - step_started)
+            progress.step_times.append(time.perf_counter() - step_started)
+            progress.step = step + 1
             bar.update()
 
     say(
-        f"Best validation loss: {best_loss:.4f}",
-        f"Final validation loss: {val_loss:.4f}",
+        f"Best validation loss: {progress.best_loss:.4f}",
+        f"Final validation loss: {progress.val_loss:.4f}",
         f"Training time: {time.perf_counter() - started:.1f} s",
-        f"Median step time: {statistics.median(step_times) * 1000:.1f} ms",
-        f"Tokens per second: {rate(tokens_per_step, step_times):.0f}",
+        f"Median step time: {statistics.median(progress.step_times) * 1000:.1f} ms",
+        f"Tokens per second: {rate(tokens_per_step, progress.step_times):.0f}",
         f"Peak memory: {hardware.peak_memory(run.device):.0f} MiB",
         *(f"Wrote {path}: {size / 2**20:.2f} MiB" for path, size in sizes.items()),
     )
@@ -243,20 +185,28 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
-@torch.no_grad()
 def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:
     """Mean validation loss in nats per byte over the windows, and its standard error."""
+    loss = window_losses(run, windows, run.model.block_size)
+    error = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
+    return loss.mean().item(), error
+
+
+@torch.no_grad()
+def window_losses(run: Run, windows: np.ndarray, length: int) -> Tensor:
+    """The loss of each window of `length` tokens of the validation data: (n,) float64, nats."""
     run.model.eval()
     losses = []
-    for batch in np.array_split(windows, math.ceil(len(windows) / run.config.batch_size)):
-        x, y = windows_batch(run.corpus.validation, batch, run.model.block_size, run.device)
+    batches = np.array_split(windows, math.ceil(len(windows) / run.config.batch_size))
+    for batch in tqdm(
+        batches, "evaluating", disable=trains(run.config) or not shows_progress(run.config)
+    ):
+        x, y = windows_batch(run.corpus.validation, batch, length, run.device)
         with run.autocast():
             logits, _ = run.model(x)  # (B, T, vocab_size)
         losses.append(F.cross_entropy(logits.float().mT, y, reduction="none").mean(1))  # (B,)
     run.model.train()
-    loss = torch.cat(losses).cpu().double()
-    error = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
-    return loss.mean().item(), error
+    return torch.cat(losses).cpu().double()
 
 
 def check_finite(loss: float, step: int, config: Config) -> None:
@@ -269,13 +219,14 @@ def check_finite(loss: float, step: int, config: Config) -> None:
 
 def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes."""
-    metadata = {"step": step, "val_loss": val_loss}
+    metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
     shape = {name: getattr(run.model, name) for name in SHAPE}
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, shape, metadata)
     metadata |= {"shape": shape, "base_checkpoint": run.base_path, "seed": run.config.seed}
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+    metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
     return save_adapter(path, run.model, run.base_id, metadata)
 
 
@@ -293,107 +244,32 @@ def print_sample(run: Run) -> None:
     say(f"Sample ({length} bytes, temperature 0.8, top_k 50):", *indent(text.split("\n")))
 
 
-def output_files(config: Config) -> tuple[Path, Path]:
-    """The files for the last and the best evaluation, in a folder that can be written."""
-    folder = Path(config.output_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"OUT_DIR: {folder} cannot be written: {error.strerror}") from error
-    mode = "lora" if config.use_lora else "full"
-    return folder / f"{mode}.pt", folder / f"{mode}-best.pt"
-
-
-def find_base(config: Config, last: Path, best: Path) -> Checkpoint | None:
-    """The checkpoint to start from: BASE_CHECKPOINT, or for LoRA the last full run's."""
-    path = config.base_checkpoint
-    if path is None:
-        default = Path(config.output_folder) / "full.pt"
-        return read_checkpoint(default) if config.use_lora and default.exists() else None
-    base = read_checkpoint(path)
-    if any(output.exists() and output.samefile(path) for output in (last, best)):
-        raise ConfigError(
-            f"BASE_CHECKPOINT={path} is a file that this run would replace; "
-            "set OUT_DIR to another folder"
-        )
-    return base
-
-
-def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
-    """The model's shape: the base's, or without one the configuration's."""
-    if base is None:
-        if config.n_embd % config.n_head != 0:
-            raise ConfigError(
-                f"N_EMBD={config.n_embd} is not divisible by N_HEAD={config.n_head}; "
-                "the heads share the width evenly"
-            )
-        return {"vocab_size": VOCAB_SIZE} | {name: getattr(config, name) for name in SHAPE[1:]}
-    if base.shape["vocab_size"] != VOCAB_SIZE:
-        raise FileError(f"{base.path} has vocab_size={base.shape['vocab_size']}, not {VOCAB_SIZE}")
-    for name in SHAPE[1:]:
-        wanted = getattr(config, name)
-        if name.upper() in config.explicit and wanted != base.shape[name]:
-            raise ConfigError(
-                f"{name.upper()}={wanted} does not fit the base {base.path}, whose {name} is "
-                f"{base.shape[name]}; unset {name.upper()} to take the base's"
-            )
-    return base.shape
-
-
-def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
-    if base is None:
-        return f"Base: none, random weights (fingerprint {base_id})"
-    facts = base.metadata
-    val_loss = facts.get("val_loss")
-    reached = f" to validation loss {val_loss:.4f}" if isinstance(val_loss, float) else ""
-    same = "the same data" if facts.get("checksum") == corpus.checksum else "other data"
-    return (
-        f"Base: {base.path} (fingerprint {base_id}), {facts.get('step')} steps on "
-        f"{facts.get('data')}{reached}; this run trains on {same}"
+def print_evaluation(run: Run) -> None:
+    """The loss on all of the validation data, every byte but the first predicted once."""
+    length = run.model.block_size
+    n = len(run.corpus.validation) - 1  # bytes to predict
+    full = np.arange(0, n - length + 1, length)
+    total = window_losses(run, full, length).sum().item() * length
+    rest = n - len(full) * length
+    if rest > 0:
+        total += window_losses(run, np.array([n - rest]), rest).item() * rest
+    loss = total / n
+    say(
+        f"Bytes evaluated: {n:,}",
+        f"Validation loss: {loss:.4f} nats per byte",
+        f"Perplexity: {math.exp(loss):.4f} per byte",
+        f"Bits per byte: {loss / math.log(2):.4f}",
     )
 
 
-def describe_parameters(config: Config, model: BigramLanguageModelLoRA) -> list[str]:
-    info = model.get_parameter_info()
-    if not config.use_lora:
-        return [
-            "Parameter Statistics:",
-            f"   Total parameters: {info['total']:,}",
-            f"   Trainable (all): {info['trainable']:,}",
-        ]
-    return [
-        "Using LoRA for efficient fine-tuning",
-        f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
-        f"dropout: {config.lora_dropout}",
-        "Parameter Statistics:",
-        f"   Total parameters: {info['total']:,}",
-        f"   Trainable (LoRA): {info['trainable']:,}",
-        f"   Frozen (base): {info['frozen']:,}",
-        f"   LoRA percentage: {info['lora_percentage']:.2f}%",
-        f"   Of the trainable: adapters {info['lora']:,}, embeddings {info['embedding']:,}",
-        f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
-    ]
-
-
-def notes(config: Config, base: Checkpoint | None, model: nn.Module) -> list[str]:
-    """What is legal and probably not what the user meant."""
-    found = []
-    unused = sorted(name for name in config.explicit if name.startswith("LORA_"))
-    if unused and not config.use_lora:
-        found.append(f"{', '.join(unused)} set without USE_LORA=True: no effect")
-    if config.use_lora and base is None:
-        found.append(
-            f"there is no base in {config.output_folder}, so the adapters train on random weights, "
-            "which cannot work well; run `python training.py` first or set BASE_CHECKPOINT"
-        )
-    small = [n for n, m in lora_layers(model).items() if config.lora_rank > min(m.weight.shape)]
-    if small:
-        found.append(
-            f"LORA_RANK={config.lora_rank} is larger than the smaller side of {len(small)} layers, "
-            f"among them {small[0]}: such an adapter costs more than the matrix and can do no more"
-        )
-    return found
+def write_merged(run: Run) -> None:
+    """Write base and adapters as one checkpoint, which is a base like any other."""
+    merge_adapter(run.model)
+    shape = {name: getattr(run.model, name) for name in SHAPE}
+    path = run.files.merged
+    metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
+    size = save_checkpoint(path, run.model, shape, metadata)
+    say(f"Wrote {path}: {size / 2**20:.2f} MiB")
 
 
 def rate(tokens_per_step: int, step_times: list[float]) -> float:
@@ -403,21 +279,6 @@ def rate(tokens_per_step: int, step_times: list[float]) -> float:
 
 def shows_progress(config: Config) -> bool:
     return config.progress and sys.stderr.isatty()
-
-
-def say(*lines: str) -> None:
-    """Print facts to the record, whole lines at once."""
-    for line in lines:
-        print(line, flush=True)
-
-
-def indent(lines: Iterable[str]) -> list[str]:
-    return [f"   {line}".rstrip() for line in lines]
-
-
-def format_table(rows: list[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
 
 
 if __name__ == "__main__":

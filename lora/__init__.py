@@ -1,19 +1,43 @@
 """LoRA for PyTorch: the layer, its injection into a model, and adapter files."""
 
-from lora.adapters import adapter_state, load_adapter, save_adapter
+from lora.adapters import (
+    Adapter,
+    BaseMismatch,
+    adapter_state,
+    combine_adapters,
+    load_adapter,
+    merge_adapter,
+    read_adapter,
+    read_adapters,
+    save_adapter,
+    switch_adapter,
+    take_adapter,
+    unmerge_adapter,
+    write_adapter,
+)
 from lora.files import FileError
 from lora.inject import add_lora, count_parameters, lora_layers, store_base
 from lora.linear import LoRALinear, grouped_linear
 
 __all__ = [
+    "Adapter",
+    "BaseMismatch",
     "FileError",
     "LoRALinear",
     "adapter_state",
     "add_lora",
+    "combine_adapters",
     "count_parameters",
     "grouped_linear",
     "load_adapter",
     "lora_layers",
+    "merge_adapter",
+    "read_adapter",
+    "read_adapters",
     "save_adapter",
     "store_base",
+    "switch_adapter",
+    "take_adapter",
+    "unmerge_adapter",
+    "write_adapter",
 ]

@@ -1,17 +1,50 @@
-"""Adapter files: what a LoRA run trained, as named tensors, and what they belong to."""
+"""Adapters: what a LoRA run trained, as named tensors, and what one does with them.
+
+A model holds one adapter at a time; the others are `Adapter`s in memory or files. The bare base is
+an adapter too, one that changes nothing: `take_adapter` of a model that has not trained gives it.
+"""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora.files import FileError, check_tensors, read_file, write_file
-from lora.inject import lora_layers
+from lora.inject import lora_layers, swap_modules
+from lora.linear import LoRALinear
 
 FORMAT = "LoRA adapter"
-VERSION = 1
+VERSION = 2
+
+
+class BaseMismatch(FileError):
+    """An adapter that was trained on another base."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The tensors of an adapter by their names in the model, and what they belong to.
+
+    `tensors` has every layer's `lora_A` and `lora_B`, and the embeddings where they were trained;
+    `alpha` has a number for each layer; `base` is the `fingerprint` of the model below.
+    """
+
+    base: str
+    alpha: dict[str, float]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: self.tensors[f"{name}.lora_A"].shape[0] for name in self.alpha}
+
+    @property
+    def extras(self) -> list[str]:
+        """The names of tensors that are no part of a layer's adapter, such as embeddings."""
+        return [name for name in self.tensors if not name.endswith((".lora_A", ".lora_B"))]
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -22,6 +55,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def take_adapter(model: nn.Module, base: str, metadata: Mapping[str, Any] | None = None) -> Adapter:
+    """A copy of the model's adapter; `base` is the fingerprint of the model below it."""
+    alpha = {name: layer.alpha for name, layer in lora_layers(model).items()}
+    tensors = {name: t.clone() for name, t in adapter_state(model).items()}
+    return Adapter(base, alpha, tensors, dict(metadata or {}))
+
+
 def save_adapter(
     path: str | os.PathLike, model: nn.Module, base: str, metadata: Mapping[str, Any]
 ) -> int:
@@ -30,45 +70,199 @@ def save_adapter(
     `base` is the `fingerprint` of the model that the adapter was trained on. `metadata` (numbers,
     strings and dicts of these) is stored beside it.
     """
-    return write_file(
-        path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "base": base,
-            "alpha": {name: layer.alpha for name, layer in lora_layers(model).items()},
-            "metadata": dict(metadata),
-            "tensors": {name: t.cpu() for name, t in adapter_state(model).items()},
-        },
-    )
+    return write_adapter(path, take_adapter(model, base, metadata))
 
 
-def load_adapter(path: str | os.PathLike, model: nn.Module, base: str) -> dict[str, Any]:
-    """Copy an adapter, its alpha included, into a model with adapters of the same shapes.
+def write_adapter(path: str | os.PathLike, adapter: Adapter) -> int:
+    """Write an adapter and return the file's size in bytes."""
+    content = {"format": FORMAT, "version": VERSION, "base": adapter.base, "alpha": adapter.alpha}
+    tensors = {name: tensor.cpu() for name, tensor in adapter.tensors.items()}
+    return write_file(path, content | {"metadata": adapter.metadata, "tensors": tensors})
 
-    Returns the metadata that was saved with it.
+
+def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
+    """Read an adapter that belongs on the base with this fingerprint; None takes any.
+
+    Raises FileError for a file that is damaged or no adapter, and BaseMismatch for another base.
+    """
+    content = read_file(path, FORMAT, VERSION)
+    adapter = Adapter(*(content.get(key) for key in ("base", "alpha", "tensors", "metadata")))
+    if (
+        not isinstance(adapter.base, str)
+        or not all(isinstance(p, dict) for p in (adapter.alpha, adapter.tensors, adapter.metadata))
+        or not all(isinstance(alpha, float | int) for alpha in adapter.alpha.values())
+    ):
+        raise FileError(f"{path} is damaged: it holds no complete adapter")
+    check_tensors(path, adapter.tensors, adapter.tensors)  # that they are finite numbers
+    for name in adapter.alpha:
+        for part in ("lora_A", "lora_B"):
+            if getattr(adapter.tensors.get(f"{name}.{part}"), "ndim", 0) != 2:
+                raise FileError(f"{path} lacks the matrix {name}.{part}")
+    if base is not None and adapter.base != base:
+        below = adapter.metadata.get("base_checkpoint")
+        raise BaseMismatch(
+            f"{path} was trained on base {adapter.base}{f' ({below})' if below else ''}, "
+            f"not on {base}: the weights of the two bases differ"
+        )
+    return adapter
+
+
+def load_adapter(path: str | os.PathLike, model: nn.Module, base: str | None) -> dict[str, Any]:
+    """Read an adapter into a model with LoRA on the same layers; returns its metadata.
 
     Raises FileError, and leaves the model as it was, when the file is damaged, when a tensor is
     missing, unexpected, of another shape or not finite, and when the adapter was trained on
-    another base than the one whose fingerprint is `base`.
+    another base than the one whose fingerprint is `base` (None insists).
     """
-    content = read_file(path, FORMAT, VERSION)
+    adapter = read_adapter(path, base)
+    switch_adapter(model, adapter, path)
+    return adapter.metadata
+
+
+def switch_adapter(model: nn.Module, adapter: Adapter, name: str | os.PathLike = "adapter") -> None:
+    """Make `adapter` the model's, exactly: tensors are copied in place, alpha and rank follow.
+
+    Where the rank differs, the layer gets new parameters, which an optimizer does not know.
+
+    Raises FileError, with `name` in its message, and leaves the model as it was, when the adapter
+    does not fit the model.
+    """
     layers = lora_layers(model)
-    alpha, metadata = content.get("alpha"), content.get("metadata")
-    if (
-        not isinstance(metadata, dict)
-        or not isinstance(alpha, dict)
-        or alpha.keys() != layers.keys()
-        or not all(isinstance(value, float | int) for value in alpha.values())
-    ):
-        raise FileError(f"{path} is damaged, or its adapters are of other layers than the model's")
-    if content.get("base") != base:
-        raise FileError(f"{path} was trained on base {content.get('base')}, not on {base}")
-    state = adapter_state(model)
-    check_tensors(path, content.get("tensors"), state)
+    _check_fit(name, adapter, adapter_state(model), layers)
     with torch.no_grad():
-        for name, tensor in content["tensors"].items():
-            state[name].copy_(tensor)
-    for name, layer in layers.items():
-        layer.alpha = alpha[name]
-    return metadata
+        for layer_name, rank in adapter.ranks.items():
+            layers[layer_name].alpha = adapter.alpha[layer_name]
+            layers[layer_name].set_rank(rank)
+        for tensor_name, tensor in adapter_state(model).items():
+            tensor.copy_(adapter.tensors[tensor_name])
+
+
+def _check_fit(
+    name: str | os.PathLike,
+    adapter: Adapter,
+    state: Mapping[str, Tensor],
+    layers: Collection[str],
+) -> None:
+    """Raise FileError unless the adapter is of these layers and its tensors are those of `state`,
+    but for the rank."""
+    expected = dict(state)
+    for layer, rank in adapter.ranks.items():
+        A, B = (state.get(f"{layer}.{part}") for part in ("lora_A", "lora_B"))
+        if A is not None and B is not None:
+            expected[f"{layer}.lora_A"] = A.new_empty(rank, A.shape[1])
+            expected[f"{layer}.lora_B"] = B.new_empty(B.shape[0], rank)
+    check_tensors(name, adapter.tensors, expected)
+    if adapter.alpha.keys() != set(layers):
+        raise FileError(f"{name} has adapters of other layers than the model's")
+
+
+def read_adapters(
+    weighted: Sequence[tuple[str, float]],
+    bare: Adapter,
+    rank: int | None = None,
+    any_base: bool = False,
+) -> Adapter:
+    """The weighted sum of adapter files; see `combine_adapters`.
+
+    Raises FileError for a file that cannot be used with `bare`, the base's own adapter, and
+    BaseMismatch for one that was trained on another base, unless `any_base`.
+    """
+    adapters = []
+    for path, weight in weighted:
+        adapter = read_adapter(path, None if any_base else bare.base)
+        _check_fit(path, adapter, bare.tensors, bare.alpha)
+        adapters.append((adapter, weight))
+    return combine_adapters(adapters, bare, rank)
+
+
+def combine_adapters(
+    weighted: Sequence[tuple[Adapter, float]], bare: Adapter, rank: int | None = None
+) -> Adapter:
+    """The sum of weighted adapters: its change of the base is the weighted sum of their changes.
+
+    Ranks are concatenated, which is exact: u s_a B_a A_a + v s_b B_b A_b is the product of
+    [u s_a B_a, v s_b B_b] and [A_a; A_b]. Embeddings change by the weighted changes of those of
+    `bare`, the base's own adapter. A weight may be negative.
+
+    With `rank`, each layer's change is replaced by the nearest one of at most this rank (Eckart and
+    Young 1936; through QR of the factors, in float64), and `metadata["truncation_error"]` is the
+    error that this causes: the Frobenius norm of what is lost over that of the whole, all layers
+    together.
+
+    Raises ValueError for no adapters, for adapters of different layers, or a rank below 1.
+    """
+    if not weighted or (rank is not None and rank < 1):
+        raise ValueError(f"nothing to combine, or rank={rank} is not at least 1")
+    for adapter, _ in weighted:
+        if adapter.alpha.keys() != bare.alpha.keys() or set(adapter.extras) != set(bare.extras):
+            raise ValueError("the adapters are of different layers")
+    if len(weighted) == 1 and weighted[0][1] == 1.0 and rank in (None, *_ranks(weighted[0][0])):
+        return weighted[0][0]
+    alpha: dict[str, float] = {}
+    tensors: dict[str, Tensor] = {}
+    lost = total = 0.0
+    for name in bare.alpha:
+        A = torch.cat([adapter.tensors[f"{name}.lora_A"] for adapter, _ in weighted])
+        B = torch.cat(
+            [
+                adapter.tensors[f"{name}.lora_B"] * (weight * adapter.alpha[name] / r)
+                for adapter, weight in weighted
+                for r in [adapter.ranks[name]]
+            ],
+            dim=1,
+        )
+        if rank is not None:
+            A, B, layer_lost, layer_total = _truncate(A, B, rank)
+            lost, total = lost + layer_lost, total + layer_total
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = A, B
+        alpha[name] = float(A.shape[0])  # a scaling of 1, since B holds it
+    for name in bare.extras:
+        changes = [(a.tensors[name] - bare.tensors[name]) * weight for a, weight in weighted]
+        tensors[name] = bare.tensors[name] + torch.stack(changes).sum(0)
+    metadata: dict[str, Any] = {}
+    if rank is not None:
+        metadata["truncation_error"] = (lost / total) ** 0.5 if total > 0 else 0.0
+    return Adapter(bare.base, alpha, tensors, metadata)
+
+
+def _ranks(adapter: Adapter) -> set[int]:
+    """The adapter's rank, where all layers have the same."""
+    ranks = set(adapter.ranks.values())
+    return ranks if len(ranks) == 1 else set()
+
+
+def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The nearest B A of at most `rank`, and the squared norms of what is lost and of the whole."""
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().t())
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.t())  # B A = Q_B U S Vh Q_A^T
+    root = S[:rank].sqrt()
+    new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype)
+    new_B = (Q_B @ U[:, :rank] * root).to(B.dtype)
+    squares = S.square()
+    return new_A, new_B, squares[rank:].sum().item(), squares.sum().item()
+
+
+def merge_adapter(model: nn.Module) -> dict[str, LoRALinear]:
+    """Replace every LoRALinear by a plain linear that computes the same, in place.
+
+    The weight W + s B A is added up and stored in the adapter's dtype, float32. The model's state
+    dict is then that of a model without LoRA. Returns the replaced layers, for `unmerge_adapter`.
+    """
+    layers = lora_layers(model)
+    swap_modules(model, {name: _merged_linear(layer) for name, layer in layers.items()})
+    return layers
+
+
+def unmerge_adapter(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Put the layers back that `merge_adapter` returned: the model is what it was, to the bit."""
+    swap_modules(model, layers)
+
+
+def _merged_linear(layer: LoRALinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight = layer.weight.to(layer.lora_B.dtype)
+    merged = torch.addmm(weight, layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
+    linear.weight = nn.Parameter(merged, requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)

@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,18 +25,20 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
     full disk leaves what was there before. Raises FileError when it cannot be written.
     """
     path = Path(path)
+    content = dict(content) | {"digest": fingerprint(_tensors_in(content))}
     partial = None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
         ) as file:
             partial = file.name
-            torch.save(dict(content), file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise FileError(f"{path} cannot be written: {_one_line(error)}") from error
     finally:
@@ -48,13 +51,15 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
 def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any]:
     """The content of a file that `write_file` made, with `format` kind and this `version`.
 
-    Nothing but plain data is unpickled. Raises FileError for anything else.
+    Nothing but plain data is unpickled. Raises FileError for anything else, and for tensors that
+    are not those that were written, or not under their names.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
+        digest = fingerprint(_tensors_in(content))
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError:
@@ -67,6 +72,8 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
         raise FileError(f"{path} is {what}, not a {kind}")
     if content.get("version") != version:
         raise FileError(f"{path} has format version {content.get('version')}, not {version}")
+    if content.get("digest") != digest:
+        raise FileError(f"{path} is damaged: its tensors are not those that were saved")
     return content
 
 
@@ -101,6 +108,52 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()[:16]
+
+
+def lock_folder(folder: str | os.PathLike) -> BinaryIO:
+    """Reserve a folder for this process until the returned file is closed or the process ends.
+
+    Also removes what killed processes left unfinished there. Raises FileError when another process
+    has the folder.
+    """
+    lock = open(Path(folder) / ".lock", "ab")  # noqa: SIM115 (closing it releases the lock)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise FileError(f"{folder} is in use by another run; set OUT_DIR to another one") from error
+    for partial in Path(folder).glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+    return lock
+
+
+def _tensors_in(content: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors of nested dicts and lists, by the path of keys that leads to them."""
+    if isinstance(content, Tensor):
+        return {name: content}
+    parts: Iterator = iter(())
+    if isinstance(content, Mapping):
+        parts = iter(content.items())
+    elif isinstance(content, list | tuple):
+        parts = enumerate(content)
+    return {n: t for key, part in parts for n, t in _tensors_in(part, f"{name}/{key}").items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the renaming itself survive a power cut, where the system can sync a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -1,6 +1,6 @@
 """Put LoRA into a model: swap its linears, freeze the rest, count the parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -39,10 +39,15 @@ def add_lora(
     for name, parameter in model.named_parameters():
         if not name.endswith((".lora_A", ".lora_B")):
             parameter.requires_grad_(False)
-    for name, layer in adapted.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    swap_modules(model, adapted)
     return chosen
+
+
+def swap_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place that its name says."""
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
 def _matches(name: str, target: str) -> bool:

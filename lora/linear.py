@@ -27,6 +27,8 @@ from lora.dropout import draw_mask, dropout
 # tokens each.
 CHUNK = 512
 
+FEW_TOKENS = 16
+
 
 class LoRALinear(nn.Module):
     """A linear layer with frozen `weight` and `bias` and trainable `lora_A` and `lora_B`.
@@ -73,6 +75,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    def set_rank(self, rank: int) -> None:
+        """Take new, uninitialized parameters of this rank, unless it is the layer's rank."""
+        if rank != self.rank:
+            A, B = self.lora_A, self.lora_B
+            self.rank = rank
+            self.lora_A = nn.Parameter(A.new_empty(rank, self.in_features), A.requires_grad)
+            self.lora_B = nn.Parameter(B.new_empty(self.out_features, rank), B.requires_grad)
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
@@ -90,13 +100,16 @@ class LoRALinear(nn.Module):
 
 
 def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """`[layer(x) for layer in layers]`, as one product where the layers are alike.
+    """`[layer(x) for layer in layers]`, as one product where the layers are alike and x has more
+    than a few tokens, for stacking costs a pass over the weights.
 
     Alike are plain linears with biases, and LoRALinears of one width, rank, scaling and dropout.
     The latter share the dropout's mask too, since they share its input. Forward hooks of layers
     that are alike do not run.
     """
     first = layers[0]
+    if x.numel() < FEW_TOKENS * x.shape[-1]:
+        return [layer(x) for layer in layers]
     if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])

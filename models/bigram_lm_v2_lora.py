@@ -4,6 +4,7 @@ It began as a bigram table and kept the name. It is a transformer decoder.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lora import add_lora, count_parameters
 from lora.dropout import dropout as apply_dropout
-from models.transformer import Block
+from models.transformer import Block, KeyValueCache
 
 
 class BigramLanguageModelLoRA(nn.Module):
@@ -70,22 +71,33 @@ class BigramLanguageModelLoRA(nn.Module):
     def embedding_tables(self) -> list[nn.Embedding]:
         return [self.token_embedding_table, self.position_embedding_table]
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab_size) for tokens `idx` (B, T), and the mean cross-entropy in nats
         of `targets` (B, T), None without targets.
 
-        Raises ValueError when T is above block_size.
+        With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
+        tokens for empty ones, one token afterwards.
+
+        Raises ValueError when the tokens are more than block_size, those in caches included.
         """
-        T = idx.shape[1]
+        start = caches[0].length if caches else 0
+        if start > 0 and idx.shape[1] != 1:
+            raise ValueError("caches that are not empty take one token at a time")
+        T = start + idx.shape[1]
         if self.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
-        positions = self.position_embedding_table.weight[:T]  # (T, C)
+        positions = self.position_embedding_table.weight[start:T]  # (T, C)
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = apply_dropout(x, self.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, cache)
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits, None
@@ -99,40 +111,59 @@ class BigramLanguageModelLoRA(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        use_cache: bool = True,
     ) -> Tensor:
         """Continue `idx` (B, T) by `max_new_tokens` sampled tokens: (B, T + max_new_tokens).
 
-        The model sees the last `block_size` tokens. `temperature` 0 takes the likeliest token;
-        `top_k` samples from the k likeliest. The mode (train or eval) is restored afterwards.
+        The arguments are those of `stream`. The mode (train or eval) is restored afterwards.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            options = (temperature, top_k, top_p, use_cache)
+            return torch.cat([idx, *self.stream(idx, max_new_tokens, *options)], dim=1)
+        finally:
+            self.train(was_training)
 
-        Raises ValueError for an empty `idx`, a negative temperature or a `top_k` below 1.
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1), in eval mode.
+
+        `temperature` 0 takes the likeliest token; `top_k` samples from the k likeliest, `top_p`
+        from the fewest that have this probability together (Holtzman et al. 2020). The model sees
+        up to block_size tokens: when they are full, it goes on from the last half of them.
+        `use_cache=False` computes all of them again for each token, to the same effect.
+
+        Raises ValueError for an empty `idx`, and for an argument out of range.
         """
         if idx.shape[1] == 0:
             raise ValueError("generate needs at least one token to continue")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature} or top_k={top_k} is out of range")
-        was_training = self.training
-        self.eval()
-        try:
-            return self._continue(idx, max_new_tokens, temperature, top_k)
-        finally:
-            self.train(was_training)
-
-    def _continue(
-        self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
-    ) -> Tensor:
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
+        seen = idx[:, -self.block_size :]
+        new, caches = seen, self._caches()
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.block_size :])
-            logits = logits[:, -1].float()  # (B, vocab_size)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-            idx = torch.cat([idx, new], dim=1)
-        return idx
+            if seen.shape[1] > self.block_size:
+                seen = seen[:, -max(1, self.block_size // 2) :]
+                new, caches = seen, self._caches()
+            logits, _ = self(new, caches=caches) if use_cache else self(seen)
+            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
+            yield new
+            seen = torch.cat([seen, new], dim=1)
+
+    def _caches(self) -> list[KeyValueCache]:
+        return [KeyValueCache(self.block_size) for _ in self.blocks]
 
     def get_parameter_info(self) -> dict[str, float]:
         """Counts of parameters: `total` = `trainable` + `frozen`; `lora` in the adapters and
@@ -142,3 +173,19 @@ class BigramLanguageModelLoRA(nn.Module):
         info["embedding"] = sum(table.weight.numel() for table in self.embedding_tables())
         info["lora_percentage"] = 100.0 * info["trainable"] / info["total"]
         return info
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """A token for each row of logits (B, vocab_size), as `stream` describes: (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
+    probabilities = F.softmax(logits / temperature, dim=-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it suffice
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return torch.multinomial(probabilities, 1)

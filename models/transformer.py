@@ -15,7 +15,12 @@ PLAIN_ATTENTION_MAX_CONTEXT = 256
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training: bool) -> Tensor:
-    """Causal scaled dot-product attention. q, k, v and the result have shape (B, H, T, D)."""
+    """Causal scaled dot-product attention. q, k, v and the result have shape (B, H, T, D).
+
+    A single query may stand for the last of more keys, all of which it sees.
+    """
+    if q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, k, v)
     dropout_p = dropout_p if training else 0.0
     if (
         q.device.type == "cpu"
@@ -36,6 +41,27 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor
     return torch.bmm(weights, v).view(B, H, T, D)
 
 
+class KeyValueCache:
+    """The keys and values that one attention layer has computed, each (B, H, T, D)."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens; returns all so far."""
+        if self.keys is None:
+            B, H, _, D = k.shape
+            self.keys = k.new_empty(B, H, self.block_size, D)
+            self.values = v.new_empty(B, H, self.block_size, D)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with separate key, query, value and proj linears."""
 
@@ -48,10 +74,12 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(n_embd, n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
         y = causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return dropout(y, self.dropout, self.training)
@@ -81,6 +109,6 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = MLP(n_embd, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))

@@ -28,7 +28,7 @@ def start_script(folder: Path, *arguments: str, script: str = "training.py", **v
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         cwd=folder,
-        env=environment | variables,
+        env=environment | {"PYTHONPATH": str(ROOT)} | variables,
         capture_output=True,
         timeout=120,
         encoding="utf-8",

@@ -8,7 +8,23 @@ import torch
 from torch import nn
 
 from checkpoint import base_state, load_base, read_checkpoint, save_checkpoint
-from lora import FileError, adapter_state, add_lora, count_parameters, load_adapter, save_adapter
+from lora import (
+    BaseMismatch,
+    FileError,
+    adapter_state,
+    add_lora,
+    combine_adapters,
+    count_parameters,
+    load_adapter,
+    merge_adapter,
+    read_adapter,
+    save_adapter,
+    switch_adapter,
+    take_adapter,
+    unmerge_adapter,
+    write_adapter,
+)
+from lora import __main__ as listing
 from lora.files import fingerprint, read_file, write_file
 from lora.inject import lora_layers
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -65,6 +81,9 @@ def test_a_base_of_other_heads_is_refused(tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_adapter(tmp_path / "a.pt", make(seed=1), "one", {})
+    assert read_adapter(tmp_path / "a.pt", None).base == "one"
+    with pytest.raises(BaseMismatch, match="not on two: the weights of the two bases differ"):
+        read_adapter(tmp_path / "a.pt", "two")
     model = make(trained=False)
     before = values(model)
     with pytest.raises(FileError, match="trained on base one, not on two"):
@@ -89,7 +108,7 @@ def test_a_wrong_tensor_is_refused_and_the_model_is_as_it_was(tmp_path, damage):
         tensors[name] = tensors[name].int()
     else:
         tensors[name] = "not a tensor"
-    torch.save(content, tmp_path / "a.pt")
+    write_file(tmp_path / "a.pt", content)
     model = make(trained=False)
     before = values(model)
     with pytest.raises(FileError) as refusal:
@@ -111,35 +130,67 @@ def test_a_checkpoint_loads_into_models_with_and_without_adapters(tmp_path):
         assert fingerprint(base_state(model)) == fingerprint(base.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["truncated", "flipped", "text", "empty", "other format"])
-def test_damaged_files_end_in_one_clear_line(tmp_path, kind):
-    path = tmp_path / "full.pt"
+def checkpoint_file(path):
     save_checkpoint(path, make(use_lora=False), SHAPE, {})
-    whole = path.read_bytes()
+
+
+def adapter_file(path):
+    save_adapter(path, make(seed=1), "base", {"step": 3})
+
+
+def load_checkpoint(path, model):
+    load_base(model, read_checkpoint(path))
+
+
+def load_adapter_file(path, model):
+    load_adapter(path, model, "base")
+
+
+KINDS = {
+    "checkpoint": (checkpoint_file, load_checkpoint),
+    "adapter": (adapter_file, load_adapter_file),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "swapped", "text", "empty", "foreign"])
+def test_damaged_files_end_in_one_clear_line(tmp_path, kind, damage):
+    path = tmp_path / "file.pt"
+    write, read = KINDS[kind]
+    write(path)
+    whole, content = path.read_bytes(), torch.load(path, weights_only=True)
+    model = make(trained=False)
+    before = values(model)
+    read(path, model)
+    sound = values(model)
     generator = random.Random(0)
-    for _ in range(1 if kind in ("text", "empty", "other format") else 40):
-        if kind == "truncated":
+    for _ in range(200 if damage in ("truncated", "flipped", "swapped") else 1):
+        if damage == "truncated":
             path.write_bytes(whole[: generator.randrange(len(whole))])
-        elif kind == "flipped":
+        elif damage == "flipped":
             broken = bytearray(whole)
             for _ in range(20):
                 broken[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
             path.write_bytes(broken)
-        elif kind == "text":
+        elif damage == "swapped":  # also where the shapes agree
+            one, two = generator.sample(sorted(content["tensors"]), 2)
+            tensors = dict(content["tensors"])
+            tensors[one], tensors[two] = tensors[two], tensors[one]
+            torch.save(content | {"tensors": tensors}, path)
+        elif damage == "text":
             path.write_text("not a checkpoint")
-        elif kind == "empty":
+        elif damage == "empty":
             path.write_bytes(b"")
         else:
             torch.save({"format": ["a", "list"]}, path)
-        model = make(use_lora=False)
-        before = values(model)
+        model.load_state_dict(before)
         try:
-            load_base(model, read_checkpoint(path))
+            read(path, model)
         except FileError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             assert unchanged(model, before)
-        else:  # the flipped bits lay in padding or names that no tensor depends on
-            assert kind == "flipped" and unchanged(model, before)
+        else:  # the flipped bits lay where nothing depends on them; the swapped tensors were equal
+            assert damage in ("flipped", "swapped") and unchanged(model, sound)
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
@@ -168,6 +219,146 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         write_file(path, {"format": "x", "version": 1, "n": 2})
     assert read_file(path, "x", 1)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(IDX)[0]
+
+
+def adapters_of(*options: dict) -> tuple[BigramLanguageModelLoRA, list]:
+    """A model on its bare base, the base's own adapter, and a trained one for each of the options,
+    with the logits of each."""
+    model = make(trained=False)
+    found = [(take_adapter(model, "base"), logits(model))]
+    for seed, more in enumerate(options, 1):
+        trained = make(seed=seed, **more)
+        found.append((take_adapter(trained, "base"), logits(trained)))
+    return model, found
+
+
+def test_switching_is_exact_and_so_is_going_back(tmp_path):
+    """Among adapters of different ranks and alphas, and to the bare base."""
+    model, found = adapters_of({}, {"lora_rank": 3}, {"lora_alpha": 2.0}, {"lora_rank": 17})
+    before = values(model)
+    generator = random.Random(0)
+    for _ in range(20):
+        adapter, expected = generator.choice(found)
+        switch_adapter(model, adapter)
+        assert torch.equal(logits(model), expected)
+    switch_adapter(model, found[0][0])
+    assert torch.equal(logits(model), logits(make(use_lora=False)))
+    assert unchanged(model, before)
+
+
+def test_a_switch_of_the_same_rank_keeps_the_parameters():
+    """An optimizer goes on with them."""
+    model, ((_, _), (adapter, _)) = adapters_of({})
+    parameters = dict(model.named_parameters())
+    switch_adapter(model, adapter)
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing():
+    model, (_, (adapter, _)) = adapters_of({})
+    before = values(model)
+    tensors = dict(adapter.tensors)
+    tensors["lm_head.lora_B"] = tensors["lm_head.lora_B"][:5]
+    with pytest.raises(FileError, match=r"mine: lm_head\.lora_B has shape"):
+        switch_adapter(model, type(adapter)("base", adapter.alpha, tensors), "mine")
+    assert unchanged(model, before)
+
+
+def changes(adapter, bare) -> dict[str, torch.Tensor]:
+    """What an adapter adds to each weight of the base, in float64."""
+    t = {name: tensor.double() for name, tensor in adapter.tensors.items()}
+    found = {
+        n: adapter.alpha[n] / adapter.ranks[n] * t[f"{n}.lora_B"] @ t[f"{n}.lora_A"]
+        for n in adapter.alpha
+    }
+    return found | {n: t[n] - bare.tensors[n].double() for n in adapter.extras}
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5), (2.0, 0.0)])
+def test_combining_adds_up_the_weighted_changes(weights):
+    model, found = adapters_of({"lora_alpha": 4.0}, {"lora_rank": 3})
+    bare, one, two = (adapter for adapter, _ in found)
+    combined = combine_adapters([(one, weights[0]), (two, weights[1])], bare)
+    assert set(combined.ranks.values()) == {8 + 3}
+    first, second = changes(one, bare), changes(two, bare)
+    for name, change in changes(combined, bare).items():
+        exact = weights[0] * first[name] + weights[1] * second[name]
+        assert (change - exact).norm() < 1e-6 * (first[name].norm() + second[name].norm())
+    switch_adapter(model, combined)
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_combining_one_alone_or_subtracting_it_is_exact():
+    model, ((bare, at_base), (one, expected)) = adapters_of({})
+    switch_adapter(model, combine_adapters([(one, 1.0)], bare))
+    assert torch.equal(logits(model), expected)
+    switch_adapter(model, combine_adapters([(one, 1.0), (one, -1.0)], bare))
+    torch.testing.assert_close(logits(model), at_base, rtol=1e-5, atol=1e-6)
+
+
+def test_reducing_the_rank_is_the_best_there_is_and_says_its_error():
+    model, ((bare, _), (one, _), (two, _)) = adapters_of({}, {"lora_rank": 5})
+    pair = [(one, 0.7), (two, 0.3)]
+    whole = changes(combine_adapters(pair, bare), bare)
+    for rank in (1, 4, 13, 20):
+        reduced = combine_adapters(pair, bare, rank=rank)
+        assert max(reduced.ranks.values()) == min(rank, 13)
+        lost = total = best = 0.0
+        for name, change in changes(reduced, bare).items():
+            if name in bare.alpha:
+                lost += (change - whole[name]).square().sum().item()
+                total += whole[name].square().sum().item()
+                best += torch.linalg.svdvals(whole[name])[rank:].square().sum().item()
+        assert lost == pytest.approx(best, rel=1e-4, abs=1e-10 * total)
+        stated = reduced.metadata["truncation_error"]
+        assert stated == pytest.approx((best / total) ** 0.5, rel=1e-6, abs=1e-6)
+    switch_adapter(model, reduced)
+
+
+def test_combining_nothing_or_unlike_adapters_is_refused():
+    _, ((bare, _), (one, _)) = adapters_of({})
+    with pytest.raises(ValueError, match="nothing to combine"):
+        combine_adapters([], bare)
+    with pytest.raises(ValueError, match="rank=0"):
+        combine_adapters([(one, 1.0)], bare, rank=0)
+    other = type(one)("base", {"lm_head": 1.0}, {})
+    with pytest.raises(ValueError, match="different layers"):
+        combine_adapters([(one, 1.0), (other, 1.0)], bare)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 3, "lora_alpha": 40.0}])
+def test_merging_computes_the_same_and_unmerging_restores_it(tmp_path, options):
+    model = make(seed=1, **options)
+    before, expected = values(model), logits(model)
+    layers = merge_adapter(model)
+    merged = logits(model)
+    assert (merged - expected).norm() < 1e-5 * expected.norm()
+    assert not torch.equal(merged, logits(make(use_lora=False)))
+    # It is a plain model now, and its checkpoint a base like any other.
+    save_checkpoint(tmp_path / "merged.pt", model, SHAPE, {})
+    plain = make(use_lora=False)
+    load_base(plain, read_checkpoint(tmp_path / "merged.pt"))
+    assert torch.equal(logits(plain), merged)
+    unmerge_adapter(model, layers)
+    assert unchanged(model, before) and torch.equal(logits(model), expected)
+
+
+def test_adapters_are_listed(tmp_path, capsys):
+    metadata = {"step": 7, "val_loss": 1.25, "data": "python-docs"}
+    save_adapter(tmp_path / "a.pt", make(seed=1, lora_rank=4), "base", metadata)
+    write_adapter(tmp_path / "b.pt", take_adapter(make(seed=2), "base"))
+    checkpoint_file(tmp_path / "full.pt")
+    assert listing.main([str(tmp_path)]) == 0
+    header, one, two = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["file", "rank", "alpha"]
+    assert one.split()[1:6] == ["4", "16", "python-docs", "7", "1.2500"]
+    assert two.split()[:3] == [str(tmp_path / "b.pt"), "8", "16"]
+    assert listing.main([str(tmp_path / "full.pt")]) == 2
+    assert "full.pt is a model checkpoint, not a LoRA adapter" in capsys.readouterr().err
 
 
 class Attention(nn.Module):

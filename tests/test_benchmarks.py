@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -51,3 +52,11 @@ def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
     assert "| lora |" in table and "float32" in output and "AdamW" in output
     wrong = start_script(tmp_path, "--sizes", "huge", script="benchmarks/step_time.py")
     assert wrong.returncode == 2 and "nano" in wrong.stderr
+
+
+def test_serving_prints_its_ratios(tmp_path):
+    output = succeeded(start_script(tmp_path, "--quick", script="benchmarks/serving.py"))
+    ratio = re.search(r"recompute / cache: (\S+)", output).group(1)
+    assert float(ratio) > 1
+    for row in ("switch to another adapter", "combine two, reduced to rank 8", "merge and unmerge"):
+        assert re.search(rf"{row} +\d+\.\d ms", output)

@@ -114,8 +114,8 @@ def test_other_programs_variables_are_left_alone():
 
 
 def test_every_field_is_documented_and_described():
-    assert [row[0] for row in help_table()] == [field.name.upper() for field in option_fields()]
-    assert all(text for _, _, text in help_table())
+    assert [row[0] for row in help_table(Config)] == [f.name.upper() for f in option_fields(Config)]
+    assert all(text for _, _, text in help_table(Config))
     described = read(LORA_RANK="4").describe()
     assert "LORA_RANK: 4 *" in described and "LORA_ALPHA: 16.0" in described
-    assert len(described) == len(option_fields())
+    assert len(described) == len(option_fields(Config))

@@ -115,10 +115,13 @@ def test_generate_continues_and_restores_the_mode():
     assert out.shape == (2, 33) and torch.equal(out[:, :3], idx) and model.training
     expected = idx
     model.eval()
+    seen = idx
     for _ in range(30):  # the likeliest next token, again and again
-        logits = model(expected[:, -16:])[0][:, -1]
-        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+        seen = seen[:, -8:] if seen.shape[1] > 16 else seen  # full: on from the last half
+        new = model(seen)[0][:, -1].argmax(-1, keepdim=True)
+        seen, expected = torch.cat([seen, new], 1), torch.cat([expected, new], 1)
     assert torch.equal(out, expected)
+    assert torch.equal(model.generate(idx, 30, temperature=0.0, use_cache=False), expected)
     assert torch.equal(model.generate(idx, 5, temperature=1.0, top_k=1), expected[:, :8])
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(idx[:, :0], 1)
@@ -229,3 +232,21 @@ def test_attention_dropout_drops_whole_weights():
 
 def test_lora_linear_is_importable_from_lora():
     assert LoRALinear.__module__ == "lora.linear"
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_cached_logits_are_those_without_a_cache(use_lora):
+    """Within 1e-5 of the largest logit, in float32, at every length."""
+    model = make(use_lora=use_lora).eval()
+    idx = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        whole, _ = model(idx)
+        for prompt in (1, 5):
+            caches = model._caches()
+            parts = [model(idx[:, :prompt], caches=caches)[0]]
+            parts += [model(idx[:, i : i + 1], caches=caches)[0] for i in range(prompt, 16)]
+            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
+        with pytest.raises(ValueError, match="more than block_size"):
+            model(idx[:, :1], caches=caches)
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(idx[:, :2], caches=caches)

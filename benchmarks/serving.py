@@ -1,0 +1,114 @@
+"""Adapters in use: generation with and without the cache, and switching, combining, merging.
+
+    python benchmarks/serving.py [--quick]
+
+Generation is of one sequence with the default model (3.3M, dropout off, float32) at a context of
+256 tokens: it fills the context from one token on. `cache` computes the new token only,
+`recompute` all tokens so far; both give the same logits, and the largest difference is printed. The
+two take turns; the ratio is the median of the pairwise ratios. Adapter operations are on the 25M
+model, rank 8 on every linear with the embeddings, in float32: medians.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import device as hardware
+from lora import (
+    adapter_state,
+    combine_adapters,
+    merge_adapter,
+    switch_adapter,
+    take_adapter,
+    unmerge_adapter,
+)
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+DEFAULT_MODEL = {"n_embd": 256, "n_head": 4, "n_layer": 4}
+MODEL_25M = {"n_embd": 512, "n_head": 8, "n_layer": 8}
+CONTEXT = 256
+
+
+def build(shape: dict[str, int], use_lora: bool) -> BigramLanguageModelLoRA:
+    torch.manual_seed(1337)
+    return BigramLanguageModelLoRA(
+        vocab_size=256, block_size=CONTEXT, device="cpu", dropout=0.0, use_lora=use_lora, **shape
+    ).eval()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def compare_generation(rounds: int) -> None:
+    model = build(DEFAULT_MODEL, use_lora=False)
+    start = torch.zeros(1, 1, dtype=torch.long)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(rounds + 1):  # the first is the warm-up
+        for use_cache in (True, False) if i % 2 else (False, True):
+            taken = seconds(
+                lambda use=use_cache: model.generate(start, CONTEXT - 1, top_k=50, use_cache=use)
+            )
+            if i > 0:
+                times[use_cache].append(taken)
+    ratios = [b / a for a, b in zip(times[True], times[False], strict=True)]
+    print(f"Generation of {CONTEXT - 1} tokens, 3.3M model, float32, medians of {rounds}:")
+    for name, use_cache in (("cache", True), ("recompute", False)):
+        taken = statistics.median(times[use_cache])
+        print(f"   {name:10} {taken:6.3f} s  {(CONTEXT - 1) / taken:6.0f} tokens/s")
+    print(f"   recompute / cache: {statistics.median(ratios):.1f}")
+
+    tokens = model.generate(start, CONTEXT - 1)
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        caches = model._caches()
+        steps = [model(tokens[:, i : i + 1], caches=caches)[0] for i in range(CONTEXT)]
+    difference = (torch.cat(steps, 1) - whole).abs().max() / whole.abs().max()
+    print(f"   largest difference of a logit, relative to the largest logit: {difference:.1e}")
+
+
+def time_adapters(rounds: int) -> None:
+    model = build(MODEL_25M, use_lora=True)
+    bare = take_adapter(model, "base")
+    adapters = []
+    for _ in range(2):
+        for tensor in adapter_state(model).values():
+            tensor.normal_(std=0.02)
+        adapters.append(take_adapter(model, "base"))
+    one, two = adapters
+    pair = [(one, 0.7), (two, 0.3)]
+    operations: dict[str, Callable[[], object]] = {
+        "switch to another adapter": lambda: switch_adapter(model, one),
+        "switch to the bare base": lambda: switch_adapter(model, bare),
+        "combine two, rank 16": lambda: combine_adapters(pair, bare),
+        "combine two, reduced to rank 8": lambda: combine_adapters(pair, bare, rank=8),
+        "merge and unmerge": lambda: unmerge_adapter(model, merge_adapter(model)),
+    }
+    print(f"Adapters of the 25M model, rank 8, float32, medians of {rounds}:")
+    for name, operation in operations.items():
+        operation()
+        taken = statistics.median(seconds(operation) for _ in range(rounds))
+        print(f"   {name:32} {1000 * taken:7.1f} ms")
+
+
+def main() -> int:
+    if sys.argv[1:] not in ([], ["--quick"]):
+        print("error: the only option is --quick", file=sys.stderr)
+        return 2
+    rounds = 1 if sys.argv[1:] else 7
+    print(f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    compare_generation(rounds)
+    time_adapters(rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Let a trained model write, with adapters or without.
+
+    python generate.py                                  continue a line break
+    PROMPT="The " ADAPTERS=out/lora.pt python generate.py
+    ADAPTERS=a.pt:0.7,b.pt:0.3 python generate.py       a weighted sum of two adapters
+    python generate.py --help                           every variable
+
+The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
+"""
+
+import codecs
+import contextlib
+import os
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import torch
+
+import device as hardware
+from checkpoint import base_state, load_base, read_checkpoint
+from config import GenerateConfig, help_table
+from lora import merge_adapter
+from lora.files import fingerprint
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from run import (
+    asks_for_help,
+    check_vocabulary,
+    exit_code_of,
+    format_table,
+    put_on_adapters,
+    say,
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
+    return exit_code_of(lambda: work(arguments))
+
+
+def work(arguments: list[str]) -> None:
+    if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
+        say(__doc__.strip(), "", *format_table(help_table(GenerateConfig)))
+        return
+    config = GenerateConfig.from_environment(os.environ)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device, _ = hardware.choose_device(config.device)
+    dtype, _ = hardware.choose_dtype(config.dtype, device)
+    model = load_model(config, device)
+    torch.manual_seed(config.seed)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        write_text(config, model, device)
+
+
+def load_model(config: GenerateConfig, device: torch.device) -> BigramLanguageModelLoRA:
+    """The base, with the adapters merged into it."""
+    base = read_checkpoint(config.base_checkpoint or Path(config.out_dir) / "full.pt")
+    check_vocabulary(base)
+    use_lora = config.adapters is not None
+    model = BigramLanguageModelLoRA(**base.shape, device=device, dropout=0.0, use_lora=use_lora)
+    load_base(model, base)
+    lines = [f"Base: {base.path}"]
+    if config.adapters is not None:
+        base_id = fingerprint(base_state(model))
+        rank, any_base = config.lora_rank, config.any_base
+        lines += put_on_adapters(model, base_id, config.adapters, rank, any_base)
+        merge_adapter(model)
+    tell(*lines)
+    return model.eval()
+
+
+def write_text(
+    config: GenerateConfig, model: BigramLanguageModelLoRA, device: torch.device
+) -> None:
+    """Write the prompt and its continuation to stdout, each character when its bytes are there."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    prompt = os.fsencode(config.prompt)  # the bytes that the user typed, UTF-8 or not
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    show(decoder.decode(prompt))
+    idx = torch.tensor([list(prompt)], device=device)
+    options = (config.temperature, config.top_k, config.top_p)
+    started = time.perf_counter()
+    for token in model.stream(idx, config.max_new_tokens, *options):
+        show(decoder.decode(bytes([token.item()])))
+    seconds = time.perf_counter() - started
+    show(decoder.decode(b"", final=True) + "\n")
+    tell(f"{config.max_new_tokens} bytes in {seconds:.2f} s")
+
+
+def show(text: str) -> None:
+    """Print text without the control characters that a terminal would obey."""
+    safe = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    print("".join(safe), end="", flush=True)
+
+
+def tell(*lines: str) -> None:
+    """Print facts to stderr, which may be closed."""
+    with contextlib.suppress(OSError):
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

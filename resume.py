@@ -1,0 +1,194 @@
+"""Resuming: what an interrupted run needs to go on as if it had not been, in one file."""
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import SHAPE
+from config import Config, option_fields
+from lora.files import FileError, check_tensors, read_file, write_file
+from run import Run, say
+
+FORMAT = "training state"
+VERSION = 1
+
+# A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
+FIXED = ("use_lora", "lora_rank", "lora_alpha", "seed", *SHAPE[1:])
+# And these say where and how it runs, not what it computes.
+FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
+
+
+class StopSignals:
+    """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once."""
+
+    def __enter__(self) -> Self:
+        self.received = 0
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self.former = {kind: signal.signal(kind, self._keep) for kind in kinds}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self.former.items():
+            signal.signal(kind, handler)
+
+    def _keep(self, number: int, _: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its tensors: what a resumed run needs to know."""
+
+    step: int = 0  # steps taken
+    evaluated: int = -1  # the step of the last evaluation
+    val_loss: float = math.nan
+    best_loss: float = math.inf
+    losses: list[Tensor] = field(default_factory=list)  # of the steps since that evaluation
+    step_times: list[float] = field(default_factory=list)  # seconds, of all steps
+    elapsed: float = 0.0  # seconds of the runs before this one
+
+    def plain(self) -> dict[str, Any]:
+        """The same as numbers and lists of numbers."""
+        return vars(self) | {"losses": [loss.item() for loss in self.losses]}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Self:
+        """Raises TypeError or ValueError for values that are not those of `plain`."""
+        return cls(**values | {"losses": [torch.tensor(float(v)) for v in values["losses"]]})
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs to go on as if it had not been interrupted.
+
+    `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
+    are the trained parameters by name, `optimizer` its state by `<parameter>.<name>`, `random` the
+    states of the random generators by device.
+    """
+
+    identity: dict[str, Any]
+    progress: dict[str, Any]
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What tells one run from another: its settings, its data and its base."""
+    settings = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
+    return settings | {"checksum": run.corpus.checksum, "base": run.base_id}
+
+
+def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore the run that was interrupted; one that never got to save starts afresh.
+
+    Raises FileError, and changes nothing, when that run was another one than this.
+    """
+    path, config = run.files.resume, run.config
+    if not path.exists():
+        say(f"Nothing to resume in {config.output_folder}: starting from step 0")
+        return Progress()
+    state = read_training_state(path)
+    before, now = state.identity, identity(run)
+    for name, words in (("checksum", "other DATA"), ("base", "another base")):
+        if before.get(name) != now[name]:
+            raise FileError(
+                f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
+            )
+    changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
+    for name in changed:
+        if name in FIXED:
+            raise FileError(
+                f"{path} is a run with {name.upper()}={before.get(name)}, "
+                f"which cannot be continued with {now[name]}"
+            )
+    try:
+        progress = Progress.from_plain(state.progress)
+    except (TypeError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged: it does not say how far the run was") from error
+    if config.max_steps < progress.step:
+        raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
+    restore_training_state(path, state, run.model, optimizer)
+    for loss in progress.losses:
+        loss.data = loss.to(run.device)
+    say(f"Resuming {path} at step {progress.step}")
+    if changed:
+        differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
+        say(f"Note: changed since the interruption: {', '.join(differences)}")
+    return progress
+
+
+def save_training_state(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    progress: Mapping[str, Any],
+) -> int:
+    """Write a TrainingState in one file, so that its parts agree; returns its size in bytes."""
+    tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    state = TrainingState(
+        dict(identity), dict(progress), tensors, _optimizer_tensors(optimizer), random
+    )
+    return write_file(path, {"format": FORMAT, "version": VERSION} | vars(state))
+
+
+def read_training_state(path: str | os.PathLike) -> TrainingState:
+    """Read a TrainingState. Raises FileError when it is missing, damaged or of another kind."""
+    content = read_file(path, FORMAT, VERSION)
+    parts = {field.name: content.get(field.name) for field in dataclasses.fields(TrainingState)}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        raise FileError(f"{path} is damaged: it lacks a part of a training state")
+    return TrainingState(**parts)
+
+
+def restore_training_state(
+    path: str | os.PathLike,
+    state: TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a state that was read from `path` into the model, the optimizer and the generators.
+
+    Raises FileError, and leaves all of them as they were, when the state is not theirs.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    check_tensors(path, state.tensors, parameters)
+    groups = optimizer.state_dict()["param_groups"]
+    moments: dict[int, dict[str, Tensor]] = {}
+    expected = {}
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        shapes = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        expected |= {f"{i}.{name}": like for name, like in shapes.items()}
+        moments[i] = {name: state.optimizer.get(f"{i}.{name}") for name in shapes}
+    if state.optimizer:  # empty before the first step
+        check_tensors(path, state.optimizer, expected)
+    try:
+        torch.set_rng_state(state.random["cpu"])
+        if "cuda" in state.random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state.random["cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise FileError(f"{path} is damaged: it holds no state of the random generator") from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.tensors[name])
+    if state.optimizer:
+        # Its settings, such as weight decay, are the present run's.
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": t.cpu() for i, entry in state.items() for name, t in entry.items()}

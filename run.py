@@ -1,0 +1,320 @@
+"""What a run works with: output files, base, adapters, data and model, and the record of them."""
+
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import nn
+
+import device as hardware
+from checkpoint import SHAPE, Checkpoint, base_state, load_base, read_checkpoint
+from config import Config, ConfigError, adapter_weights
+from data import Corpus, DataError, check_length, load_corpus
+from lora import (
+    BaseMismatch,
+    FileError,
+    lora_layers,
+    read_adapters,
+    store_base,
+    switch_adapter,
+    take_adapter,
+)
+from lora.files import fingerprint, lock_folder
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
+VOCAB_SIZE = 256  # tokens are bytes
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on, such as one whose loss is no longer a number."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after the run was saved; holds the message and the signal's number."""
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Where a run writes: the weights, or the adapter, of the last and of the best evaluation, and
+    what is needed to resume; and for MERGE the merged checkpoint."""
+
+    last: Path
+    best: Path
+    resume: Path
+    merged: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    corpus: Corpus
+    base_path: str | None  # None for random weights
+    base_id: str  # fingerprint of the weights that the run starts from
+    model: BigramLanguageModelLoRA
+    files: "OutputFiles"
+    lock: BinaryIO | None  # open while the run has the output folder for itself
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def set_up(config: Config) -> Run:
+    """Choose device and dtype, open the data, build the model on its base, and print it all."""
+    hardware.keep_freed_memory()
+    torch.manual_seed(config.seed)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device, device_reason = hardware.choose_device(config.device)
+    dtype, dtype_reason = hardware.choose_dtype(config.dtype, device)
+    files = output_files(config)
+    base = find_base(config, files)
+    lock = lock_folder(config.output_folder) if trains(config) else None
+    shape = choose_shape(config, base)
+    config = dataclasses.replace(config, **{name: shape[name] for name in SHAPE[1:]})
+    corpus = load_corpus(config.data, DEFAULT_INPUT)
+    check_length(corpus, shape["block_size"])
+    model = BigramLanguageModelLoRA(
+        **shape,
+        device=device,
+        dropout=config.dropout,
+        use_lora=config.use_lora or config.adapters is not None,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+    )
+    if base is not None:
+        load_base(model, base)
+    base_id = fingerprint(base_state(model))
+    adapters: list[str] = []
+    if config.adapters is not None:
+        rank = config.lora_rank if "LORA_RANK" in config.explicit else None
+        adapters = put_on_adapters(model, base_id, config.adapters, rank, config.any_base)
+        first = next(iter(lora_layers(model).values()))
+        changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
+        config = dataclasses.replace(config, **changes)
+    if dtype != torch.float32 and not config.merge:
+        store_base(model, dtype, tokens=config.batch_size * shape["block_size"])
+
+    say("Configuration (* set in the environment):", *indent(config.describe()))
+    say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
+    say(f"dtype: {str(dtype).removeprefix('torch.')}, {dtype_reason}")
+    say("Data:", *indent(corpus.describe()))
+    say(describe_base(base, base_id, corpus))
+    say(*adapters, *describe_parameters(config, model))
+    for note in notes(config, base, model, files):
+        say(f"Note: {note}")
+    base_path = base.path if base is not None else None
+    return Run(config, device, dtype, corpus, base_path, base_id, model, files, lock)
+
+
+def trains(config: Config) -> bool:
+    return not (config.eval_only or config.merge)
+
+
+def output_files(config: Config) -> OutputFiles:
+    """The files to write, in a folder that can be written if anything is."""
+    folder = Path(config.output_folder)
+    if not config.eval_only:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(f"OUT_DIR: {folder} cannot be written: {error.strerror}") from error
+    mode = "lora" if config.use_lora else "full"
+    names = (f"{mode}.pt", f"{mode}-best.pt", f"{mode}-resume.pt", "merged.pt")
+    return OutputFiles(*(folder / name for name in names))
+
+
+def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
+    """The checkpoint to start from: BASE_CHECKPOINT, or the last full run's unless this is one."""
+    path = config.base_checkpoint
+    default = Path(config.output_folder) / "full.pt"
+    if path is None and not trains(config) and not default.exists():
+        raise ConfigError(f"there is no {default}: set BASE_CHECKPOINT to the model's checkpoint")
+    if path is None and default.exists() and (config.use_lora or not trains(config)):
+        path = str(default)
+    written = [files.merged] if config.merge else [files.last, files.best] if trains(config) else []
+    adapters = adapter_weights(config.adapters) if config.adapters else []
+    for name, source in [("BASE_CHECKPOINT", path), *(("ADAPTERS", file) for file, _ in adapters)]:
+        there = [output for output in written if source and output.exists()]
+        if os.path.exists(source or "") and any(output.samefile(source) for output in there):
+            raise ConfigError(
+                f"{name}={source} is a file that this run would replace; "
+                "set OUT_DIR to another folder"
+            )
+    return None if path is None else read_checkpoint(path)
+
+
+def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
+    """The model's shape: the base's, or without one the configuration's."""
+    if base is None:
+        if config.n_embd % config.n_head != 0:
+            raise ConfigError(
+                f"N_EMBD={config.n_embd} is not divisible by N_HEAD={config.n_head}; "
+                "the heads share the width evenly"
+            )
+        return {"vocab_size": VOCAB_SIZE} | {name: getattr(config, name) for name in SHAPE[1:]}
+    check_vocabulary(base)
+    for name in SHAPE[1:]:
+        wanted = getattr(config, name)
+        if name.upper() in config.explicit and wanted != base.shape[name]:
+            raise ConfigError(
+                f"{name.upper()}={wanted} does not fit the base {base.path}, whose {name} is "
+                f"{base.shape[name]}; unset {name.upper()} to take the base's"
+            )
+    return base.shape
+
+
+def check_vocabulary(base: Checkpoint) -> None:
+    if base.shape["vocab_size"] != VOCAB_SIZE:
+        raise FileError(f"{base.path} has vocab_size={base.shape['vocab_size']}, not {VOCAB_SIZE}")
+
+
+def put_on_adapters(
+    model: nn.Module, base_id: str, text: str, rank: int | None, any_base: bool
+) -> list[str]:
+    """Load ADAPTERS=`text` onto the base that the model holds; returns lines for the record."""
+    weighted = adapter_weights(text)
+    try:
+        adapter = read_adapters(weighted, take_adapter(model, base_id), rank, any_base)
+    except BaseMismatch as error:
+        raise FileError(f"{error}; ANY_BASE=True insists") from error
+    switch_adapter(model, adapter)
+    lines = [f"Adapter: {path}, weight {weight:g}" for path, weight in weighted]
+    if "truncation_error" in adapter.metadata:
+        error = adapter.metadata["truncation_error"]
+        lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")
+    return lines
+
+
+def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
+    if base is None:
+        return f"Base: none, random weights (fingerprint {base_id})"
+    facts = base.metadata
+    if "merged" in facts:
+        return f"Base: {base.path} (fingerprint {base_id}), merged from {facts['merged']}"
+    val_loss = facts.get("val_loss")
+    reached = f" to validation loss {val_loss:.4f}" if isinstance(val_loss, float) else ""
+    same = "the same data" if facts.get("checksum") == corpus.checksum else "other data"
+    return (
+        f"Base: {base.path} (fingerprint {base_id}), {facts.get('step')} steps on "
+        f"{facts.get('data')}{reached}; this run is on {same}"
+    )
+
+
+def describe_parameters(config: Config, model: BigramLanguageModelLoRA) -> list[str]:
+    info = model.get_parameter_info()
+    if not config.use_lora:
+        return [
+            "Parameter Statistics:",
+            f"   Total parameters: {info['total']:,}",
+            f"   Trainable (all): {info['trainable']:,}",
+        ]
+    return [
+        "Using LoRA for efficient fine-tuning",
+        f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
+        f"dropout: {config.lora_dropout}",
+        "Parameter Statistics:",
+        f"   Total parameters: {info['total']:,}",
+        f"   Trainable (LoRA): {info['trainable']:,}",
+        f"   Frozen (base): {info['frozen']:,}",
+        f"   LoRA percentage: {info['lora_percentage']:.2f}%",
+        f"   Of the trainable: adapters {info['lora']:,}, embeddings {info['embedding']:,}",
+        f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
+    ]
+
+
+def notes(
+    config: Config, base: Checkpoint | None, model: nn.Module, files: OutputFiles
+) -> list[str]:
+    """What is legal and probably not what the user meant."""
+    found = []
+    if trains(config) and not config.resume and files.resume.exists():
+        found.append(
+            f"{files.resume} is of an earlier run, which RESUME=True would go on with; this run "
+            "replaces it at its first evaluation"
+        )
+    unused = sorted(name for name in config.explicit if name.startswith("LORA_"))
+    if unused and not config.use_lora:
+        found.append(f"{', '.join(unused)} set without USE_LORA=True: no effect")
+    if config.use_lora and base is None:
+        found.append(
+            f"there is no base in {config.output_folder}, so the adapters train on random weights, "
+            "which cannot work well; run `python training.py` first or set BASE_CHECKPOINT"
+        )
+    small = [n for n, m in lora_layers(model).items() if config.lora_rank > min(m.weight.shape)]
+    if small:
+        found.append(
+            f"LORA_RANK={config.lora_rank} is larger than the smaller side of {len(small)} layers, "
+            f"among them {small[0]}: such an adapter costs more than the matrix and can do no more"
+        )
+    return found
+
+
+def say(*lines: str) -> None:
+    """Print facts to the record, whole lines at once."""
+    for line in lines:
+        print(line, flush=True)
+
+
+def indent(lines: Iterable[str]) -> list[str]:
+    return [f"   {line}".rstrip() for line in lines]
+
+
+def format_table(rows: list[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
+
+
+def asks_for_help(arguments: list[str], example: str) -> bool:
+    """Whether a script's arguments are --help; raises ConfigError for any others."""
+    if arguments and arguments not in (["--help"], ["-h"]):
+        raise ConfigError(
+            f"{arguments[0]!r} is not understood: configuration comes from the environment, "
+            f"as in {example}; --help lists the variables"
+        )
+    return bool(arguments)
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """Do a script's work; returns 0, or says in one line what failed and returns its exit code."""
+    if sys.stdout is not None:  # which it is when the caller closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        work()
+    except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
+        return fail(str(error), 2)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not hardware.is_out_of_memory(error):
+            raise
+        variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
+        return fail(f"not enough memory; lower {variables}", 2)
+    except Interrupted as stop:
+        message, number = stop.args
+        return fail(message, 128 + number)
+    except KeyboardInterrupt:
+        return fail("interrupted; the files of the last evaluation are as they were", 130)
+    except OSError as error:
+        if error.filename is not None:
+            return fail(f"{error.filename}: {error.strerror}", 2)
+        # The record cannot be written: a full disk, or its reader has gone (`... | head`). Python
+        # would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return fail(f"stdout: {error.strerror}", 2)
+    return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code

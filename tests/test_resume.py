@@ -1,0 +1,276 @@
+"""Interrupted runs: resumed to the bit, killed at any moment, stopped politely, on a full disk."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
+from test_training import losses
+
+BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    """A folder with a text and a full run of four steps."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT)
+    succeeded(start_script(folder, **TINY | BASE))
+    (folder / "out" / "full-resume.pt").unlink()
+    return folder
+
+
+def files_of(folder: Path, mode: str) -> dict[str, dict]:
+    """What a run left, but for its times."""
+    contents = {}
+    for name in (f"{mode}.pt", f"{mode}-best.pt", f"{mode}-resume.pt"):
+        content = torch.load(folder / name, weights_only=True)
+        for key in ("step_times", "elapsed"):
+            content.get("progress", {}).pop(key, None)
+        content.pop("identity", None)
+        contents[name] = content
+    return contents
+
+
+def assert_same(a, b) -> None:
+    """Equal to the bit, all the way down."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+class Launcher:
+    """Starts training.py in forks of a process that has torch imported: a start in milliseconds."""
+
+    SOURCE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import training
+print("ready", flush=True)
+for line in sys.stdin:
+    folder, out, settings = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        os.environ.update(pair.split("=", 1) for pair in settings.split(" "))
+        os._exit(training.main([]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SOURCE, str(ROOT)],
+            env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, folder: Path, kill_after: float | None, **variables: str) -> int:
+        """The exit code of a run, which gets SIGKILL after so many seconds."""
+        settings = " ".join(f"{name}={value}" for name, value in variables.items())
+        print(
+            folder, folder / "record.txt", settings, sep="\t", file=self.process.stdin, flush=True
+        )
+        child = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)  # a zombie at worst, until its exit code is read
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.process.stdin.close()
+    launcher.process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(
+    base_folder, tmp_path, launcher, mode
+):
+    folder = tmp_path / "run"
+    shutil.copytree(base_folder, folder)
+    variables = TINY | {
+        "MAX_STEPS": "60", "EVAL_INTERVAL": "1", "EVAL_BATCHES": "1", "DROPOUT": "0.1",
+        "SAMPLE_TOKENS": "0", "BASE_CHECKPOINT": "out/full.pt",
+    }  # fmt: skip
+    if mode == "lora":
+        variables |= {"USE_LORA": "True", "LORA_DROPOUT": "0.1"}
+    started = time.monotonic()
+    assert launcher.run(folder, None, OUT_DIR="whole", **variables) == 0
+    duration = time.monotonic() - started
+
+    generator = random.Random(mode)
+    kills = 0
+    while kills < 10:  # of each mode
+        after = generator.uniform(0.1, 0.6) * duration
+        code = launcher.run(folder, after, OUT_DIR="killed", RESUME="True", **variables)
+        if code == 0:  # it ended before the kill: begin again, with kills to come
+            assert_same(files_of(folder / "killed", mode), files_of(folder / "whole", mode))
+            shutil.rmtree(folder / "killed")
+            continue
+        assert code == -signal.SIGKILL, (folder / "record.txt").read_text()[-2000:]
+        kills += 1
+    assert launcher.run(folder, None, OUT_DIR="killed", RESUME="True", **variables) == 0
+    assert_same(files_of(folder / "killed", mode), files_of(folder / "whole", mode))
+    assert not list((folder / "killed").glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
+    (tmp_path / "text.txt").write_text(TEXT)
+    variables = TINY | {"MAX_STEPS": "400", "EVAL_INTERVAL": "150", "DROPOUT": "0.1"}
+    whole = succeeded(start_script(tmp_path, **variables | {"OUT_DIR": "whole"}))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py")],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    record = ""
+    while "step 150 " not in record:
+        record += process.stdout.readline()
+        assert process.poll() is None
+    process.send_signal(number)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "saved in out/full-resume.pt" in error and "RESUME=True" in error
+    assert error.count("\n") == 1
+    resumed = succeeded(start_script(tmp_path, RESUME="True", **variables))
+    assert "Resuming out/full-resume.pt at step " in resumed
+    # The training losses between evaluations go on over the interruption too.
+    assert losses(record + rest) + losses(resumed) == losses(whole)
+    assert_same(files_of(tmp_path / "out", "full"), files_of(tmp_path / "whole", "full"))
+
+
+def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(base_folder, folder)
+    variables = TINY | {"OUT_DIR": "tuned", "BASE_CHECKPOINT": "out/full.pt"}
+    first = succeeded(start_script(folder, **variables))
+    again = succeeded(start_script(folder, RESUME="True", **variables))
+    assert losses(again) == [] and "Resuming tuned/full-resume.pt at step 6" in again
+    for line in ("Best validation loss", "Final validation loss"):
+        assert first[first.index(line) :].split("\n")[0] in again
+    longer = succeeded(start_script(folder, RESUME="True", **variables | {"MAX_STEPS": "9"}))
+    assert "MAX_STEPS 6 -> 9" in longer
+    assert [step for step, *_ in losses(longer)] == ["9"]
+    assert "Note: tuned/full-resume.pt is of an earlier run" in succeeded(
+        start_script(folder, **variables)
+    )
+
+
+REFUSED = {
+    "another seed": ({"SEED": "2"}, "SEED=1337"),
+    "another rank": ({"LORA_RANK": "4"}, "LORA_RANK=8"),
+    "another alpha": ({"LORA_ALPHA": "4"}, "LORA_ALPHA=16.0"),
+    "other data": ({"DATA": "other.txt"}, "other DATA"),
+    "another base": ({"BASE_CHECKPOINT": "other/full.pt"}, "another base"),
+    "fewer steps": ({"MAX_STEPS": "5"}, "MAX_STEPS=5"),
+}
+
+
+@pytest.fixture(scope="module")
+def lora_folder(base_folder, tmp_path_factory) -> Path:
+    """The base's folder with a LoRA run in `tuned`, another text and another base."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    shutil.copytree(base_folder, folder)
+    (folder / "other.txt").write_text(TEXT.upper())
+    succeeded(start_script(folder, **TINY | BASE | {"OUT_DIR": "other", "SEED": "5"}))
+    succeeded(start_script(folder, **LORA))
+    return folder
+
+
+LORA = TINY | {"USE_LORA": "True", "OUT_DIR": "tuned", "BASE_CHECKPOINT": "out/full.pt"}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_continued_is_refused(lora_folder, case):
+    variables, named = REFUSED[case]
+    before = (lora_folder / "tuned" / "lora-resume.pt").read_bytes()
+    error = refused(start_script(lora_folder, **LORA | {"RESUME": "True"} | variables))
+    assert named in error and "tuned/lora-resume.pt" in error
+    assert (lora_folder / "tuned" / "lora-resume.pt").read_bytes() == before
+
+
+def test_nothing_to_resume_starts_at_the_beginning(base_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    record = succeeded(start_script(tmp_path, RESUME="True", **TINY))
+    assert "Nothing to resume in out: starting from step 0" in record
+    assert len(losses(record)) == 3
+
+
+def test_damaged_states_are_refused(lora_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    path = folder / "tuned" / "lora-resume.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "lora-resume.pt" in refused(start_script(folder, **LORA | {"RESUME": "True"}))
+    shutil.copy(folder / "tuned" / "lora.pt", path)
+    assert "a LoRA adapter, not a training state" in refused(
+        start_script(folder, **LORA | {"RESUME": "True"})
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
+    """RLIMIT_FSIZE stands for the disk: the adapter still fits in, the state does not."""
+    folder = tmp_path / "run"
+    shutil.copytree(base_folder, folder)
+    succeeded(start_script(folder, **LORA | {"OUT_DIR": "whole", "MAX_STEPS": "12"}))
+    succeeded(start_script(folder, **LORA))
+    good = (folder / "tuned" / "lora-resume.pt").read_bytes()
+    variables = LORA | {"MAX_STEPS": "12", "RESUME": "True"}
+    limit = (folder / "tuned" / "lora.pt").stat().st_size + 20_000
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "training.py")],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"]} | variables,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert "tuned/lora-resume.pt cannot be written: " in refused(process)
+    assert (folder / "tuned" / "lora-resume.pt").read_bytes() == good
+    assert not list((folder / "tuned").glob(".*.partial"))
+    succeeded(start_script(folder, **variables))
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py")],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]} | TINY | {"MAX_STEPS": "1000000"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while "step 0 " not in process.stdout.readline():
+        assert process.poll() is None
+    assert "out is in use by another run" in refused(start_script(tmp_path, **TINY))
+    succeeded(start_script(tmp_path, **TINY | {"OUT_DIR": "other"}))
+    process.kill()
+    process.communicate()
+    succeeded(start_script(tmp_path, **TINY))  # a killed run leaves no lock behind
