@@ -111,7 +111,7 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(
     folder = tmp_path / "run"
     shutil.copytree(base_folder, folder)
     variables = TINY | {
-        "MAX_STEPS": "60", "EVAL_INTERVAL": "1", "EVAL_BATCHES": "1", "DROPOUT": "0.1",
+        "MAX_STEPS": "30", "EVAL_INTERVAL": "1", "EVAL_BATCHES": "1", "DROPOUT": "0.1",
         "SAMPLE_TOKENS": "0", "BASE_CHECKPOINT": "out/full.pt",
     }  # fmt: skip
     if mode == "lora":
