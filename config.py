@@ -8,7 +8,7 @@ and nothing else in the project does.
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,27 @@ class ConfigError(ValueError):
     """A variable that cannot be used: names the variable, what was found, what is accepted."""
 
 
+def adapter_weights(text: str) -> list[tuple[str, float]]:
+    """The files and weights that ADAPTERS=`text` names: `a.pt`, or `a.pt:0.7,b.pt:-0.3`.
+
+    Raises ConfigError for an empty name and for a weight that is not finite.
+    """
+    weighted = []
+    for part in text.split(","):
+        path, _, weight = part.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:  # no weight: the colon, if any, belongs to the path
+            path, value = part.strip(), 1.0
+        if not path or not math.isfinite(value):
+            raise ConfigError(
+                f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, as in "
+                "out/lora.pt:0.7"
+            )
+        weighted.append((path, value))
+    return weighted
+
+
 def option(
     default: Any,
     help: str,
@@ -34,10 +55,12 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    check: Callable[[str], Any] | None = None,
     verbatim: bool = False,
 ) -> Any:
     """A field: its default, the default under USE_LORA or TEST_MODE where that differs, the range
-    or the words that it accepts, whether spaces around a value count, and its line in `--help`."""
+    or the words that it accepts, a check that raises ConfigError, whether spaces around a value
+    count, and its line in `--help`."""
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -107,7 +130,9 @@ class Config(Settings):
         None, "checkpoint to start from [full.pt in OUT_DIR; none when training every weight]"
     )
     adapters: str | None = option(
-        None, "adapters to start from: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3"
+        None,
+        "adapters to start from: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3",
+        check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
 
@@ -157,8 +182,6 @@ class Config(Settings):
             raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
         if self.merge and self.adapters is None:
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
-        if self.adapters is not None:
-            adapter_weights(self.adapters)
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
 
@@ -184,7 +207,9 @@ class GenerateConfig(Settings):
     out_dir: str = option("out", "folder of the default base")
     base_checkpoint: str | None = option(None, "checkpoint to sample from [full.pt in OUT_DIR]")
     adapters: str | None = option(
-        None, "adapters on it: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3"
+        None,
+        "adapters on it: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3",
+        check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
     lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
@@ -196,31 +221,6 @@ class GenerateConfig(Settings):
     num_threads: int | None = option(
         None, "CPU threads [torch's own choice]", at_least=1, below=1025
     )
-
-    def _check_combinations(self) -> None:
-        if self.adapters is not None:
-            adapter_weights(self.adapters)
-
-
-def adapter_weights(text: str) -> list[tuple[str, float]]:
-    """The files and weights that ADAPTERS=`text` names: `a.pt`, or `a.pt:0.7,b.pt:-0.3`.
-
-    Raises ConfigError for an empty name and for a weight that is not finite.
-    """
-    weighted = []
-    for part in text.split(","):
-        path, _, weight = part.strip().rpartition(":")
-        try:
-            value = float(weight)
-        except ValueError:  # no weight: the colon, if any, belongs to the path
-            path, value = part.strip(), 1.0
-        if not path or not math.isfinite(value):
-            raise ConfigError(
-                f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, as in "
-                "out/lora.pt:0.7"
-            )
-        weighted.append((path, value))
-    return weighted
 
 
 def option_fields(kind: type[Settings]) -> list[dataclasses.Field]:
@@ -258,6 +258,8 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
             raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
         if not text:
             raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
+        if field.metadata["check"] is not None:
+            field.metadata["check"](text)
         return text.lower() if choices else text
     accepted = ("a whole number" if kind is int else "a number") + _range(field)
     try:

@@ -144,16 +144,26 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
         raise ConfigError(f"there is no {default}: set BASE_CHECKPOINT to the model's checkpoint")
     if path is None and default.exists() and (config.use_lora or not trains(config)):
         path = str(default)
-    written = [files.merged] if config.merge else [files.last, files.best] if trains(config) else []
-    adapters = adapter_weights(config.adapters) if config.adapters else []
-    for name, source in [("BASE_CHECKPOINT", path), *(("ADAPTERS", file) for file, _ in adapters)]:
-        there = [output for output in written if source and output.exists()]
-        if os.path.exists(source or "") and any(output.samefile(source) for output in there):
+    if path is not None:
+        refuse_to_replace("BASE_CHECKPOINT", path, config, files)
+    for adapter, _ in adapter_weights(config.adapters) if config.adapters else []:
+        refuse_to_replace("ADAPTERS", adapter, config, files)
+    return None if path is None else read_checkpoint(path)
+
+
+def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles) -> None:
+    """Raise ConfigError when the run would write the file that it starts from."""
+    written: list[Path] = []
+    if config.merge:
+        written = [files.merged]
+    elif trains(config):
+        written = [files.last, files.best]
+    for output in written:
+        if output.exists() and os.path.exists(source) and output.samefile(source):
             raise ConfigError(
                 f"{name}={source} is a file that this run would replace; "
                 "set OUT_DIR to another folder"
             )
-    return None if path is None else read_checkpoint(path)
 
 
 def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:

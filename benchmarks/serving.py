@@ -13,13 +13,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from step_time import SEED, SIZES, VOCAB_SIZE, Size, hardware
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import device as hardware
 from lora import (
     adapter_state,
     combine_adapters,
@@ -30,15 +27,20 @@ from lora import (
 )
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
-DEFAULT_MODEL = {"n_embd": 256, "n_head": 4, "n_layer": 4}
-MODEL_25M = {"n_embd": 512, "n_head": 8, "n_layer": 8}
 CONTEXT = 256
 
 
-def build(shape: dict[str, int], use_lora: bool) -> BigramLanguageModelLoRA:
-    torch.manual_seed(1337)
+def build(size: Size, use_lora: bool) -> BigramLanguageModelLoRA:
+    torch.manual_seed(SEED)
     return BigramLanguageModelLoRA(
-        vocab_size=256, block_size=CONTEXT, device="cpu", dropout=0.0, use_lora=use_lora, **shape
+        vocab_size=VOCAB_SIZE,
+        n_embd=size.n_embd,
+        block_size=CONTEXT,
+        device="cpu",
+        dropout=0.0,
+        n_head=size.n_head,
+        n_layer=size.n_layer,
+        use_lora=use_lora,
     ).eval()
 
 
@@ -49,7 +51,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare_generation(rounds: int) -> None:
-    model = build(DEFAULT_MODEL, use_lora=False)
+    model = build(SIZES["3.3M"], use_lora=False)
     start = torch.zeros(1, 1, dtype=torch.long)
     times: dict[bool, list[float]] = {True: [], False: []}
     for i in range(rounds + 1):  # the first is the warm-up
@@ -69,14 +71,14 @@ def compare_generation(rounds: int) -> None:
     tokens = model.generate(start, CONTEXT - 1)
     with torch.no_grad():
         whole, _ = model(tokens)
-        caches = model._caches()
+        caches = model.new_caches()
         steps = [model(tokens[:, i : i + 1], caches=caches)[0] for i in range(CONTEXT)]
     difference = (torch.cat(steps, 1) - whole).abs().max() / whole.abs().max()
     print(f"   largest difference of a logit, relative to the largest logit: {difference:.1e}")
 
 
 def time_adapters(rounds: int) -> None:
-    model = build(MODEL_25M, use_lora=True)
+    model = build(SIZES["25M"], use_lora=True)
     bare = take_adapter(model, "base")
     adapters = []
     for _ in range(2):

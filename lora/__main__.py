@@ -1,11 +1,12 @@
 """List adapter files: `python -m lora [file or folder ...]`, by default all below this folder."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 
-from lora.adapters import FORMAT, read_adapter
-from lora.files import FileError
+from lora.adapters import read_adapter
+from lora.files import FileError, OtherKind
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")
 
@@ -30,11 +31,8 @@ def rows_of(path: Path) -> list[tuple[str, ...]]:
         return [row_of(path)]
     rows = []
     for file in sorted(path.rglob("*.pt")):
-        try:
+        with contextlib.suppress(OtherKind):  # a checkpoint, or no file of ours
             rows.append(row_of(file))
-        except FileError as error:
-            if f"not a {FORMAT}" not in str(error):  # another kind of file is none of ours
-                raise
     return rows
 
 

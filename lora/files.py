@@ -18,6 +18,10 @@ class FileError(ValueError):
     """A file that cannot be read, written or used: names the file and what is wrong with it."""
 
 
+class OtherKind(FileError):
+    """A file that cannot be read as one of the kind that was asked for."""
+
+
 def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
     """Save `content` (tensors, numbers, strings, dicts and lists of these) and return its bytes.
 
@@ -65,11 +69,11 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
     except MemoryError:
         raise
     except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
-        raise FileError(f"{path} is not a {kind}, or it is damaged") from error
+        raise OtherKind(f"{path} is not a {kind}, or it is damaged") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
         what = f"a {found}" if isinstance(found, str) else "some other file"
-        raise FileError(f"{path} is {what}, not a {kind}")
+        raise OtherKind(f"{path} is {what}, not a {kind}")
     if content.get("version") != version:
         raise FileError(f"{path} has format version {content.get('version')}, not {version}")
     if content.get("digest") != digest:

@@ -152,17 +152,18 @@ class BigramLanguageModelLoRA(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
         seen = idx[:, -self.block_size :]
-        new, caches = seen, self._caches()
+        new, caches = seen, self.new_caches()
         for _ in range(max_new_tokens):
             if seen.shape[1] > self.block_size:
                 seen = seen[:, -max(1, self.block_size // 2) :]
-                new, caches = seen, self._caches()
+                new, caches = seen, self.new_caches()
             logits, _ = self(new, caches=caches) if use_cache else self(seen)
             new = sample(logits[:, -1].float(), temperature, top_k, top_p)
             yield new
             seen = torch.cat([seen, new], dim=1)
 
-    def _caches(self) -> list[KeyValueCache]:
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for `forward`, one for each block."""
         return [KeyValueCache(self.block_size) for _ in self.blocks]
 
     def get_parameter_info(self) -> dict[str, float]:

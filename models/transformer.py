@@ -19,16 +19,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training
 
     A single query may stand for the last of more keys, all of which it sees.
     """
-    if q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, k, v)
     dropout_p = dropout_p if training else 0.0
     if (
         q.device.type == "cpu"
-        and q.shape[2] <= PLAIN_ATTENTION_MAX_CONTEXT
+        and q.shape[2] == k.shape[2] <= PLAIN_ATTENTION_MAX_CONTEXT
         and (q.dtype == torch.bfloat16 or dropout_p > 0.0)
     ):
         return plain_attention(q, k, v, dropout_p)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    is_causal = q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:

@@ -35,6 +35,23 @@ def start_script(folder: Path, *arguments: str, script: str = "training.py", **v
     )
 
 
+def start_until(folder: Path, line: str, **variables: str) -> tuple[subprocess.Popen, str]:
+    """training.py running in `folder`, and its record so far, which `line` has just entered."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py")],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"]} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    record = ""
+    while line not in record:
+        record += process.stdout.readline()
+        assert process.poll() is None
+    return process, record
+
+
 @pytest.fixture
 def training(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run training.py in a fresh folder that holds text.txt, in the tiny setting."""

@@ -9,6 +9,7 @@ from lora import LoRALinear, lora_layers
 from lora.dropout import dropout
 from models import transformer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import causal_attention
 
 SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
 
@@ -242,7 +243,7 @@ def test_cached_logits_are_those_without_a_cache(use_lora):
     with torch.no_grad():
         whole, _ = model(idx)
         for prompt in (1, 5):
-            caches = model._caches()
+            caches = model.new_caches()
             parts = [model(idx[:, :prompt], caches=caches)[0]]
             parts += [model(idx[:, i : i + 1], caches=caches)[0] for i in range(prompt, 16)]
             assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
@@ -250,3 +251,13 @@ def test_cached_logits_are_those_without_a_cache(use_lora):
             model(idx[:, :1], caches=caches)
         with pytest.raises(ValueError, match="one token at a time"):
             model(idx[:, :2], caches=caches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_of_one_token_has_dropout_too(dtype):
+    """With one key its weight is 1: dropped, or scaled by 1 / (1 - p)."""
+    torch.manual_seed(0)
+    q = torch.ones(200, 2, 1, 4, dtype=dtype)
+    y = causal_attention(q, q, q, 0.5, training=True)
+    assert y.unique().tolist() == [0.0, 2.0]
+    assert torch.equal(causal_attention(q, q, q, 0.5, training=False), q)

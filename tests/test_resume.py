@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
+from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
 from test_training import losses
 
 BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
@@ -141,18 +141,7 @@ def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, n
     (tmp_path / "text.txt").write_text(TEXT)
     variables = TINY | {"MAX_STEPS": "400", "EVAL_INTERVAL": "150", "DROPOUT": "0.1"}
     whole = succeeded(start_script(tmp_path, **variables | {"OUT_DIR": "whole"}))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py")],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"]} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    record = ""
-    while "step 150 " not in record:
-        record += process.stdout.readline()
-        assert process.poll() is None
+    process, record = start_until(tmp_path, "step 150 ", **variables)
     process.send_signal(number)
     rest, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -260,15 +249,7 @@ def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py")],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"]} | TINY | {"MAX_STEPS": "1000000"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while "step 0 " not in process.stdout.readline():
-        assert process.poll() is None
+    process, _ = start_until(tmp_path, "step 0 ", **TINY | {"MAX_STEPS": "1000000"})
     assert "out is in use by another run" in refused(start_script(tmp_path, **TINY))
     succeeded(start_script(tmp_path, **TINY | {"OUT_DIR": "other"}))
     process.kill()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
+from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
 
 STEP = re.compile(
     r"step (\d+) \| train loss (\S+) \| val loss (\S+) \+- (\S+) \| lr (\S+) \| "
@@ -198,16 +198,7 @@ def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
 
 def test_an_interrupt_ends_in_one_line(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py")],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"]} | TINY | {"MAX_STEPS": "1000000"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while "step 6 " not in process.stdout.readline():
-        assert process.poll() is None
+    process, _ = start_until(tmp_path, "step 6 ", **TINY | {"MAX_STEPS": "1000000"})
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
