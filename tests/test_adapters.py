@@ -28,6 +28,7 @@ from lora import __main__ as listing
 from lora.files import fingerprint, read_file, write_file
 from lora.inject import lora_layers
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from resume import read_training_state, restore_training_state, save_training_state
 
 SHAPE = {"vocab_size": 256, "n_embd": 32, "block_size": 16, "n_head": 2, "n_layer": 2}
 IDX = torch.arange(32).view(2, 16)
@@ -146,9 +147,26 @@ def load_adapter_file(path, model):
     load_adapter(path, model, "base")
 
 
+def training_state_file(path):
+    model = make(seed=1)
+    optimizer = optimizer_of(model)
+    model(IDX, IDX)[1].backward()
+    optimizer.step()
+    save_training_state(path, model, optimizer, {}, {})
+
+
+def load_training_state(path, model):
+    restore_training_state(path, read_training_state(path), model, optimizer_of(model))
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+
 KINDS = {
     "checkpoint": (checkpoint_file, load_checkpoint),
     "adapter": (adapter_file, load_adapter_file),
+    "training state": (training_state_file, load_training_state),
 }
 
 
