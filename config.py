@@ -127,7 +127,9 @@ class Config(Settings):
     )  # fmt: skip
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
-        None, "checkpoint to start from [full.pt in OUT_DIR; none when training every weight]"
+        None,
+        "checkpoint or GPT-2 folder to start from [full.pt in OUT_DIR; none when training every "
+        "weight]",
     )
     adapters: str | None = option(
         None,
@@ -148,7 +150,7 @@ class Config(Settings):
     n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
     n_head: int = option(4, "attention heads; with a base, the base's", at_least=1)
     n_layer: int = option(4, "transformer blocks; with a base, the base's", at_least=1)
-    block_size: int = option(128, "context in tokens; with a base, the base's", at_least=1)
+    block_size: int = option(128, "context in tokens; with a base, the base's or fewer", at_least=1)
     dropout: float = option(0.2, "dropout of the model while training", at_least=0, below=1)
 
     # Optimization
@@ -168,7 +170,7 @@ class Config(Settings):
     # Report
     eval_interval: int = option(100, "steps between evaluations", at_least=1, test=5)
     eval_batches: int = option(20, "validation batches an evaluation", at_least=1, test=2)
-    sample_tokens: int = option(400, "bytes of text to sample at the end", at_least=0, test=60)
+    sample_tokens: int = option(400, "tokens of text to sample at the end", at_least=0, test=60)
     progress: bool = option(True, "progress bar on a terminal")
 
     def _check_combinations(self) -> None:
@@ -196,16 +198,16 @@ class GenerateConfig(Settings):
     """The settings of one run of generate.py."""
 
     prompt: str = option("\n", "text to continue", verbatim=True)
-    max_new_tokens: int = option(400, "bytes to write", at_least=0)
-    temperature: float = option(0.8, "randomness; 0 takes the likeliest byte", at_least=0)
-    top_k: int | None = option(None, "sample from this many of the likeliest bytes", at_least=1)
+    max_new_tokens: int = option(400, "tokens to write", at_least=0)
+    temperature: float = option(0.8, "randomness; 0 takes the likeliest token", at_least=0)
+    top_k: int | None = option(None, "sample from this many of the likeliest tokens", at_least=1)
     top_p: float | None = option(
-        None, "sample from the fewest bytes that have this probability", above=0, at_most=1
+        None, "sample from the fewest tokens that have this probability", above=0, at_most=1
     )
     seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
 
     out_dir: str = option("out", "folder of the default base")
-    base_checkpoint: str | None = option(None, "checkpoint to sample from [full.pt in OUT_DIR]")
+    base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
     adapters: str | None = option(
         None,
         "adapters on it: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3",

@@ -8,7 +8,6 @@
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
 """
 
-import codecs
 import contextlib
 import os
 import sys
@@ -19,8 +18,10 @@ from pathlib import Path
 import torch
 
 import device as hardware
-from checkpoint import base_state, load_base, read_checkpoint
+from checkpoint import base_state, load_base
 from config import GenerateConfig, help_table
+from data import encode, stream_decoder
+from huggingface import read_base
 from lora import merge_adapter
 from lora.files import fingerprint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -48,15 +49,17 @@ def work(arguments: list[str]) -> None:
         torch.set_num_threads(config.num_threads)
     device, _ = hardware.choose_device(config.device)
     dtype, _ = hardware.choose_dtype(config.dtype, device)
-    model = load_model(config, device)
+    model, tokenizer = load_model(config, device)
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        write_text(config, model, device)
+        write_text(config, model, tokenizer, device)
 
 
-def load_model(config: GenerateConfig, device: torch.device) -> BigramLanguageModelLoRA:
-    """The base, with the adapters merged into it."""
-    base = read_checkpoint(config.base_checkpoint or Path(config.out_dir) / "full.pt")
+def load_model(
+    config: GenerateConfig, device: torch.device
+) -> tuple[BigramLanguageModelLoRA, str | None]:
+    """The base, with the adapters merged into it, and its tokenizer."""
+    base = read_base(config.base_checkpoint or Path(config.out_dir) / "full.pt")
     check_vocabulary(base)
     use_lora = config.adapters is not None
     model = BigramLanguageModelLoRA(**base.shape, device=device, dropout=0.0, use_lora=use_lora)
@@ -68,25 +71,28 @@ def load_model(config: GenerateConfig, device: torch.device) -> BigramLanguageMo
         lines += put_on_adapters(model, base_id, config.adapters, rank, any_base)
         merge_adapter(model)
     tell(*lines)
-    return model.eval()
+    return model.eval(), base.tokenizer
 
 
 def write_text(
-    config: GenerateConfig, model: BigramLanguageModelLoRA, device: torch.device
+    config: GenerateConfig,
+    model: BigramLanguageModelLoRA,
+    tokenizer: str | None,
+    device: torch.device,
 ) -> None:
     """Write the prompt and its continuation to stdout, each character when its bytes are there."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    prompt = os.fsencode(config.prompt)  # the bytes that the user typed, UTF-8 or not
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    show(decoder.decode(prompt))
-    idx = torch.tensor([list(prompt)], device=device)
+    prompt = encode(config.prompt, tokenizer)
+    decoded = stream_decoder(tokenizer)
+    show("".join(decoded(token) for token in prompt))
+    idx = torch.tensor([prompt], device=device)
     options = (config.temperature, config.top_k, config.top_p)
     started = time.perf_counter()
     for token in model.stream(idx, config.max_new_tokens, *options):
-        show(decoder.decode(bytes([token.item()])))
+        show(decoded(token.item()))
     seconds = time.perf_counter() - started
-    show(decoder.decode(b"", final=True) + "\n")
-    tell(f"{config.max_new_tokens} bytes in {seconds:.2f} s")
+    show(decoded(None) + "\n")
+    tell(f"{config.max_new_tokens} tokens in {seconds:.2f} s")
 
 
 def show(text: str) -> None:

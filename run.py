@@ -7,15 +7,16 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 import device as hardware
-from checkpoint import SHAPE, Checkpoint, base_state, load_base, read_checkpoint
+from checkpoint import SHAPE, VARIANTS, Checkpoint, base_state, load_base
 from config import Config, ConfigError, adapter_weights
-from data import Corpus, DataError, check_length, load_corpus
+from data import Corpus, DataError, check_length, load_corpus, tokenize_corpus, vocabulary_size
+from huggingface import adapter_from_gpt2, read_base
 from lora import (
     BaseMismatch,
     FileError,
@@ -29,7 +30,6 @@ from lora.files import fingerprint, lock_folder
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
-VOCAB_SIZE = 256  # tokens are bytes
 
 
 class TrainingError(ValueError):
@@ -61,6 +61,7 @@ class Run:
     corpus: Corpus
     base_path: str | None  # None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
+    tokenizer: str | None  # the base's own; None where tokens are bytes
     model: BigramLanguageModelLoRA
     files: "OutputFiles"
     lock: BinaryIO | None  # open while the run has the output folder for itself
@@ -81,9 +82,15 @@ def set_up(config: Config) -> Run:
     base = find_base(config, files)
     lock = lock_folder(config.output_folder) if trains(config) else None
     shape = choose_shape(config, base)
-    config = dataclasses.replace(config, **{name: shape[name] for name in SHAPE[1:]})
+    known = {name: shape[name] for name in SHAPE[1:]}
+    if base is not None and "BLOCK_SIZE" in config.explicit:
+        known["block_size"] = config.block_size  # of the windows, up to the model's
+    config = dataclasses.replace(config, **known)
+    tokenizer = None if base is None else base.tokenizer
     corpus = load_corpus(config.data, DEFAULT_INPUT)
-    check_length(corpus, shape["block_size"])
+    if tokenizer is not None:
+        corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
+    check_length(corpus, config.block_size)
     model = BigramLanguageModelLoRA(
         **shape,
         device=device,
@@ -104,7 +111,7 @@ def set_up(config: Config) -> Run:
         changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
         config = dataclasses.replace(config, **changes)
     if dtype != torch.float32 and not config.merge:
-        store_base(model, dtype, tokens=config.batch_size * shape["block_size"])
+        store_base(model, dtype, tokens=config.batch_size * config.block_size)
 
     say("Configuration (* set in the environment):", *indent(config.describe()))
     say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
@@ -115,7 +122,7 @@ def set_up(config: Config) -> Run:
     for note in notes(config, base, model, files):
         say(f"Note: {note}")
     base_path = base.path if base is not None else None
-    return Run(config, device, dtype, corpus, base_path, base_id, model, files, lock)
+    return Run(config, device, dtype, corpus, base_path, base_id, tokenizer, model, files, lock)
 
 
 def trains(config: Config) -> bool:
@@ -148,7 +155,7 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
         refuse_to_replace("BASE_CHECKPOINT", path, config, files)
     for adapter, _ in adapter_weights(config.adapters) if config.adapters else []:
         refuse_to_replace("ADAPTERS", adapter, config, files)
-    return None if path is None else read_checkpoint(path)
+    return None if path is None else read_base(path)
 
 
 def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles) -> None:
@@ -166,7 +173,7 @@ def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles
             )
 
 
-def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
+def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, Any]:
     """The model's shape: the base's, or without one the configuration's."""
     if base is None:
         if config.n_embd % config.n_head != 0:
@@ -174,11 +181,13 @@ def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
                 f"N_EMBD={config.n_embd} is not divisible by N_HEAD={config.n_head}; "
                 "the heads share the width evenly"
             )
-        return {"vocab_size": VOCAB_SIZE} | {name: getattr(config, name) for name in SHAPE[1:]}
+        shape = {"vocab_size": vocabulary_size(None)} | VARIANTS
+        return shape | {name: getattr(config, name) for name in SHAPE[1:]}
     check_vocabulary(base)
     for name in SHAPE[1:]:
         wanted = getattr(config, name)
-        if name.upper() in config.explicit and wanted != base.shape[name]:
+        shorter = name == "block_size" and wanted < base.shape[name]
+        if name.upper() in config.explicit and wanted != base.shape[name] and not shorter:
             raise ConfigError(
                 f"{name.upper()}={wanted} does not fit the base {base.path}, whose {name} is "
                 f"{base.shape[name]}; unset {name.upper()} to take the base's"
@@ -187,8 +196,11 @@ def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, int]:
 
 
 def check_vocabulary(base: Checkpoint) -> None:
-    if base.shape["vocab_size"] != VOCAB_SIZE:
-        raise FileError(f"{base.path} has vocab_size={base.shape['vocab_size']}, not {VOCAB_SIZE}")
+    """Raise FileError unless the base has an embedding for each token, and no others for bytes."""
+    size, needed = base.shape["vocab_size"], vocabulary_size(base.tokenizer)
+    if size < needed or (base.tokenizer is None and size != needed):
+        whose = "bytes are" if base.tokenizer is None else "its tokenizer has"
+        raise FileError(f"{base.path} has vocab_size={size}, but {whose} {needed}")
 
 
 def put_on_adapters(
@@ -197,7 +209,8 @@ def put_on_adapters(
     """Load ADAPTERS=`text` onto the base that the model holds; returns lines for the record."""
     weighted = adapter_weights(text)
     try:
-        adapter = read_adapters(weighted, take_adapter(model, base_id), rank, any_base)
+        bare = take_adapter(model, base_id)
+        adapter = read_adapters(weighted, bare, rank, any_base, adapter_from_gpt2)
     except BaseMismatch as error:
         raise FileError(f"{error}; ANY_BASE=True insists") from error
     switch_adapter(model, adapter)
@@ -212,6 +225,8 @@ def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
     if base is None:
         return f"Base: none, random weights (fingerprint {base_id})"
     facts = base.metadata
+    if not facts:
+        return f"Base: {base.path} (fingerprint {base_id}), weights of GPT-2's kind"
     if "merged" in facts:
         return f"Base: {base.path} (fingerprint {base_id}), merged from {facts['merged']}"
     val_loss = facts.get("val_loss")

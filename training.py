@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import device as hardware
-from checkpoint import SHAPE, save_checkpoint
+from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
-from data import training_batch, validation_windows, windows_batch
+from data import decode, encode, training_batch, validation_windows, windows_batch
 from lora import lora_layers, merge_adapter, save_adapter
 from resume import Progress, StopSignals, identity, resume, save_training_state
 from run import (
@@ -69,9 +69,9 @@ def train(run: Run) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(config, parameters)
     progress = resume(run, optimizer) if config.resume else Progress()
-    tokens_per_step = config.batch_size * config.grad_accum_steps * model.block_size
+    tokens_per_step = config.batch_size * config.grad_accum_steps * config.block_size
     windows = validation_windows(
-        run.corpus.validation, config.eval_batches * config.batch_size, model.block_size
+        run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
     sizes: dict[Path, int] = {}
     started = time.perf_counter() - progress.elapsed
@@ -127,7 +127,7 @@ def train(run: Run) -> None:
             step_started = time.perf_counter()
             loss = torch.zeros((), device=run.device)
             for micro_step in range(config.grad_accum_steps):
-                shape = (config.batch_size, model.block_size)
+                shape = (config.batch_size, config.block_size)
                 x, y = training_batch(
                     run.corpus.train, *shape, config.seed, step, micro_step, run.device
                 )
@@ -186,8 +186,8 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
 
 
 def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:
-    """Mean validation loss in nats per byte over the windows, and its standard error."""
-    loss = window_losses(run, windows, run.model.block_size)
+    """Mean validation loss in nats per token over the windows, and its standard error."""
+    loss = window_losses(run, windows, run.config.block_size)
     error = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     return loss.mean().item(), error
 
@@ -204,7 +204,8 @@ def window_losses(run: Run, windows: np.ndarray, length: int) -> Tensor:
         x, y = windows_batch(run.corpus.validation, batch, length, run.device)
         with run.autocast():
             logits, _ = run.model(x)  # (B, T, vocab_size)
-        losses.append(F.cross_entropy(logits.float().mT, y, reduction="none").mean(1))  # (B,)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
+        losses.append(loss.view(y.shape).mean(1))  # (B,)
     run.model.train()
     return torch.cat(losses).cpu().double()
 
@@ -221,10 +222,10 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes."""
     metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
-    shape = {name: getattr(run.model, name) for name in SHAPE}
     if not run.config.use_lora:
-        return save_checkpoint(path, run.model, shape, metadata)
-    metadata |= {"shape": shape, "base_checkpoint": run.base_path, "seed": run.config.seed}
+        return save_checkpoint(path, run.model, metadata, run.tokenizer)
+    metadata |= {"shape": shape_of(run.model), "base_checkpoint": run.base_path}
+    metadata["seed"] = run.config.seed
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
     return save_adapter(path, run.model, run.base_id, metadata)
@@ -236,39 +237,43 @@ def print_sample(run: Run) -> None:
     if length == 0:
         return
     torch.manual_seed(run.config.seed)
-    start = torch.tensor([list(b"\n")], device=run.device)
+    start = torch.tensor([encode("\n", run.tokenizer)], device=run.device)
     with run.autocast():
-        tokens = run.model.generate(start, length, temperature=0.8, top_k=50)[0, 1:]
-    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+        tokens = run.model.generate(start, length, temperature=0.8, top_k=50)[0, start.shape[1] :]
+    text = decode(tokens.tolist(), run.tokenizer)
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-    say(f"Sample ({length} bytes, temperature 0.8, top_k 50):", *indent(text.split("\n")))
+    say(f"Sample ({length} tokens, temperature 0.8, top_k 50):", *indent(text.split("\n")))
 
 
 def print_evaluation(run: Run) -> None:
-    """The loss on all of the validation data, every byte but the first predicted once."""
-    length = run.model.block_size
-    n = len(run.corpus.validation) - 1  # bytes to predict
+    """The loss on all of the validation data, every token but the first predicted once."""
+    length, tokens = run.config.block_size, run.corpus.validation
+    n = len(tokens) - 1  # to predict
     full = np.arange(0, n - length + 1, length)
     total = window_losses(run, full, length).sum().item() * length
     rest = n - len(full) * length
     if rest > 0:
         total += window_losses(run, np.array([n - rest]), rest).item() * rest
     loss = total / n
+    unit = "byte" if run.tokenizer is None else "token"
+    n_bytes = n
+    if run.tokenizer is not None:
+        chunks = (tokens[i : min(i + 2**20, n + 1)] for i in range(1, n + 1, 2**20))
+        n_bytes = sum(len(decode(chunk.tolist(), run.tokenizer).encode()) for chunk in chunks)
     say(
-        f"Bytes evaluated: {n:,}",
-        f"Validation loss: {loss:.4f} nats per byte",
-        f"Perplexity: {math.exp(loss):.4f} per byte",
-        f"Bits per byte: {loss / math.log(2):.4f}",
+        f"{unit.capitalize()}s evaluated: {n:,}",
+        f"Validation loss: {loss:.4f} nats per {unit}",
+        f"Perplexity: {math.exp(loss):.4f} per {unit}",
+        f"Bits per byte: {total / n_bytes / math.log(2):.4f}",
     )
 
 
 def write_merged(run: Run) -> None:
     """Write base and adapters as one checkpoint, which is a base like any other."""
     merge_adapter(run.model)
-    shape = {name: getattr(run.model, name) for name in SHAPE}
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    size = save_checkpoint(path, run.model, shape, metadata)
+    size = save_checkpoint(path, run.model, metadata, run.tokenizer)
     say(f"Wrote {path}: {size / 2**20:.2f} MiB")
 
 

@@ -1,4 +1,4 @@
-"""Text for training: a corpus by name or path, as bytes, and batches drawn from it.
+"""Text for training: a corpus by name or path, its tokens, and batches drawn from them.
 
 corpus = load_corpus(os.environ.get("DATA"), default_path=Path("data/input.txt"))
 check_length(corpus, block_size=128)
@@ -7,14 +7,20 @@ x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, st
 
 from data.batches import training_batch, validation_windows, windows_batch
 from data.corpora import BUILT_IN, Corpus, DataError, check_length, load_corpus
+from data.tokenizer import decode, encode, stream_decoder, tokenize_corpus, vocabulary_size
 
 __all__ = [
     "BUILT_IN",
     "Corpus",
     "DataError",
     "check_length",
+    "decode",
+    "encode",
     "load_corpus",
+    "stream_decoder",
+    "tokenize_corpus",
     "training_batch",
     "validation_windows",
+    "vocabulary_size",
     "windows_batch",
 ]

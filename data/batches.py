@@ -1,4 +1,4 @@
-"""Batches of windows, gathered from the bytes of a corpus; only what a batch needs is read.
+"""Batches of windows, gathered from the tokens of a corpus; only what a batch needs is read.
 
 B is the batch size and T the block size: a window is T tokens and the one that follows them.
 """
@@ -24,14 +24,14 @@ def training_batch(
     saved state to see the batches that it would have seen.
 
     Args:
-        tokens: (n,) uint8, the split to draw from.
+        tokens: (n,) unsigned integers, the split to draw from.
         seed, step, micro_step: the batch's place in the run; whole numbers, none negative.
 
     Returns:
         x and y, (B, T) int64 on `device`; y is x one token later.
 
     Raises:
-        ValueError: tokens has fewer than block_size + 1 bytes, or a number is negative.
+        ValueError: tokens has fewer than block_size + 1 tokens, or a number is negative.
     """
     n_offsets = _count_offsets(tokens, block_size)
     offsets = np.random.default_rng([seed, step, micro_step]).integers(n_offsets, size=batch_size)
@@ -45,14 +45,14 @@ def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> n
     in two of them, the standard error of their losses is not understated.
 
     Args:
-        tokens: (n,) uint8, the split to evaluate on.
+        tokens: (n,) unsigned integers, the split to evaluate on.
         n_windows: how many offsets are wanted; a split too short for as many gives all it has.
 
     Returns:
         (min(n_windows, (n - 1) // block_size),) int64, at least block_size apart.
 
     Raises:
-        ValueError: tokens has fewer than block_size + 1 bytes, or n_windows is below 1.
+        ValueError: tokens has fewer than block_size + 1 tokens, or n_windows is below 1.
     """
     if n_windows < 1:
         raise ValueError(f"n_windows is {n_windows}, but must be at least 1")
@@ -70,7 +70,7 @@ def windows_batch(
     """Gather the windows that start at the given offsets.
 
     Args:
-        tokens: (n,) uint8.
+        tokens: (n,) unsigned integers.
         offsets: (B,) integers from 0 to n - block_size - 1.
 
     Returns:
@@ -78,11 +78,14 @@ def windows_batch(
 
     Raises:
         IndexError: an offset is too large.
-        ValueError: tokens has fewer than block_size + 1 bytes.
+        ValueError: tokens has fewer than block_size + 1 tokens.
     """
     # A view with a row for every offset; the only copy is of the rows that the index picks.
     rows = sliding_window_view(tokens, block_size + 1)  # (n - T, T + 1)
-    windows = torch.from_numpy(rows[offsets])  # (B, T + 1) uint8
+    windows = rows[offsets]  # (B, T + 1)
+    if windows.dtype != np.uint8:
+        windows = windows.astype(np.int64)  # torch computes with no unsigned integers but bytes
+    windows = torch.from_numpy(windows)
     if torch.device(device).type == "cuda":
         # From pinned memory the copy runs beside the GPU's work; bytes are an eighth of int64.
         windows = windows.pin_memory().to(device, non_blocking=True)

@@ -44,11 +44,13 @@ class Corpus:
 
     Attributes:
         name: what was asked for: a built-in name, or the path as the user wrote it.
-        tokens: (n_bytes,) uint8, read-only, in mapped memory.
+        tokens: (n_tokens,), read-only, in mapped memory: uint8, one for each byte of the text, or
+            what a tokenizer made of it (see tokenizer.py).
         checksum: "sha256:" and 16 hex digits; ends in " (64 samples)" if not every byte was read.
         n_files: how many texts were joined (for python-docs, its topics).
         n_skipped: how many files of the folder were left out because they are not text. Empty
             and hidden files are not counted.
+        n_bytes: how long the text is; None where tokens are bytes.
     """
 
     name: str
@@ -56,34 +58,39 @@ class Corpus:
     checksum: str
     n_files: int
     n_skipped: int
+    n_bytes: int | None = None
 
     @property
     def n_train(self) -> int:
-        """Bytes in the training split: 90% of all, rounded down."""
+        """Tokens in the training split: 90% of all, rounded down."""
         return len(self.tokens) * 9 // 10
 
     @property
     def train(self) -> np.ndarray:
-        """The first 90% of the bytes: (n_train,) uint8, a view."""
+        """The first 90% of the tokens: (n_train,), a view."""
         return self.tokens[: self.n_train]
 
     @property
     def validation(self) -> np.ndarray:
-        """The last 10% of the bytes: (n_bytes - n_train,) uint8, a view."""
+        """The last 10% of the tokens: (n_tokens - n_train,), a view."""
         return self.tokens[self.n_train :]
 
     def describe(self) -> list[str]:
         """The corpus as `key: value` lines for the record, aligned, ASCII only."""
         n_validation = len(self.tokens) - self.n_train
+        unit = "bytes" if self.n_bytes is None else "tokens"
         facts = {
             "name": _printable(self.name),
-            "bytes": f"{len(self.tokens):,}",
+            "bytes": f"{self.n_bytes or len(self.tokens):,}",
+            "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
             "files": f"{self.n_files:,}",
             "skipped": f"{self.n_skipped:,} (not text)",
             "checksum": self.checksum,
-            "split": f"first 90% train ({self.n_train:,} bytes), "
-            f"last 10% validation ({n_validation:,} bytes)",
+            "split": f"first 90% train ({self.n_train:,} {unit}), "
+            f"last 10% validation ({n_validation:,} {unit})",
         }
+        if self.n_bytes is None:
+            del facts["tokens"]
         if self.n_skipped == 0:
             del facts["skipped"]
         width = max(map(len, facts)) + 1
@@ -135,10 +142,11 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     """
     if min(corpus.n_train, len(corpus.tokens) - corpus.n_train) >= block_size + 1:
         return
-    # The validation split decides: it has ceil(n / 10) bytes, and more than block_size from here.
+    # The validation split decides: it has ceil(n / 10) tokens, and more than block_size from here.
     needed = 10 * block_size + 1
+    unit = "bytes" if corpus.n_bytes is None else "tokens"
     raise DataError(
-        f"DATA={_printable(corpus.name)}: the corpus has {len(corpus.tokens):,} bytes, but "
+        f"DATA={_printable(corpus.name)}: the corpus has {len(corpus.tokens):,} {unit}, but "
         f"BLOCK_SIZE={block_size} needs at least {needed:,} (a tenth is kept for validation); "
         "accepted: a longer text or a smaller BLOCK_SIZE"
     )
@@ -180,7 +188,7 @@ def _file(name: str, path: str) -> Corpus:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise _data_error(name, "the file is empty")
-            tokens, checksum = _map(file)
+            tokens, checksum = map_file(file), _checksum(file)
     except OSError as error:
         raise _data_error(name, _what_failed(error)) from error
     return Corpus(name, tokens, checksum, n_files=1, n_skipped=0)
@@ -283,7 +291,8 @@ def _chunks(name: str, path: str) -> Iterator[bytes]:
 
 
 def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]:
-    """Write texts one after another, each starting on a new line; returns as `_map` does.
+    """Write texts one after another, each on a new line; returns them as `map_file`, and their
+    checksum.
 
     The file has no name: the system removes it when the map goes, also after a crash.
     """
@@ -297,7 +306,7 @@ def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]
                     joined.write(chunk)
                     last = chunk
             joined.flush()
-            return _map(joined)
+            return map_file(joined), _checksum(joined)
     except OSError as error:  # those of reading a text have become DataErrors in _chunks
         raise DataError(
             f"DATA={_printable(name)}: the texts cannot be joined in a temporary file: "
@@ -305,20 +314,21 @@ def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]
         ) from error
 
 
-def _map(file: BinaryIO) -> tuple[np.ndarray, str]:
-    """Map an open file that is not empty: its bytes (n_bytes,) uint8, and their checksum."""
+def map_file(file: BinaryIO) -> np.ndarray:
+    """Map an open file that is not empty: its bytes (n_bytes,) uint8."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # Not np.memmap, which cannot tell the system that windows are read here and there: it would
     # read ahead of each for nothing. Measured with 20 batches of 32 windows of 128 tokens from a
     # sparse file of 8 GB: 8 s and 45 MiB without the advice, 3 ms and 3 MiB with it.
     if hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
-    # The checksum reads the file beside the map, or each page of it would count as our memory.
-    return np.frombuffer(mapped, dtype=np.uint8), _checksum(file)
+    return np.frombuffer(mapped, dtype=np.uint8)
 
 
 def _checksum(file: BinaryIO) -> str:
     """SHA-256 of all bytes up to 64 MiB; above, of the size and 64 evenly spaced samples.
+
+    It reads the file beside the map, or each page of it would count as our memory.
 
     Samples keep a corpus of any size quick to load. They tell corpora apart, and do not prove
     that two are equal, so the string says that they are samples.

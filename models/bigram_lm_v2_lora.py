@@ -14,6 +14,8 @@ from lora import add_lora, count_parameters
 from lora.dropout import dropout as apply_dropout
 from models.transformer import Block, KeyValueCache
 
+GELUS = ("exact", "tanh")
+
 
 class BigramLanguageModelLoRA(nn.Module):
     """A decoder-only transformer over `vocab_size` tokens and up to `block_size` of context.
@@ -21,7 +23,11 @@ class BigramLanguageModelLoRA(nn.Module):
     With `use_lora=True` every attention, MLP and lm_head linear is a `LoRALinear`, all base
     weights are frozen, and adapters and embeddings train.
 
-    Raises ValueError when `n_embd` is not divisible by `n_head`.
+    Two options are there for GPT-2's published weights: `gelu`, "exact" or "tanh", and `tied_head`,
+    by which the head's weight is that of the token embedding. With LoRA, where the head is frozen
+    and the embedding trains, they are two tensors that start as one.
+
+    Raises ValueError when `n_embd` is not divisible by `n_head`, or for an unknown `gelu`.
     """
 
     def __init__(
@@ -37,19 +43,27 @@ class BigramLanguageModelLoRA(nn.Module):
         lora_rank: int = 8,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.0,
+        gelu: str = "exact",
+        tied_head: bool = False,
     ) -> None:
         super().__init__()
+        if gelu not in GELUS:
+            raise ValueError(f"gelu={gelu!r} is not one of {', '.join(GELUS)}")
         if n_embd % n_head != 0:
             raise ValueError(f"n_embd={n_embd} is not divisible by n_head={n_head}")
         self.vocab_size, self.n_embd, self.block_size = vocab_size, n_embd, block_size
         self.n_head, self.n_layer = n_head, n_layer
+        self.gelu, self.tied_head = gelu, tied_head and not use_lora
         self.dropout = dropout
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, gelu) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.reset_parameters()
+        if tied_head:
+            weight = self.token_embedding_table.weight
+            self.lm_head.weight = nn.Parameter(weight.detach().clone()) if use_lora else weight
         self.use_lora = use_lora
         if use_lora:
             add_lora(self, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)

@@ -85,28 +85,29 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linears with a GELU between them."""
+    """Two linears with a GELU between them, exact or by GPT-2's approximation with tanh."""
 
-    def __init__(self, n_embd: int, dropout: float) -> None:
+    def __init__(self, n_embd: int, dropout: float, gelu: str) -> None:
         super().__init__()
         self.dropout = dropout
+        self.approximate = "none" if gelu == "exact" else gelu
         self.fc_in = nn.Linear(n_embd, 4 * n_embd)
         self.fc_out = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc_in(x))  # (B, T, 4C)
+        x = F.gelu(self.fc_in(x), approximate=self.approximate)  # (B, T, 4C)
         return dropout(self.fc_out(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     """Attention, then MLP, each on a normalized copy of the residual stream (B, T, C)."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+    def __init__(self, n_embd: int, n_head: int, dropout: float, gelu: str) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd)
         self.attn = CausalSelfAttention(n_embd, n_head, dropout)
         self.ln_2 = nn.LayerNorm(n_embd)
-        self.mlp = MLP(n_embd, dropout)
+        self.mlp = MLP(n_embd, dropout, gelu)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)

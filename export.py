@@ -1,0 +1,45 @@
+"""Write a model or an adapter for Hugging Face's `transformers` and `peft`.
+
+    python export.py out/merged.pt out-gpt2    a checkpoint, as a folder of a GPT-2 model
+    python export.py out/lora.pt out-peft      an adapter, as one of PEFT's for such a model
+
+The folders must not exist yet.
+"""
+
+import os
+import sys
+
+from config import ConfigError
+from huggingface import adapter_to_gpt2, read_base, write_gpt2
+from lora import read_adapter, write_peft
+from lora.files import OtherKind
+from run import exit_code_of, say
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
+    return exit_code_of(lambda: work(arguments))
+
+
+def work(arguments: list[str]) -> None:
+    if arguments in (["--help"], ["-h"]):
+        say(__doc__.strip())
+        return
+    if len(arguments) != 2:
+        raise ConfigError("export.py takes a checkpoint or an adapter, and the folder to write")
+    source, folder = arguments
+    try:
+        adapter = read_adapter(source)
+    except OtherKind:
+        size = write_gpt2(folder, read_base(source))
+        what = "a GPT-2 model"
+    else:
+        below = adapter.metadata.get("base_checkpoint")
+        base_model = below if below is not None and os.path.isdir(below) else None
+        size = write_peft(folder, adapter_to_gpt2(adapter), "CAUSAL_LM", base_model)
+        what = "a PEFT adapter"
+    say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
