@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -50,6 +51,36 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
     return size
+
+
+def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> int:
+    """Write a new folder of files and return their bytes.
+
+    The folder is written beside `path`, synced to disk and renamed into place, so that it is never
+    there in part. Raises FileError when it cannot be written, or when something is there already.
+    """
+    path = Path(path)
+    partial = None
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileError(f"{path} exists already; remove it, or name another folder")
+        partial = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
+        for name, content in files.items():
+            with open(Path(partial) / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(partial, 0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()  # an empty folder, which Windows would not replace
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {_one_line(error)}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return sum(map(len, files.values()))
 
 
 def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any]:
