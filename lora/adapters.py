@@ -140,12 +140,10 @@ def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
             rank, alpha[name] = adapter.ranks[first], alpha[first]
             new_A = nn.init.kaiming_uniform_(A.new_empty(rank, A.shape[1]), a=math.sqrt(5))
             tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = new_A, B.new_zeros(len(B), rank)
-    lacking = {name: bare.tensors[name] for name in bare.extras if name not in tensors}
-    metadata = dict(adapter.metadata)
-    tied = {name: names for name, names in _tied(bare).items() if name in lacking}
-    if tied:
-        metadata["tied"] = _tied(adapter) | tied
-    return Adapter(adapter.base, alpha, tensors | lacking, metadata)
+    tensors |= {name: bare.tensors[name] for name in bare.extras if name not in tensors}
+    tied = {n: names for n, names in _tied(bare).items() if n not in adapter.tensors}
+    metadata = adapter.metadata | ({"tied": _tied(adapter) | tied} if tied else {})
+    return Adapter(adapter.base, alpha, tensors, metadata)
 
 
 def _tied(adapter: Adapter) -> dict[str, list[str]]:
@@ -311,9 +309,10 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
 def merge_adapter(model: nn.Module) -> dict[str, LoRALinear]:
     """Replace every LoRALinear by a plain linear that computes the same, in place.
 
-    The weight W + s B A is added up and stored in the adapter's dtype, float32. The model's state
-    dict is then that of a model without LoRA. A weight that was tied to another module's is its own
-    afterwards, and the other is as it was. Returns the replaced layers, for `unmerge_adapter`.
+    The weight W + s B A is added up in the adapter's dtype, float32, and rounded once to that of W;
+    `model.float()` before keeps all of it. The state dict is then that of a model without LoRA. A
+    weight that was tied to another module's is its own afterwards, and the other is as it was.
+    Returns the replaced layers, for `unmerge_adapter`.
     """
     layers = lora_layers(model)
     swap_modules(model, {name: _merged_linear(layer) for name, layer in layers.items()})
@@ -329,6 +328,6 @@ def _merged_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     weight = layer.weight.to(layer.lora_B.dtype)
     merged = torch.addmm(weight, layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
-    linear.weight = nn.Parameter(merged, requires_grad=False)
+    linear.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)

@@ -48,8 +48,7 @@ def add_lora(
     for name, module in chosen.items():
         if type(module) is not nn.Linear:
             kind = type(module).__name__
-            what = f"a {kind}, a subclass of" if isinstance(module, nn.Linear) else f"a {kind}, not"
-            raise ValueError(f"{name} is {what} nn.Linear; targets must name plain linears alone")
+            raise ValueError(f"{name} is of {kind}, not a plain nn.Linear, and cannot be adapted")
         if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
             raise ValueError(
                 f"{name} is in an nn.TransformerEncoderLayer, whose fast path passes adapters by"

@@ -85,8 +85,9 @@ def write_peft(
         task_type: PEFT's, such as "CAUSAL_LM".
         base_model: name or path of the base, for programs that load it by that.
 
-    Raises FileError for what the format cannot hold: a trained tensor that is tied to another one,
-    for PEFT trains a copy of it, and parameters without their module's weight.
+    Raises FileError when it cannot be written, and for what the format cannot hold: a trained
+    tensor that stands in several modules, for PEFT adapts one of them or trains a copy, and
+    parameters that are not all of their module's.
     """
     ranks, alphas = adapter.ranks, adapter.alpha
     saved = sorted({name.rpartition(".")[0] for name in adapter.extras})
@@ -96,8 +97,8 @@ def write_peft(
             raise FileError(f"{folder}: PEFT saves whole modules and cannot hold {name} alone")
     for name, others in adapter.metadata.get("tied", {}).items():
         raise FileError(
-            f"{folder}: {name} is tied to {', '.join(others)}, and PEFT, which trains a copy of "
-            "it, cannot hold that"
+            f"{folder}: {name} is also {', '.join(others)}, which PEFT, adapting one place or "
+            "training a copy, cannot hold"
         )
     rank, alpha = most_frequent(ranks), most_frequent(alphas)
     config = REQUIRED | {
