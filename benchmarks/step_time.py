@@ -5,9 +5,10 @@
     python benchmarks/step_time.py --methods full,floor,lora --no-memory --output results/lora
 
 Every method trains the project's own BigramLanguageModelLoRA, or at a size llama-* a Llama of
-transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times are interleaved in one process: each round runs
-one step of every method, in an order that rotates, and ratios pair the steps of one round. Memory
-is the peak of a process of its own. The record goes to stdout, progress to stderr.
+transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times
+are interleaved in one process: each round runs one step of every method, in an order that rotates,
+and ratios pair the steps of one round. Memory is the peak of a process of its own. The record goes
+to stdout, progress to stderr.
 """
 
 import argparse
@@ -66,7 +67,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = {
     "full": "every parameter trains",
     "floor": "only the embeddings train, no adapter: what nothing can beat at equal arithmetic",
-    "lora": "this project's LoRA (use_lora=True)",
+    "lora": "this project's LoRA",
     "peft": "PEFT's LoRA",
     "loralib": "loralib's Linear",
     "autograd": "base(x) + scaling * (x A^T) B^T, left to autograd",
@@ -475,11 +476,11 @@ def markdown(
         "# Step time and memory beside full fine-tuning",
         textwrap.fill(
             "One step is forward, backward, optimizer step and zero_grad of "
-            "BigramLanguageModelLoRA, or of transformers' Llama, on a fixed random batch; bfloat16 is autocast over float32 "
-            "trained weights. Columns are model sizes and batch x tokens. Times are medians of "
-            f"{settings.steps} rounds after {WARMUP_ROUNDS} of warm-up, all methods interleaved in "
-            "one process; ratios are medians of the pairwise ratios within a round, with their "
-            "interquartile range.",
+            "BigramLanguageModelLoRA, or at llama-* of transformers' Llama, on a fixed random "
+            "batch; bfloat16 is autocast over float32 trained weights. Columns are model sizes and "
+            f"batch x tokens. Times are medians of {settings.steps} rounds after {WARMUP_ROUNDS} "
+            "of warm-up, all methods interleaved in one process; ratios are medians of the "
+            "pairwise ratios within a round, with their interquartile range.",
             width=100,
         ),
         "\n".join(f"- {label}: {text}" for label, text in env.items()),
@@ -673,12 +674,12 @@ def parse_arguments() -> argparse.Namespace:
     args.notes = []
     llamas = [name for name, size in SIZES.items() if size.llama]
     if importlib.util.find_spec("transformers") is None:
-        missing = f"the package transformers, which is not installed: {HOW_TO_INSTALL}"
-        if set(args.sizes or []) & set(llamas):
-            parser.error(f"--sizes {args.sizes[0]} needs {missing}")
-        if args.sizes is None:
-            args.sizes = [name for name in SIZES if name not in llamas]
-            args.notes.append(f"The column `{', '.join(llamas)}` is left out: it needs {missing}.")
+        needs = f"needs the package transformers, which is not installed: {HOW_TO_INSTALL}"
+        for name in llamas:
+            if name in (args.sizes or []):
+                parser.error(f"--sizes {name} {needs}")
+            args.notes.append(f"The column `{name}` {needs}.")
+        args.sizes = args.sizes or [name for name in SIZES if name not in llamas]
     args.sizes = args.sizes or list(SIZES)
     missing = {m: p for m, p in PACKAGES.items() if importlib.util.find_spec(p) is None}
     if args.methods is None:
