@@ -54,7 +54,8 @@ def add_lora(
                 f"{name} is in an nn.TransformerEncoderLayer, whose fast path passes adapters by"
             )
     first = {id(m): name for name, m in reversed(linears.items())}  # of a module's names
-    names = [name for name in linears if name in {first[id(m)] for m in chosen.values()}]
+    firsts = {first[id(m)] for m in chosen.values()}
+    names = [name for name in linears if name in firsts]
     adapted = {name: LoRALinear(linears[name], rank, alpha, dropout) for name in names}
     for name, parameter in model.named_parameters():
         if not name.endswith((".lora_A", ".lora_B")):

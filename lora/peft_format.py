@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,17 @@ def write_peft(
         base_model: name or path of the base, for programs that load it by that.
 
     Raises FileError when it cannot be written, and for what the format cannot hold: a trained
-    tensor that stands in several modules, for PEFT adapts one of them or trains a copy, and
-    parameters that are not all of their module's.
+    tensor that stands in several modules, for PEFT adapts one of them or trains a copy, and a
+    parameter without its module's weight, or of a module with adapters in it. That no other
+    parameter of such a module is left out cannot be seen here.
     """
-    ranks, alphas = adapter.ranks, adapter.alpha
+    ranks = adapter.ranks
+    alphas = {n: int(a) if float(a).is_integer() else a for n, a in adapter.alpha.items()}
     saved = sorted({name.rpartition(".")[0] for name in adapter.extras})
     for name in adapter.extras:
         module = name.rpartition(".")[0]
-        if not module or f"{module}.weight" not in adapter.tensors:
+        within = any(f".{module}." in f".{layer}." for layer in alphas)
+        if not module or within or f"{module}.weight" not in adapter.tensors:
             raise FileError(f"{folder}: PEFT saves whole modules and cannot hold {name} alone")
     for name, others in adapter.metadata.get("tied", {}).items():
         raise FileError(
@@ -101,7 +105,7 @@ def write_peft(
             "training a copy, cannot hold"
         )
     rank, alpha = most_frequent(ranks), most_frequent(alphas)
-    config = REQUIRED | {
+    config = {  # no more, so that every version of PEFT knows all of it
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
@@ -113,6 +117,8 @@ def write_peft(
         "alpha_pattern": {anchored(n): a for n, a in alphas.items() if a != alpha},
         "target_modules": sorted(alphas),
         "modules_to_save": saved or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
     tensors = {PREFIX + name: t.cpu().contiguous().clone() for name, t in adapter.tensors.items()}
@@ -229,6 +235,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         safetensors_for(path)
     try:
         if path.name == PICKLE:
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+                raise zipfile.BadZipFile  # torch itself checks no checksums
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
             with safetensors_for(path).safe_open(path, framework="pt") as file:

@@ -252,6 +252,9 @@ def test_a_linear_in_two_places_has_one_adapter_in_both(tmp_path, target):
     add_lora(again, rank=2, targets=[target])
     load_adapter(tmp_path / "a.pt", again, "base")
     assert torch.equal(again(idx), expected) and not torch.allclose(expected, plain)
+    # PEFT adapts the first place only.
+    peft = get_peft_model(Shared(), LoraConfig(target_modules=["first"])).base_model.model
+    assert peft.first is not peft.blocks[0][0]
     with pytest.raises(FileError, match=r"first\.lora_A is also blocks\.0\.0\.lora_A, which PEFT"):
         write_peft(tmp_path / "peft", take_adapter(model, "base"))
     layers = merge_adapter(model)

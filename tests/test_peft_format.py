@@ -8,10 +8,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import TINY, refused, start_script, succeeded
+from conftest import TINY, start_script, succeeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import generate
 from checkpoint import save_checkpoint
 from lora import (
     Adapter,
@@ -20,7 +21,6 @@ from lora import (
     complete_adapter,
     load_adapter,
     read_adapter,
-    save_adapter,
     switch_adapter,
     take_adapter,
     write_adapter,
@@ -222,6 +222,19 @@ def test_a_file_of_torch_is_read_too(folder):
         read_adapter(folder)
 
 
+def test_code_in_a_file_of_torch_does_not_run(folder):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(folder / "trap"), "w")
+
+    torch.save({"base_model.model.x": Trap()}, folder / "adapter_model.bin")
+    (folder / "trap").unlink(missing_ok=True)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileError, match=r"adapter_model\.bin holds no tensors"):
+        read_adapter(folder)
+    assert not (folder / "trap").exists()
+
+
 def test_every_option_of_peft_has_been_considered():
     """A newer PEFT may bring more, which are then refused by name unless they are off."""
     config = LoraConfig(target_modules=["query"]).to_dict()
@@ -349,13 +362,19 @@ def test_a_damaged_configuration_is_refused_in_one_line(folder, text, message):
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damaged_files_end_in_one_clear_line(tmp_path, own, name, damage):
     write_peft(tmp_path / "ours", ADAPTER)
     if not own:
         edit_tensors(tmp_path / "ours", dict)
     path = tmp_path / "ours" / name
+    if name == "adapter_model.bin":
+        stored = tmp_path / "ours" / "adapter_model.safetensors"
+        torch.save(load_file(stored), path)
+        stored.unlink()
     whole, generator = path.read_bytes(), random.Random(0)
     model = make()
     refusals = 0
@@ -381,6 +400,8 @@ def test_what_the_format_cannot_hold_is_not_written(tmp_path):
     for more, message in (
         ({"ln_f.bias": torch.ones(32)}, r"whole modules and cannot hold ln_f\.bias alone"),
         ({"scale": torch.ones(1)}, "whole modules and cannot hold scale alone"),
+        ({"lm_head.weight": torch.ones(256, 32)}, r"cannot hold lm_head\.weight alone"),
+        ({"blocks.0.weight": torch.ones(1)}, r"cannot hold blocks\.0\.weight alone"),
     ):
         adapter = Adapter(None, ADAPTER.alpha, ADAPTER.tensors | more)
         with pytest.raises(FileError, match=message):
@@ -442,18 +463,16 @@ def test_folders_are_listed_and_exchanged(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_folder_is_an_adapter_for_the_scripts(tmp_path):
-    """As a user does it: export, train on, evaluate a sum, and one that is damaged."""
+def test_a_folder_is_an_adapter_for_the_scripts(tmp_path, monkeypatch, capsys):
+    """As a user does it: train on, evaluate a sum, and generate with one that is damaged."""
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 60)
     (tmp_path / "out").mkdir()
     save_checkpoint(tmp_path / "out/full.pt", BASE, SHAPE, {"step": 1})
-    save_adapter(tmp_path / "lora.pt", OURS, BASE_ID, {})
+    write_peft(tmp_path / "ours", ADAPTER)
     peft_adapter(tmp_path / "peft", ["query", "value"])
-    exported = start_script(tmp_path, "export", "lora.pt", "ours", script="lora/__main__.py")
-    assert "Wrote ours: 0." in succeeded(exported)
-
     tiny = {n: v for n, v in TINY.items() if not n.startswith(("N_", "BLOCK_"))}
     tiny |= {"BASE_CHECKPOINT": "out/full.pt", "NUM_THREADS": "1"}
+
     more = {"USE_LORA": "True", "OUT_DIR": "more", "ADAPTERS": "peft"}
     record = succeeded(start_script(tmp_path, **tiny | more))
     assert "Base of the adapter: not recorded in its file, so not checked" in record
@@ -463,6 +482,9 @@ def test_a_folder_is_an_adapter_for_the_scripts(tmp_path):
     evaluation = {"EVAL_ONLY": "True", "ADAPTERS": "ours:0.5,peft:0.5"}
     record = succeeded(start_script(tmp_path, **tiny | evaluation))
     assert "Adapter: ours, weight 0.5" in record and "Validation loss: " in record
+
     (tmp_path / "peft/adapter_config.json").write_text("{")
-    error = refused(start_script(tmp_path, script="generate.py", ADAPTERS="peft"))
-    assert error.endswith("adapter_config.json is damaged: it is not JSON")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTERS", "peft")
+    assert generate.main([]) == 2
+    assert capsys.readouterr().err.endswith("adapter_config.json is damaged: it is not JSON\n")
