@@ -23,6 +23,7 @@ from lora import (
     FileError,
     LoRALinear,
     add_lora,
+    combine_adapters,
     load_adapter,
     lora_layers,
     merge_adapter,
@@ -285,6 +286,9 @@ def test_a_tied_head_is_adapted_alone_and_merging_leaves_the_embedding(tmp_path,
     if embedding_trains:  # PEFT would train a copy, and so would an untied model
         with pytest.raises(FileError, match=r"embedding\.weight is also head\.weight, which"):
             write_peft(tmp_path / "peft", adapter)
+        bare = take_adapter(again, "base")
+        switch_adapter(again, combine_adapters([(adapter, 0.7), (adapter, 0.3)], bare))
+        torch.testing.assert_close(again(idx), expected)
         again.head.weight = nn.Parameter(again.head.weight.detach().clone(), requires_grad=False)
         with pytest.raises(FileError, match="differ in tied tensors"):
             switch_adapter(again, adapter)

@@ -392,8 +392,10 @@ def test_damaged_files_end_in_one_clear_line(tmp_path, own, name, damage):
         except FileError as error:
             refusals += 1
             assert str(tmp_path / "ours") in str(error) and "\n" not in str(error)
-    tensors_of_ours = own and name == "adapter_model.safetensors"
-    assert refusals == 100 if damage == "truncated" or tensors_of_ours else refusals > 25
+    if damage == "truncated" or (own and name == "adapter_model.safetensors"):  # has a digest
+        assert refusals == 100
+    else:  # a file of torch has checksums, but not of its padding
+        assert refusals > (90 if name == "adapter_model.bin" else 25)
 
 
 def test_what_the_format_cannot_hold_is_not_written(tmp_path):
