@@ -130,9 +130,12 @@ def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
     """The same adapter with every layer and embedding of `bare`, the base's own adapter.
 
     Exact: a layer that the adapter lacks gets a new A and a zero B of the adapter's rank and alpha
-    (those of its first layer), which change nothing and can train; an embedding is the base's.
+    (those of its first layer), which change nothing and can train; an embedding is the base's. The
+    tensors are on the device of `bare`.
     """
-    alpha, tensors = dict(adapter.alpha), dict(adapter.tensors)
+    device = next((tensor.device for tensor in bare.tensors.values()), None)
+    alpha = dict(adapter.alpha)
+    tensors = {name: tensor.to(device=device) for name, tensor in adapter.tensors.items()}
     first = next(iter(alpha))
     for name in bare.alpha:
         if name not in adapter.alpha:

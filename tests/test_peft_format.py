@@ -190,6 +190,11 @@ def test_a_model_without_the_bases_embeddings_refuses_an_adapter_that_lacks_them
         switch_adapter(model, read_adapter(tmp_path / "peft"))
 
 
+def test_a_model_without_lora_refuses_an_adapter(folder):
+    with pytest.raises(FileError, match="unexpected tensor"):
+        load_adapter(folder, make(use_lora=False).requires_grad_(False), None)
+
+
 def test_peft_adapters_are_combined_with_ours(tmp_path):
     peft_adapter(tmp_path / "peft", ["query"])
     model = make()
@@ -452,6 +457,8 @@ def test_folders_are_listed_and_exchanged(tmp_path, monkeypatch, capsys):
     _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     assert [row[0] for row in rows] == ["again.pt", "lora.pt", "ours", "peft"]  # and no DoRA
     assert [row[6] for row in rows] == [BASE_ID] * 3 + ["-"]
+    assert command.main(["--help"]) == 0
+    assert "python -m lora export out/lora.pt folder" in capsys.readouterr().out
     for arguments, message in (
         (["dora"], "uses use_dora=True, which is not supported"),
         (["export", "lora.pt"], "export takes two names"),
