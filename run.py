@@ -215,6 +215,10 @@ def put_on_adapters(
         raise FileError(f"{error}; ANY_BASE=True insists") from error
     switch_adapter(model, adapter)
     lines = [f"Adapter: {path}, weight {weight:g}" for path, weight in weighted]
+    if adapter.base is None:
+        lines.append(
+            "Base of the adapter: not recorded in its file, so not checked; its shapes fit"
+        )
     if "truncation_error" in adapter.metadata:
         error = adapter.metadata["truncation_error"]
         lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")

@@ -4,10 +4,11 @@
     python benchmarks/step_time.py --sizes nano,0.8M --dtypes float32
     python benchmarks/step_time.py --methods full,floor,lora --no-memory --output results/lora
 
-Every method trains the project's own BigramLanguageModelLoRA with the same attention, dropout,
-optimizer and batch; only the linears differ. Times are interleaved in one process: each round runs
-one step of every method, in an order that rotates, and ratios pair the steps of one round. Memory
-is the peak of a process of its own. The record goes to stdout, progress to stderr.
+Every method trains the project's own BigramLanguageModelLoRA, or at a size llama-* a Llama of
+transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times
+are interleaved in one process: each round runs one step of every method, in an order that rotates,
+and ratios pair the steps of one round. Memory is the peak of a process of its own. The record goes
+to stdout, progress to stderr.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from lora import store_base
+from lora import add_lora, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
@@ -50,6 +51,7 @@ class Size:
     n_layer: int
     batch: int
     block: int
+    llama: bool = False  # transformers' Llama in place of the project's model
 
 
 SIZES = {
@@ -59,12 +61,13 @@ SIZES = {
     "11M": Size(n_embd=384, n_head=6, n_layer=6, batch=16, block=256),
     "25M": Size(n_embd=512, n_head=8, n_layer=8, batch=8, block=256),
     "85M": Size(n_embd=768, n_head=12, n_layer=12, batch=4, block=256),
+    "llama-11M": Size(n_embd=384, n_head=6, n_layer=6, batch=16, block=256, llama=True),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = {
     "full": "every parameter trains",
     "floor": "only the embeddings train, no adapter: what nothing can beat at equal arithmetic",
-    "lora": "this project's LoRA (use_lora=True)",
+    "lora": "this project's LoRA",
     "peft": "PEFT's LoRA",
     "loralib": "loralib's Linear",
     "autograd": "base(x) + scaling * (x A^T) B^T, left to autograd",
@@ -169,6 +172,48 @@ def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Modu
         setattr(model.get_submodule(parent), child, replacement(linear))
 
 
+class Llama(nn.Module):
+    """A small random Llama of transformers, called as the project's model is. It has no dropout."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=size.n_embd,
+            intermediate_size=size.n_embd * 8 // 3,  # with three matrices, as many numbers as 4x
+            num_hidden_layers=size.n_layer,
+            num_attention_heads=size.n_head,
+            max_position_embeddings=size.block,
+            tie_word_embeddings=False,
+        )
+        self.llama = LlamaForCausalLM(config).to(device)
+
+    def embedding_tables(self) -> list[nn.Module]:
+        return [self.llama.get_input_embeddings()]
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, vocab_size) of tokens `idx` (B, T), and the loss of `targets` (B, T)."""
+        logits = self.llama(input_ids=idx, use_cache=False).logits
+        return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def build_base(size: Size, settings: Settings) -> nn.Module:
+    """The model of `size` with random weights, all of which train."""
+    if size.llama:
+        return Llama(size, settings.device)
+    return BigramLanguageModelLoRA(
+        vocab_size=VOCAB_SIZE,
+        n_embd=size.n_embd,
+        block_size=size.block,
+        device=settings.device,
+        dropout=settings.dropout,
+        n_head=size.n_head,
+        n_layer=size.n_layer,
+    )
+
+
 def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings) -> nn.Module:
     """The model of `size` as `method` trains it, with the same base weights for every method.
 
@@ -177,33 +222,24 @@ def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings)
     """
     torch.manual_seed(SEED)
     adapter = (settings.rank, ALPHA, settings.lora_dropout)
-    model = BigramLanguageModelLoRA(
-        vocab_size=VOCAB_SIZE,
-        n_embd=size.n_embd,
-        block_size=size.block,
-        device=settings.device,
-        dropout=settings.dropout,
-        n_head=size.n_head,
-        n_layer=size.n_layer,
-        use_lora=method == "lora",
-        lora_rank=settings.rank,
-        lora_alpha=ALPHA,
-        lora_dropout=settings.lora_dropout,
-    )
-    model.train()
-    if method == "lora" and dtype != torch.float32:
-        store_base(model, dtype, tokens=size.batch * size.block)  # as training.py does
-    if method in ("full", "lora"):
+    model = build_base(size, settings).train()
+    if method == "full":
         return model
     model.requires_grad_(False)
-    if method == "peft":
+    if method == "lora":
+        add_lora(model, *adapter)
+        if dtype != torch.float32:
+            store_base(model, dtype, tokens=size.batch * size.block)  # as training.py does
+    elif method == "peft":
         add_peft_lora(model, *adapter)
     elif method == "loralib":
         replace_linears(model, lambda linear: loralib_linear(linear, *adapter))
     elif method == "autograd":
         replace_linears(model, lambda linear: AutogradLoRA(linear, *adapter))
-    model.token_embedding_table.requires_grad_(True)
-    model.position_embedding_table.requires_grad_(True)
+    for table in model.embedding_tables():
+        table.requires_grad_(True)
+    if method == "lora":
+        return model
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)
@@ -352,7 +388,8 @@ def environment(settings: Settings) -> dict[str, str]:
     device = str(settings.device)
     if settings.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(settings.device)})"
-    versions = [f"{name} {package_version(name)}" for name in PACKAGES.values()]
+    packages = [*PACKAGES.values(), "transformers"]
+    versions = [f"{name} {package_version(name)}" for name in packages]
     return {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "device": device,
@@ -439,11 +476,11 @@ def markdown(
         "# Step time and memory beside full fine-tuning",
         textwrap.fill(
             "One step is forward, backward, optimizer step and zero_grad of "
-            "BigramLanguageModelLoRA on a fixed random batch; bfloat16 is autocast over float32 "
-            "trained weights. Columns are model sizes and batch x tokens. Times are medians of "
-            f"{settings.steps} rounds after {WARMUP_ROUNDS} of warm-up, all methods interleaved in "
-            "one process; ratios are medians of the pairwise ratios within a round, with their "
-            "interquartile range.",
+            "BigramLanguageModelLoRA, or at llama-* of transformers' Llama, on a fixed random "
+            "batch; bfloat16 is autocast over float32 trained weights. Columns are model sizes and "
+            f"batch x tokens. Times are medians of {settings.steps} rounds after {WARMUP_ROUNDS} "
+            "of warm-up, all methods interleaved in one process; ratios are medians of the "
+            "pairwise ratios within a round, with their interquartile range.",
             width=100,
         ),
         "\n".join(f"- {label}: {text}" for label, text in env.items()),
@@ -633,13 +670,21 @@ def parse_arguments() -> argparse.Namespace:
         "--memory-of", nargs=3, metavar=("SIZE", "DTYPE", "METHOD"), help=argparse.SUPPRESS
     )
     args = parser.parse_args()
-    args.sizes = args.sizes or list(SIZES)
     args.dtypes = args.dtypes or list(DTYPES)
     args.notes = []
+    llamas = [name for name, size in SIZES.items() if size.llama]
+    if importlib.util.find_spec("transformers") is None:
+        needs = f"needs the package transformers, which is not installed: {HOW_TO_INSTALL}"
+        for name in llamas:
+            if name in (args.sizes or []):
+                parser.error(f"--sizes {name} {needs}")
+            args.notes.append(f"The column `{name}` {needs}.")
+        args.sizes = args.sizes or [name for name in SIZES if name not in llamas]
+    args.sizes = args.sizes or list(SIZES)
     missing = {m: p for m, p in PACKAGES.items() if importlib.util.find_spec(p) is None}
     if args.methods is None:
         args.methods = [method for method in METHODS if method not in missing]
-        args.notes = [
+        args.notes += [
             f"The row `{method}` is left out: the package {package} is not installed "
             f"({HOW_TO_INSTALL})."
             for method, package in missing.items()

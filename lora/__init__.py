@@ -5,6 +5,7 @@ from lora.adapters import (
     BaseMismatch,
     adapter_state,
     combine_adapters,
+    complete_adapter,
     load_adapter,
     merge_adapter,
     read_adapter,
@@ -18,6 +19,7 @@ from lora.adapters import (
 from lora.files import FileError
 from lora.inject import add_lora, count_parameters, lora_layers, store_base
 from lora.linear import LoRALinear, grouped_linear
+from lora.peft_format import read_peft, write_peft
 
 __all__ = [
     "Adapter",
@@ -27,6 +29,7 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "combine_adapters",
+    "complete_adapter",
     "count_parameters",
     "grouped_linear",
     "load_adapter",
@@ -34,10 +37,12 @@ __all__ = [
     "merge_adapter",
     "read_adapter",
     "read_adapters",
+    "read_peft",
     "save_adapter",
     "store_base",
     "switch_adapter",
     "take_adapter",
     "unmerge_adapter",
     "write_adapter",
+    "write_peft",
 ]

@@ -1,38 +1,68 @@
-"""List adapter files: `python -m lora [file or folder ...]`, by default all below this folder."""
+"""List adapters, and exchange them with Hugging Face PEFT.
+
+python -m lora                            list the adapters in this folder and below it
+python -m lora out/lora.pt peft-folder    list these; a folder of PEFT's is an adapter too
+python -m lora export out/lora.pt folder  write an adapter as a folder that PEFT reads
+python -m lora import folder lora.pt      write a folder of PEFT's as one file
+python -m lora --help                     print this
+"""
 
 import contextlib
 import os
 import sys
 from pathlib import Path
 
-from lora.adapters import read_adapter
+from lora.adapters import read_adapter, write_adapter
 from lora.files import FileError, OtherKind
+from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")
 
 
 def main(arguments: list[str]) -> int:
-    """Print a table with a row for each adapter; returns 2 when a file cannot be read as one."""
+    """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
     try:
-        rows = [row for name in arguments or ["."] for row in rows_of(Path(name))]
+        if arguments in (["--help"], ["-h"]):
+            print(__doc__.strip())
+        elif arguments[:1] in (["export"], ["import"]):
+            exchange(*arguments)
+        else:
+            print_table([row for name in arguments or ["."] for row in rows_of(Path(name))])
     except FileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def exchange(command: str, *names: str) -> None:
+    """Copy an adapter from our format to PEFT's, or the other way round."""
+    if len(names) != 2:
+        raise FileError(f"{command} takes two names, what to read and what to write")
+    source, target = names
+    if os.path.isdir(source) != (command == "import"):
+        raise FileError(f"{source} is not {'a folder' if command == 'import' else 'a file'}")
+    if command == "import" and os.path.exists(target):
+        raise FileError(f"{target} exists already; remove it, or name another file")
+    size = (write_peft if command == "export" else write_adapter)(target, read_adapter(source))
+    print(f"Wrote {target}: {size / 2**20:.2f} MiB")
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
     for row in [HEADER, *rows]:
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-    return 0
 
 
 def rows_of(path: Path) -> list[tuple[str, ...]]:
-    """The row of a file, or those of all adapters in a folder and below it."""
-    if not path.is_dir():
+    """The row of a file or of PEFT's folder, or those of all adapters in a folder and below it."""
+    if not path.is_dir() or is_peft_folder(path):
         return [row_of(path)]
     rows = []
-    for file in sorted(path.rglob("*.pt")):
+    folders = (config.parent for config in path.rglob(CONFIG))
+    for found in sorted([*path.rglob("*.pt"), *folders]):
         with contextlib.suppress(OtherKind):  # a checkpoint, or no file of ours
-            rows.append(row_of(file))
+            rows.append(row_of(found))
     return rows
 
 
@@ -40,6 +70,7 @@ def row_of(path: Path) -> tuple[str, ...]:
     adapter = read_adapter(path)
     facts = adapter.metadata
     loss = facts.get("val_loss")
+    files = path.iterdir() if path.is_dir() else [path]
     return (
         str(path),
         "/".join(map(str, sorted(set(adapter.ranks.values())))),
@@ -47,8 +78,8 @@ def row_of(path: Path) -> tuple[str, ...]:
         str(facts.get("data", "-")),
         str(facts.get("step", "-")),
         f"{loss:.4f}" if isinstance(loss, float) else "-",
-        adapter.base,
-        f"{os.path.getsize(path) / 2**20:.2f}",
+        adapter.base or "-",
+        f"{sum(map(os.path.getsize, files)) / 2**20:.2f}",
     )
 
 

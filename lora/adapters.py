@@ -4,6 +4,7 @@ A model holds one adapter at a time; the others are `Adapter`s in memory or file
 an adapter too, one that changes nothing: `take_adapter` of a model that has not trained gives it.
 """
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.files import FileError, check_tensors, read_file, write_file
-from lora.inject import lora_layers, swap_modules
+from lora.files import FileError, check_tensors, fingerprint, read_file, write_file
+from lora.inject import lora_layers, swap_modules, tied_names
 from lora.linear import LoRALinear
 
 FORMAT = "LoRA adapter"
@@ -29,10 +30,11 @@ class Adapter:
     """The tensors of an adapter by their names in the model, and what they belong to.
 
     `tensors` has every layer's `lora_A` and `lora_B`, and the embeddings where they were trained;
-    `alpha` has a number for each layer; `base` is the `fingerprint` of the model below.
+    `alpha` has a number for each layer; `base` is the `fingerprint` of the model below, None where
+    it is unknown, as in PEFT's files.
     """
 
-    base: str
+    base: str | None
     alpha: dict[str, float]
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -56,10 +58,14 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def take_adapter(model: nn.Module, base: str, metadata: Mapping[str, Any] | None = None) -> Adapter:
-    """A copy of the model's adapter; `base` is the fingerprint of the model below it."""
+    """A copy of the model's adapter; `base` is the fingerprint of the model below it.
+
+    `metadata["tied"]` has the further names of trained tensors that several modules share, if any.
+    """
     alpha = {name: layer.alpha for name, layer in lora_layers(model).items()}
     tensors = {name: t.clone() for name, t in adapter_state(model).items()}
-    return Adapter(base, alpha, tensors, dict(metadata or {}))
+    tied = tied_names(model)
+    return Adapter(base, alpha, tensors, dict(metadata or {}) | ({"tied": tied} if tied else {}))
 
 
 def save_adapter(
@@ -81,24 +87,37 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter) -> int:
 
 
 def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
-    """Read an adapter that belongs on the base with this fingerprint; None takes any.
+    """Read an adapter, a file of ours or a folder of PEFT's (lora/peft_format.py), that belongs on
+    the base with this fingerprint; None takes any. One whose base is unknown is taken for any.
 
     Raises FileError for a file that is damaged or no adapter, and BaseMismatch for another base.
     """
-    content = read_file(path, FORMAT, VERSION)
-    adapter = Adapter(*(content.get(key) for key in ("base", "alpha", "tensors", "metadata")))
+    if os.path.isdir(path):
+        from lora.peft_format import read_peft  # which imports this module
+
+        adapter = read_peft(path)
+    else:
+        content = read_file(path, FORMAT, VERSION)
+        adapter = Adapter(*(content.get(key) for key in ("base", "alpha", "tensors", "metadata")))
     if (
-        not isinstance(adapter.base, str)
+        not isinstance(adapter.base, str | None)
         or not all(isinstance(p, dict) for p in (adapter.alpha, adapter.tensors, adapter.metadata))
         or not all(isinstance(alpha, float | int) for alpha in adapter.alpha.values())
+        or not adapter.alpha
+        or not isinstance(_tied(adapter), dict)
     ):
         raise FileError(f"{path} is damaged: it holds no complete adapter")
     check_tensors(path, adapter.tensors, adapter.tensors)  # that they are finite numbers
-    for name in adapter.alpha:
-        for part in ("lora_A", "lora_B"):
-            if getattr(adapter.tensors.get(f"{name}.{part}"), "ndim", 0) != 2:
-                raise FileError(f"{path} lacks the matrix {name}.{part}")
-    if base is not None and adapter.base != base:
+    parts = {f"{name}.{part}" for name in adapter.alpha for part in ("lora_A", "lora_B")}
+    for part in sorted(parts | adapter.tensors.keys() - set(adapter.extras)):
+        if part not in parts:
+            raise FileError(f"{path} lacks the other matrix of {part}")
+        if getattr(adapter.tensors.get(part), "ndim", 0) != 2:
+            raise FileError(f"{path} lacks the matrix {part}")
+    for name, rank in adapter.ranks.items():
+        if rank < 1 or adapter.tensors[f"{name}.lora_B"].shape[1] != rank:
+            raise FileError(f"{path}: lora_A and lora_B of {name} are of different ranks, or none")
+    if base is not None and adapter.base not in (None, base):
         below = adapter.metadata.get("base_checkpoint")
         raise BaseMismatch(
             f"{path} was trained on base {adapter.base}{f' ({below})' if below else ''}, "
@@ -107,15 +126,56 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
     return adapter
 
 
+def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
+    """The same adapter with every layer and embedding of `bare`, the base's own adapter.
+
+    Exact: a layer that the adapter lacks gets a new A and a zero B of the adapter's rank and alpha
+    (those of its first layer), which change nothing and can train; an embedding is the base's. The
+    tensors are on the device of `bare`.
+    """
+    device = next((tensor.device for tensor in bare.tensors.values()), None)
+    alpha = dict(adapter.alpha)
+    tensors = {name: tensor.to(device=device) for name, tensor in adapter.tensors.items()}
+    first = next(iter(alpha))
+    for name in bare.alpha:
+        if name not in adapter.alpha:
+            A, B = (bare.tensors[f"{name}.{part}"] for part in ("lora_A", "lora_B"))
+            rank, alpha[name] = adapter.ranks[first], alpha[first]
+            new_A = nn.init.kaiming_uniform_(A.new_empty(rank, A.shape[1]), a=math.sqrt(5))
+            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = new_A, B.new_zeros(len(B), rank)
+    tensors |= {name: bare.tensors[name] for name in bare.extras if name not in tensors}
+    tied = {n: names for n, names in _tied(bare).items() if n not in adapter.tensors}
+    metadata = adapter.metadata | ({"tied": _tied(adapter) | tied} if tied else {})
+    return Adapter(adapter.base, alpha, tensors, metadata)
+
+
+def _tied(adapter: Adapter) -> dict[str, list[str]]:
+    return adapter.metadata.get("tied", {})
+
+
 def load_adapter(path: str | os.PathLike, model: nn.Module, base: str | None) -> dict[str, Any]:
-    """Read an adapter into a model with LoRA on the same layers; returns its metadata.
+    """Read an adapter into a model with LoRA on its layers; returns its metadata.
+
+    What the adapter lacks, as PEFT's may, is that of the base: layers do not change it, and the
+    model must still have the base's embeddings, which is checked where `base` is given.
 
     Raises FileError, and leaves the model as it was, when the file is damaged, when a tensor is
-    missing, unexpected, of another shape or not finite, and when the adapter was trained on
-    another base than the one whose fingerprint is `base` (None insists).
+    unexpected, of another shape or not finite, when an embedding is missing and the model's is not
+    the base's, and when the adapter was trained on another base than the one whose fingerprint is
+    `base` (None insists).
     """
     adapter = read_adapter(path, base)
-    switch_adapter(model, adapter, path)
+    bare = take_adapter(model, base or "")
+    missing = sorted(set(bare.extras) - set(adapter.extras))
+    if missing and base is not None:
+        parts = (".lora_A", ".lora_B")
+        below = {n: t for n, t in model.state_dict().items() if not n.endswith(parts)}
+        if fingerprint(below) != base:
+            raise FileError(
+                f"{path} lacks tensor {missing[0]}, and the model's is not that of base {base}: "
+                "load the base first"
+            )
+    switch_adapter(model, complete_adapter(adapter, bare), path)
     return adapter.metadata
 
 
@@ -128,7 +188,7 @@ def switch_adapter(model: nn.Module, adapter: Adapter, name: str | os.PathLike =
     does not fit the model.
     """
     layers = lora_layers(model)
-    _check_fit(name, adapter, adapter_state(model), layers)
+    _check_fit(name, adapter, adapter_state(model), layers, tied_names(model))
     with torch.no_grad():
         for layer_name, rank in adapter.ranks.items():
             layers[layer_name].alpha = adapter.alpha[layer_name]
@@ -142,9 +202,10 @@ def _check_fit(
     adapter: Adapter,
     state: Mapping[str, Tensor],
     layers: Collection[str],
+    tied: Mapping[str, Sequence[str]],
 ) -> None:
     """Raise FileError unless the adapter is of these layers and its tensors are those of `state`,
-    but for the rank."""
+    but for the rank, and shared by the same modules."""
     expected = dict(state)
     for layer, rank in adapter.ranks.items():
         A, B = (state.get(f"{layer}.{part}") for part in ("lora_A", "lora_B"))
@@ -154,6 +215,8 @@ def _check_fit(
     check_tensors(name, adapter.tensors, expected)
     if adapter.alpha.keys() != set(layers):
         raise FileError(f"{name} has adapters of other layers than the model's")
+    if _tied(adapter) != tied:
+        raise FileError(f"{name} and the model differ in tied tensors, which are {tied or 'none'}")
 
 
 def read_adapters(
@@ -162,15 +225,16 @@ def read_adapters(
     rank: int | None = None,
     any_base: bool = False,
 ) -> Adapter:
-    """The weighted sum of adapter files; see `combine_adapters`.
+    """The weighted sum of adapter files; see `combine_adapters`. What one of them lacks, as PEFT's
+    may, is that of `bare`.
 
     Raises FileError for a file that cannot be used with `bare`, the base's own adapter, and
     BaseMismatch for one that was trained on another base, unless `any_base`.
     """
     adapters = []
     for path, weight in weighted:
-        adapter = read_adapter(path, None if any_base else bare.base)
-        _check_fit(path, adapter, bare.tensors, bare.alpha)
+        adapter = complete_adapter(read_adapter(path, None if any_base else bare.base), bare)
+        _check_fit(path, adapter, bare.tensors, bare.alpha, _tied(bare))
         adapters.append((adapter, weight))
     return combine_adapters(adapters, bare, rank)
 
@@ -182,7 +246,8 @@ def combine_adapters(
 
     Ranks are concatenated, which is exact: u s_a B_a A_a + v s_b B_b A_b is the product of
     [u s_a B_a, v s_b B_b] and [A_a; A_b]. Embeddings change by the weighted changes of those of
-    `bare`, the base's own adapter. A weight may be negative.
+    `bare`, the base's own adapter. A weight may be negative. The sum's base is unknown where that
+    of one of them is.
 
     With `rank`, each layer's change is replaced by the nearest one of at most this rank (Eckart and
     Young 1936; through QR of the factors, in float64), and `metadata["truncation_error"]` is the
@@ -219,10 +284,11 @@ def combine_adapters(
     for name in bare.extras:
         changes = [(a.tensors[name] - bare.tensors[name]) * weight for a, weight in weighted]
         tensors[name] = bare.tensors[name] + torch.stack(changes).sum(0)
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {n: v for n, v in bare.metadata.items() if n == "tied"}
     if rank is not None:
         metadata["truncation_error"] = (lost / total) ** 0.5 if total > 0 else 0.0
-    return Adapter(bare.base, alpha, tensors, metadata)
+    known = all(adapter.base is not None for adapter, _ in weighted)
+    return Adapter(bare.base if known else None, alpha, tensors, metadata)
 
 
 def _ranks(adapter: Adapter) -> set[int]:
@@ -246,8 +312,10 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
 def merge_adapter(model: nn.Module) -> dict[str, LoRALinear]:
     """Replace every LoRALinear by a plain linear that computes the same, in place.
 
-    The weight W + s B A is added up and stored in the adapter's dtype, float32. The model's state
-    dict is then that of a model without LoRA. Returns the replaced layers, for `unmerge_adapter`.
+    The weight W + s B A is added up in the adapter's dtype, float32, and rounded once to that of W;
+    `model.float()` before keeps all of it. The state dict is then that of a model without LoRA. A
+    weight that was tied to another module's is its own afterwards, and the other is as it was.
+    Returns the replaced layers, for `unmerge_adapter`.
     """
     layers = lora_layers(model)
     swap_modules(model, {name: _merged_linear(layer) for name, layer in layers.items()})
@@ -263,6 +331,6 @@ def _merged_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     weight = layer.weight.to(layer.lora_B.dtype)
     merged = torch.addmm(weight, layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
-    linear.weight = nn.Parameter(merged, requires_grad=False)
+    linear.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)

@@ -13,45 +13,78 @@ def add_lora(
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.0,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | str | None = None,
 ) -> list[str]:
     """Freeze `model` and swap its linears for LoRALinears that adopt their parameters, in place.
 
     `targets` are module names or their last parts (`"query"`, `"blocks.0.attn.query"`), None for
     every linear. Returns the full names of the adapted modules.
 
-    Adapters that the model has already stay and go on training.
+    Adapters that the model has already stay and go on training. A linear that the model uses in
+    several places gets one adapter, in all of them, under the first of its names. A weight that is
+    tied to another module's, such as a head's to the embedding, stays tied: the adapter changes the
+    linear alone. In an nn.TransformerEncoderLayer, whose fast path in eval reads the weights and
+    calls no linear, an adapter would be passed by: it is refused.
 
-    Raises ValueError, and leaves the model as it was, for a rank or dropout out of range, and when
-    a target matches no linear: the message lists what would match.
+    Raises ValueError, and leaves the model as it was, for a rank or dropout out of range, when a
+    target matches nothing (the message lists what would match), and when it matches something else
+    than an nn.Linear. Such are subclasses of nn.Linear, whose forward may be another or never
+    called, as in nn.MultiheadAttention; None would take them too, so a model that has them needs
+    targets.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear, in which nothing can be swapped")
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    chosen = list(linears)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    chosen = dict(linears)
     if targets is not None:
-        for target in targets:
-            if not any(_matches(name, target) for name in linears):
+        chosen = {}
+        for target in [targets] if isinstance(targets, str) else targets:
+            matched = {name: m for name, m in modules.items() if _matches(name, target)}
+            if not matched:
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
                 raise ValueError(f"target {target!r} matches no linear; these would: {known}")
-        chosen = [name for name in linears if any(_matches(name, t) for t in targets)]
-    adapted = {name: LoRALinear(linears[name], rank, alpha, dropout) for name in chosen}
+            chosen |= matched
+    for name, module in chosen.items():
+        if type(module) is not nn.Linear:
+            kind = type(module).__name__
+            raise ValueError(f"{name} is of {kind}, not a plain nn.Linear, and cannot be adapted")
+        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"{name} is in an nn.TransformerEncoderLayer, whose fast path passes adapters by"
+            )
+    first = {id(m): name for name, m in reversed(linears.items())}  # of a module's names
+    firsts = {first[id(m)] for m in chosen.values()}
+    names = [name for name in linears if name in firsts]
+    adapted = {name: LoRALinear(linears[name], rank, alpha, dropout) for name in names}
     for name, parameter in model.named_parameters():
         if not name.endswith((".lora_A", ".lora_B")):
             parameter.requires_grad_(False)
     swap_modules(model, adapted)
-    return chosen
+    return names
 
 
 def swap_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put each module in the place that its name says."""
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+    """Put each module in the place that its name says, and wherever else the old one stands."""
+    new = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if id(module) in new:
+                setattr(parent, child, new[id(module)])
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """The further names of each trained parameter that stands in several modules."""
+    first: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad and first.setdefault(id(p), name) != name:
+            tied.setdefault(first[id(p)], []).append(name)
+    return tied
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -5,11 +5,14 @@ import re
 import sys
 
 import numpy as np
+import pytest
+import torch
 from conftest import ROOT, start_script, succeeded
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from bigram import bigram_loss
+from step_time import Settings, Size, build_model, training_step
 
 
 def test_bigram_loss_is_that_of_the_smoothed_counts():
@@ -52,6 +55,19 @@ def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
     assert "| lora |" in table and "float32" in output and "AdamW" in output
     wrong = start_script(tmp_path, "--sizes", "huge", script="benchmarks/step_time.py")
     assert wrong.returncode == 2 and "nano" in wrong.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_time_compares_the_methods_on_a_llama_too(dtype):
+    size = Size(n_embd=32, n_head=2, n_layer=1, batch=2, block=8, llama=True)
+    settings = Settings(4, 0.0, 0.0, 1, torch.device("cpu"))
+    trainable, losses = {}, []
+    for method in ("full", "floor", "lora", "peft"):
+        model = build_model(method, size, dtype, settings)
+        trainable[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        losses.append(training_step(model, size, dtype, settings.device)().item())
+    assert trainable["floor"] < trainable["lora"] == trainable["peft"] < trainable["full"]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-3)
 
 
 def test_serving_prints_its_ratios(tmp_path):

@@ -1,0 +1,309 @@
+"""The adapter format of Hugging Face PEFT: a folder of adapter_config.json and a file of tensors.
+
+Checked against PEFT 0.21. Our fingerprint of the base and our metadata travel in the header of
+adapter_model.safetensors, which PEFT does not read, so that a round trip loses nothing.
+"""
+
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.adapters import Adapter
+from lora.files import FileError, OtherKind, fingerprint, write_folder
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+HEADER = "lora"  # our entry in the header of the safetensors file
+
+# Every option of PEFT's LoraConfig is in one of these three. First those that are honoured here:
+SUPPORTED = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
+    "base_model_name_or_path", "init_lora_weights",
+}  # fmt: skip
+# Those that change nothing that an adapter computes: origin and training. Which modules are adapted
+# or saved whole is seen in the tensors' names. Settings of initializations count only where
+# init_lora_weights names one of them.
+HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config",
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "megatron_core",
+}  # fmt: skip
+# And those that must have these values, for others compute something else. An option that is in
+# none of the three belongs to a newer PEFT, and must be off.
+REQUIRED: dict[str, Any] = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "ensure_weight_tying": False,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "velora_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "arrow_config": None,
+}
+# Initializations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga)
+# train on a changed base, and their adapters are wrong on the plain one.
+INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+def is_peft_folder(path: str | os.PathLike) -> bool:
+    return (Path(path) / CONFIG).is_file()
+
+
+def write_peft(
+    folder: str | os.PathLike,
+    adapter: Adapter,
+    task_type: str | None = None,
+    base_model: str | None = None,
+) -> int:
+    """Write an adapter as a folder that PEFT reads, and return the bytes of its files.
+
+    `PeftModel.from_pretrained(model, folder)` puts it on a model of the same module names.
+    Embeddings and other weights that were trained whole become PEFT's saved modules.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        adapter: as `take_adapter` or `read_adapter` give it.
+        task_type: PEFT's, such as "CAUSAL_LM".
+        base_model: name or path of the base, for programs that load it by that.
+
+    Raises FileError when it cannot be written, and for what the format cannot hold: a trained
+    tensor that stands in several modules, for PEFT adapts one of them or trains a copy, and a
+    parameter without its module's weight, or of a module with adapters in it. That no other
+    parameter of such a module is left out cannot be seen here.
+    """
+    ranks = adapter.ranks
+    alphas = {n: int(a) if float(a).is_integer() else a for n, a in adapter.alpha.items()}
+    saved = sorted({name.rpartition(".")[0] for name in adapter.extras})
+    for name in adapter.extras:
+        module = name.rpartition(".")[0]
+        within = any(f".{module}." in f".{layer}." for layer in alphas)
+        if not module or within or f"{module}.weight" not in adapter.tensors:
+            raise FileError(f"{folder}: PEFT saves whole modules and cannot hold {name} alone")
+    for name, others in adapter.metadata.get("tied", {}).items():
+        raise FileError(
+            f"{folder}: {name} is also {', '.join(others)}, which PEFT, adapting one place or "
+            "training a copy, cannot hold"
+        )
+    rank, alpha = most_frequent(ranks), most_frequent(alphas)
+    config = {  # no more, so that every version of PEFT knows all of it
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout_of(adapter),
+        "rank_pattern": {anchored(n): r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {anchored(n): a for n, a in alphas.items() if a != alpha},
+        "target_modules": sorted(alphas),
+        "modules_to_save": saved or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    tensors = {PREFIX + name: t.cpu().contiguous().clone() for name, t in adapter.tensors.items()}
+    tensors = {
+        f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    own = {
+        "base": adapter.base,
+        "digest": fingerprint(tensors),
+        "metadata": {n: v for n, v in adapter.metadata.items() if fits_json(v)},
+    }
+    save = safetensors_for(folder).torch.save
+    header = {"format": "pt", HEADER: json.dumps(own)}
+    files = {
+        SAFETENSORS: save(tensors, metadata=header),
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+    }
+    return write_folder(folder, files)
+
+
+def read_peft(folder: str | os.PathLike) -> Adapter:
+    """Read a folder that PEFT or `write_peft` wrote; lower precisions become float32, exactly.
+
+    The names of the tensors say which layers are adapted. An adapter of PEFT's own names no base
+    that could be checked: its `base` is None.
+
+    Raises OtherKind for a folder that holds no LoRA adapter, or one that uses an option which we
+    have not, by its name, and FileError for a damaged one.
+    """
+    config = read_config(Path(folder) / CONFIG)
+    stored, own = read_tensors(Path(folder))
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        if not key.startswith(PREFIX):
+            raise FileError(f"{folder}: {key} does not begin with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        if name.endswith((".lora_A.weight", ".lora_B.weight")):
+            name = name.removesuffix(".weight")
+        elif ".lora_" in name:
+            raise OtherKind(f"{folder}: {key} is no lora_A or lora_B of a linear")
+        tensors[name] = tensor
+    layers = sorted(n.removesuffix(".lora_A") for n in tensors if n.endswith(".lora_A"))
+    if not layers:
+        raise FileError(f"{folder} has no adapter of any layer")
+    for name in layers:
+        rank = tensors[f"{name}.lora_A"].shape[:1]
+        if not config["rank_pattern"] and rank != (config["r"],):
+            raise FileError(f"{folder}: {name} has rank {list(rank)}, {CONFIG} has {config['r']}")
+    alpha = {name: alpha_of(name, config) for name in layers}
+    if own is None:
+        metadata = {"dropout": config["lora_dropout"]}
+        if config.get("base_model_name_or_path"):
+            metadata["base_checkpoint"] = str(config["base_model_name_or_path"])
+        return Adapter(None, alpha, tensors, metadata)
+    if own.get("digest") != fingerprint(stored):
+        raise FileError(f"{folder} is damaged: its tensors are not those that were saved")
+    return Adapter(own.get("base"), alpha, tensors, own.get("metadata"))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of an adapter_config.json, each checked, with defaults for those that we use."""
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise OtherKind(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise OtherKind(f"{path} is no configuration of PEFT: it has no peft_type")
+    if config["peft_type"] != "LORA":
+        raise OtherKind(f"{path} has peft_type {shown(config['peft_type'])}, not LORA")
+    for name, value in config.items():
+        accepted = name in SUPPORTED | HARMLESS or value in (
+            REQUIRED.get(name),
+            None,
+            False,
+            [],
+            {},
+        )
+        if not accepted:
+            raise OtherKind(
+                f"{path} uses {shown(name)[1:-1]}={shown(value)}, which is not supported"
+            )
+    start = config.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in INITIALIZATIONS:
+        raise OtherKind(
+            f"{path} uses init_lora_weights={shown(start)}, which changes the base's weights"
+        )
+    defaults = {"lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    config = defaults | {name: value for name, value in config.items() if value is not None}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config[name], dict):
+            raise FileError(f"{path}: {name} is {shown(config[name])}, not a table")
+    for pattern in config["alpha_pattern"]:
+        # Names, as PEFT writes them, with nothing that could match in many ways.
+        if not re.fullmatch(r"\^?([\w-]|\\?\.|\\-)+", pattern):
+            raise OtherKind(f"{path}: alpha_pattern {shown(pattern)} is not a module's name")
+    numbers = {name: config.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    for name, value in (numbers | config["alpha_pattern"]).items():
+        if not is_number(value):
+            raise FileError(f"{path}: {name} is {shown(value)}, not a number")
+    return config
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors by PEFT's names, in float32 unless they are float64, and our entry in the header,
+    None where there is none."""
+    path = folder / SAFETENSORS
+    own = None
+    if not path.exists() and (folder / PICKLE).exists():
+        path = folder / PICKLE
+    else:
+        safetensors_for(path)
+    try:
+        if path.name == PICKLE:
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+                raise zipfile.BadZipFile  # torch itself checks no checksums
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with safetensors_for(path).safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                text = (file.metadata() or {}).get(HEADER)
+            if text is not None:
+                own = json.loads(text)
+                if not isinstance(own, dict):
+                    raise ValueError(f"the header's entry {HEADER} is no table")
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor) or not name.isprintable():
+                raise ValueError("no table of tensors by name")
+            if tensor.is_floating_point() and tensor.dtype != torch.float64:
+                found[name] = tensor.detach().to("cpu", torch.float32)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
+        raise FileError(f"{path} holds no tensors, or it is damaged") from error
+    return found, own
+
+
+def safetensors_for(path: str | os.PathLike) -> Any:
+    """The package safetensors, or FileError that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise FileError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def alpha_of(name: str, config: Mapping[str, Any]) -> float:
+    """The alpha of a layer, by PEFT's rule: the first pattern that the end of its name matches."""
+    for pattern, alpha in config["alpha_pattern"].items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(alpha)
+    return float(config["lora_alpha"])
+
+
+def anchored(name: str) -> str:
+    """The pattern that matches this module alone; a plain name would match as an ending too."""
+    return "^" + re.escape(name)
+
+
+def most_frequent(values: Mapping[str, float]) -> Any:
+    found = list(values.values())
+    return max(found, key=found.count)
+
+
+def dropout_of(adapter: Adapter) -> float:
+    dropout = adapter.metadata.get("dropout")
+    return float(dropout) if is_number(dropout) else 0.0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float, and no bool."""
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def fits_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for an error's one line."""
+    return repr(value)[:60]
