@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import SHAPE
-from config import Config, option_fields
 from lora.files import FileError, check_tensors, read_file, write_file
-from run import Run, say
+from run import Run, facts, say
 
 FORMAT = "training state"
 VERSION = 1
@@ -84,8 +83,8 @@ class TrainingState:
 
 def identity(run: Run) -> dict[str, Any]:
     """What tells one run from another: its settings, its data and its base."""
-    settings = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
-    return settings | {"checksum": run.corpus.checksum, "base": run.base_id}
+    described = facts(run)
+    return described["config"] | {n: described["run"][n] for n in ("checksum", "base")}
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:

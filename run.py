@@ -14,7 +14,7 @@ from torch import nn
 
 import device as hardware
 from checkpoint import SHAPE, VARIANTS, Checkpoint, base_state, load_base
-from config import Config, ConfigError, adapter_weights
+from config import Config, ConfigError, adapter_weights, option_fields
 from data import Corpus, DataError, check_length, load_corpus, tokenize_corpus, vocabulary_size
 from huggingface import adapter_from_gpt2, read_base
 from lora import (
@@ -42,12 +42,13 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """Where a run writes: the weights, or the adapter, of the last and of the best evaluation, and
-    what is needed to resume; and for MERGE the merged checkpoint."""
+    """Where a run writes: the weights, or the adapter, of the last and of the best evaluation, what
+    is needed to resume, and its metrics; and for MERGE the merged checkpoint."""
 
     last: Path
     best: Path
     resume: Path
+    metrics: Path
     merged: Path
 
 
@@ -58,7 +59,7 @@ class Run:
     config: Config
     device: torch.device
     dtype: torch.dtype
-    corpus: Corpus
+    corpus: Corpus | None  # None for MERGE
     base_path: str | None  # None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
     tokenizer: str | None  # the base's own; None where tokens are bytes
@@ -87,10 +88,7 @@ def set_up(config: Config) -> Run:
         known["block_size"] = config.block_size  # of the windows, up to the model's
     config = dataclasses.replace(config, **known)
     tokenizer = None if base is None else base.tokenizer
-    corpus = load_corpus(config.data, DEFAULT_INPUT)
-    if tokenizer is not None:
-        corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
-    check_length(corpus, config.block_size)
+    corpus = None if config.merge else open_corpus(config, tokenizer)
     model = BigramLanguageModelLoRA(
         **shape,
         device=device,
@@ -116,13 +114,31 @@ def set_up(config: Config) -> Run:
     say("Configuration (* set in the environment):", *indent(config.describe()))
     say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
     say(f"dtype: {str(dtype).removeprefix('torch.')}, {dtype_reason}")
-    say("Data:", *indent(corpus.describe()))
+    if corpus is not None:
+        say("Data:", *indent(corpus.describe()))
     say(describe_base(base, base_id, corpus))
     say(*adapters, *describe_parameters(config, model))
     for note in notes(config, base, model, files):
         say(f"Note: {note}")
     base_path = base.path if base is not None else None
     return Run(config, device, dtype, corpus, base_path, base_id, tokenizer, model, files, lock)
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a program needs to know of a run: the first line of its metrics."""
+    config = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
+    return {
+        "config": config,
+        "run": {
+            "device": f"{run.device} ({hardware.device_name(run.device)})",
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "data": run.corpus.name,
+            "checksum": run.corpus.checksum,
+            "base": run.base_id,
+            "base_checkpoint": run.base_path,
+            "parameters": run.model.get_parameter_info(),
+        },
+    }
 
 
 def trains(config: Config) -> bool:
@@ -139,8 +155,8 @@ def output_files(config: Config) -> OutputFiles:
         except OSError as error:
             raise ConfigError(f"OUT_DIR: {folder} cannot be written: {error.strerror}") from error
     mode = "lora" if config.use_lora else "full"
-    names = (f"{mode}.pt", f"{mode}-best.pt", f"{mode}-resume.pt", "merged.pt")
-    return OutputFiles(*(folder / name for name in names))
+    names = ("{}.pt", "{}-best.pt", "{}-resume.pt", "{}-metrics.jsonl", "merged.pt")
+    return OutputFiles(*(folder / name.format(mode) for name in names))
 
 
 def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
@@ -197,10 +213,22 @@ def choose_shape(config: Config, base: Checkpoint | None) -> dict[str, Any]:
 
 def check_vocabulary(base: Checkpoint) -> None:
     """Raise FileError unless the base has an embedding for each token, and no others for bytes."""
-    size, needed = base.shape["vocab_size"], vocabulary_size(base.tokenizer)
+    try:
+        size, needed = base.shape["vocab_size"], vocabulary_size(base.tokenizer)
+    except DataError as error:
+        raise FileError(f"{base.path}: {error}") from error
     if size < needed or (base.tokenizer is None and size != needed):
         whose = "bytes are" if base.tokenizer is None else "its tokenizer has"
         raise FileError(f"{base.path} has vocab_size={size}, but {whose} {needed}")
+
+
+def open_corpus(config: Config, tokenizer: str | None) -> Corpus:
+    """DATA in the tokens of the base, long enough for BLOCK_SIZE."""
+    corpus = load_corpus(config.data, DEFAULT_INPUT)
+    if tokenizer is not None:
+        corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
+    check_length(corpus, config.block_size)
+    return corpus
 
 
 def put_on_adapters(
@@ -225,7 +253,7 @@ def put_on_adapters(
     return lines
 
 
-def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
+def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus | None) -> str:
     if base is None:
         return f"Base: none, random weights (fingerprint {base_id})"
     facts = base.metadata
@@ -235,11 +263,12 @@ def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus) -> str:
         return f"Base: {base.path} (fingerprint {base_id}), merged from {facts['merged']}"
     val_loss = facts.get("val_loss")
     reached = f" to validation loss {val_loss:.4f}" if isinstance(val_loss, float) else ""
+    line = f"Base: {base.path} (fingerprint {base_id}), {facts.get('step')} steps on "
+    line += f"{facts.get('data')}{reached}"
+    if corpus is None:
+        return line
     same = "the same data" if facts.get("checksum") == corpus.checksum else "other data"
-    return (
-        f"Base: {base.path} (fingerprint {base_id}), {facts.get('step')} steps on "
-        f"{facts.get('data')}{reached}; this run is on {same}"
-    )
+    return f"{line}; this run is on {same}"
 
 
 def describe_parameters(config: Config, model: BigramLanguageModelLoRA) -> list[str]:

@@ -29,6 +29,7 @@ from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
 from data import decode, encode, training_batch, validation_windows, windows_batch
 from lora import lora_layers, merge_adapter, save_adapter
+from metrics import Metrics
 from resume import Progress, StopSignals, identity, resume, save_training_state
 from run import (
     Interrupted,
@@ -36,11 +37,17 @@ from run import (
     TrainingError,
     asks_for_help,
     exit_code_of,
+    facts,
     format_table,
     indent,
     say,
     set_up,
     trains,
+)
+
+EVALUATION = (
+    "step {step} | train loss {train_loss:.4f} | val loss {val_loss:.4f} +- {val_error:.4f} | "
+    "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
 )
 
 
@@ -74,6 +81,7 @@ def train(run: Run) -> None:
         run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
     sizes: dict[Path, int] = {}
+    metrics = Metrics(run.files.metrics, facts(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
 
     def save_progress() -> None:
@@ -98,14 +106,18 @@ def train(run: Run) -> None:
                 train_loss = torch.stack(losses).mean().item() if losses else math.nan
                 progress.val_loss, val_error = evaluate(run, windows)
                 recent = progress.step_times[-len(losses) :] if losses else []
+                evaluation = {
+                    "step": step,
+                    "train_loss": train_loss,
+                    "val_loss": progress.val_loss,
+                    "val_error": val_error,
+                    "learning_rate": learning_rate(config, step),
+                    "tokens_per_second": rate(tokens_per_step, recent),
+                    "elapsed": time.perf_counter() - started,
+                }
+                metrics.write(evaluation)
                 with tqdm.external_write_mode():
-                    say(
-                        f"step {step} | train loss {train_loss:.4f} | val loss "
-                        f"{progress.val_loss:.4f} +- {val_error:.4f} | lr "
-                        f"{learning_rate(config, step):.2e} | tokens/s "
-                        f"{rate(tokens_per_step, recent):.0f} | "
-                        f"elapsed {time.perf_counter() - started:.1f} s"
-                    )
+                    say(EVALUATION.format(**evaluation))
                 check_finite(progress.val_loss, step, config)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
@@ -145,19 +157,30 @@ def train(run: Run) -> None:
             progress.losses.append(loss)
             if step % 10 == 0:
                 check_finite(loss.item(), step, config)
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                speed = rate(tokens_per_step, progress.step_times[-10:])
+                shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
+                bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
             hardware.synchronize(run.device)
             progress.step_times.append(time.perf_counter() - step_started)
             progress.step = step + 1
             bar.update()
 
+    summary = {
+        "best_val_loss": progress.best_loss,
+        "final_val_loss": progress.val_loss,
+        "training_time": time.perf_counter() - started,
+        "median_step_time": statistics.median(progress.step_times),
+        "tokens_per_second": rate(tokens_per_step, progress.step_times),
+        "peak_memory": hardware.peak_memory(run.device),
+    }
+    metrics.write({"summary": summary | {"files": {str(p): size for p, size in sizes.items()}}})
     say(
-        f"Best validation loss: {progress.best_loss:.4f}",
-        f"Final validation loss: {progress.val_loss:.4f}",
-        f"Training time: {time.perf_counter() - started:.1f} s",
-        f"Median step time: {statistics.median(progress.step_times) * 1000:.1f} ms",
-        f"Tokens per second: {rate(tokens_per_step, progress.step_times):.0f}",
-        f"Peak memory: {hardware.peak_memory(run.device):.0f} MiB",
+        f"Best validation loss: {summary['best_val_loss']:.4f}",
+        f"Final validation loss: {summary['final_val_loss']:.4f}",
+        f"Training time: {summary['training_time']:.1f} s",
+        f"Median step time: {summary['median_step_time'] * 1000:.1f} ms",
+        f"Tokens per second: {summary['tokens_per_second']:.0f}",
+        f"Peak memory: {summary['peak_memory']:.0f} MiB",
         *(f"Wrote {path}: {size / 2**20:.2f} MiB" for path, size in sizes.items()),
     )
 

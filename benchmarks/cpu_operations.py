@@ -6,6 +6,7 @@ Milliseconds, medians of 30, at the default model's shapes (batch 32, 128 tokens
 4 heads): GELU, dropout, and causal attention forward and backward.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -21,13 +22,15 @@ import device as hardware
 from lora.dropout import dropout
 from models.transformer import plain_attention
 
+WARMUP = 3
 
-def milliseconds(function: Callable[[], object]) -> float:
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
     times = []
-    for i in range(33):
+    for i in range(WARMUP + repeats):
         started = time.perf_counter()
         function()
-        if i >= 3:
+        if i >= WARMUP:
             times.append(time.perf_counter() - started)
     return statistics.median(times) * 1000
 
@@ -44,6 +47,9 @@ def with_backward(function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30, help="calls that are timed (default 30)")
+    repeats = parser.parse_args().repeats
     hardware.keep_freed_memory()
     print(f"device: {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     for dtype in (torch.float32, torch.bfloat16):
@@ -68,7 +74,7 @@ def main() -> None:
         }
         print(f"{str(dtype).removeprefix('torch.')}, forward and backward, ms:")
         for name, function in rows.items():
-            print(f"   {name:44} {milliseconds(function):7.2f}")
+            print(f"   {name:44} {milliseconds(function, repeats):7.2f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ an adapter too, one that changes nothing: `take_adapter` of a model that has not
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,16 +224,18 @@ def read_adapters(
     bare: Adapter,
     rank: int | None = None,
     any_base: bool = False,
+    convert: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Adapter:
     """The weighted sum of adapter files; see `combine_adapters`. What one of them lacks, as PEFT's
-    may, is that of `bare`.
+    may, is that of `bare`. `convert` gives tensors of other names those that they have in ours.
 
     Raises FileError for a file that cannot be used with `bare`, the base's own adapter, and
     BaseMismatch for one that was trained on another base, unless `any_base`.
     """
     adapters = []
     for path, weight in weighted:
-        adapter = complete_adapter(read_adapter(path, None if any_base else bare.base), bare)
+        adapter = convert(read_adapter(path, None if any_base else bare.base))
+        adapter = complete_adapter(adapter, bare)
         _check_fit(path, adapter, bare.tensors, bare.alpha, _tied(bare))
         adapters.append((adapter, weight))
     return combine_adapters(adapters, bare, rank)

@@ -32,18 +32,17 @@ SUPPORTED = {
 }  # fmt: skip
 # Those that change nothing that an adapter computes: origin and training. Which modules are adapted
 # or saved whole is seen in the tensors' names. Settings of initializations count only where
-# init_lora_weights names one of them.
+# init_lora_weights names one of them. fan_in_fan_out says how the base's matrices lie, not A and B.
 HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "megatron_core",
+    "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
 # And those that must have these values, for others compute something else. An option that is in
 # none of the three belongs to a newer PEFT, and must be off.
 REQUIRED: dict[str, Any] = {
     "bias": "none",
-    "fan_in_fan_out": False,
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
@@ -158,6 +157,11 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
         name = key.removeprefix(PREFIX)
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             name = name.removesuffix(".weight")
+        elif ".base_layer." in name:
+            raise OtherKind(
+                f"{folder} holds weights of the base ({key}) beside the adapter; save it with "
+                "save_pretrained(..., save_embedding_layers=False)"
+            )
         elif ".lora_" in name:
             raise OtherKind(f"{folder}: {key} is no lora_A or lora_B of a linear")
         tensors[name] = tensor

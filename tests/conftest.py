@@ -1,8 +1,11 @@
 """Helpers of the tests: the script started as a user starts it, and a tiny setting for it."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,19 +23,47 @@ TINY = {
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
 
 
+# Variables that Python or OpenMP read when they start: scripts with these need a new process.
+AT_START = ("PYTHON", "OMP_", "LC_", "LANG")
+
+
+@functools.cache
+def launcher() -> subprocess.Popen:
+    """A process that starts scripts without importing torch for each; ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "launcher.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def start_script(folder: Path, *arguments: str, script: str = "training.py", **variables: str):
     """Run a script of the repository in `folder` with these variables and no others of ours."""
     environment = {
         name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
     }
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)} | variables,
-        capture_output=True,
-        timeout=120,
-        encoding="utf-8",
-    )
+    environment |= {"PYTHONPATH": str(ROOT)} | variables
+    command = [str(ROOT / script), *arguments]
+    if not hasattr(os, "fork") or any(name.startswith(AT_START) for name in variables):
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            timeout=120,
+            encoding="utf-8",
+        )
+    with tempfile.TemporaryDirectory() as outputs:
+        order = {"command": command, "folder": str(folder)}
+        order |= {"environment": environment, "outputs": outputs}
+        process = launcher()
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        exit_code = int(process.stdout.readline())
+        texts = [(Path(outputs) / name).read_text(encoding="utf-8") for name in ("out", "err")]
+    return subprocess.CompletedProcess(command, exit_code, *texts)
 
 
 def start_until(folder: Path, line: str, **variables: str) -> tuple[subprocess.Popen, str]:

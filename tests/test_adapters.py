@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint import base_state, load_base, read_checkpoint, save_checkpoint
+from checkpoint import VARIANTS, base_state, load_base, read_checkpoint, save_checkpoint
 from lora import (
     BaseMismatch,
     FileError,

@@ -32,7 +32,9 @@ def test_bigram_names_its_corpus(tmp_path):
 
 
 def test_cpu_operations_prints_both_forms(tmp_path):
-    output = succeeded(start_script(tmp_path, script="benchmarks/cpu_operations.py"))
+    output = succeeded(
+        start_script(tmp_path, "--repeats", "1", script="benchmarks/cpu_operations.py")
+    )
     for row in ("GELU, exact", "dropout 0.2, ours", "attention, plain"):
         assert output.count(row) == 2  # float32 and bfloat16
 

@@ -5,7 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import ROOT, TEXT, start_script, succeeded
 
 from config import Config, GenerateConfig, help_table
@@ -38,16 +40,29 @@ def split(command: str) -> tuple[dict[str, str], list[str], str | None]:
     return variables, words, target
 
 
+def small_gpt2(folder: Path) -> None:
+    """A GPT-2 with its tokenizer, as the guide has one."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, show_progress=False)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "vocab_size": 300}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ends)).save_pretrained(folder)
+    bpe.save(str(folder / "tokenizer.json"))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_run_in_their_order(document, tmp_path):
     """Each command of a document, with the smallest budget; `pip install` and pytest are CI's."""
+    small_gpt2(tmp_path / "gpt2")
     ran = 0
     for command in commands(document):
         variables, words, target = split(command)
         if words[:3] == ["python", "-m", "pytest"]:
             continue
         assert words[0] == "python", command
-        if words[1] == "-m":
+        if words[1] == "export.py":
+            process = start_script(tmp_path, *words[2:], script=words[1], **variables)
+        elif words[1] == "-m":
             assert words[2] == "lora"
             process = start_script(tmp_path, *words[3:], script="lora/__main__.py", **variables)
         elif words[1] == "generate.py":
@@ -72,12 +87,19 @@ def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     for mode in ("False", "True"):  # what the guide's commands leave behind
         succeeded(start_script(tmp_path, USE_LORA=mode, DATA="text.txt", **BUDGET))
+    small_gpt2(tmp_path / "gpt2")
+    gpt2 = {"BASE_CHECKPOINT": "gpt2", "OUT_DIR": "out-gpt2", "DATA": "text.txt"}
+    succeeded(start_script(tmp_path, USE_LORA="True", BLOCK_SIZE="32", **gpt2, **BUDGET))
+    succeeded(start_script(tmp_path, MERGE="True", ADAPTERS="out-gpt2/lora.pt", **gpt2))
+    for source, folder in (("lora.pt", "gpt2-peft"), ("merged.pt", "gpt2-merged")):
+        succeeded(start_script(tmp_path, f"out-gpt2/{source}", folder, script="export.py"))
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for snippet in blocks("LORA_USAGE.md", "python"):
         exec(compile(snippet, "LORA_USAGE.md", "exec"), namespace)
     assert namespace["metadata"]["step"] == 1
     assert "Trainable: 249,856 (7.19%)" in capsys.readouterr().out
+    assert (namespace["adapted"](ids := namespace["ids"]).logits.shape[:2]) == ids.shape
     assert Path("lora_weights.pt").exists() and isinstance(namespace["tokens"], torch.Tensor)
 
 

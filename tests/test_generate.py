@@ -50,7 +50,7 @@ def test_it_writes_what_the_model_generates(folder):
     expected = bytes(tokens[0].tolist()).decode(errors="replace") + "\n"
     process = generate(folder, PROMPT="the ", SEED="3", TOP_K="20", TOP_P="0.9")
     assert succeeded(process) == expected
-    assert "Base: out/full.pt" in process.stderr and "50 bytes in " in process.stderr
+    assert "Base: out/full.pt" in process.stderr and "50 tokens in " in process.stderr
 
 
 def test_seeds_and_temperature(folder):
@@ -183,7 +183,7 @@ def test_another_base_is_refused_unless_one_insists(folder):
 BAD_INPUT = {
     "no base": ({"OUT_DIR": "nowhere"}, "nowhere/full.pt cannot be read"),
     "no adapter": ({"ADAPTERS": "nowhere.pt"}, "nowhere.pt cannot be read"),
-    "a folder": ({"ADAPTERS": "one"}, "one cannot be read: Is a directory"),
+    "a folder": ({"ADAPTERS": "one"}, "adapter_config.json cannot be read"),
     "a checkpoint": ({"ADAPTERS": "out/full.pt"}, "a model checkpoint, not a LoRA adapter"),
     "a weight that is none": ({"ADAPTERS": "one/lora.pt:nan"}, "ADAPTERS='one/lora.pt:nan'"),
     "an empty part": ({"ADAPTERS": "one/lora.pt,"}, "neither a file nor a file with its weight"),

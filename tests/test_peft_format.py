@@ -250,7 +250,6 @@ def test_every_option_of_peft_has_been_considered():
 FEATURES = {
     "use_dora": True,
     "use_rslora": True,
-    "fan_in_fan_out": True,
     "bias": "all",
     "lora_bias": True,
     "layer_replication": [[0, 4], [2, 5]],
@@ -476,7 +475,7 @@ def test_a_folder_is_an_adapter_for_the_scripts(tmp_path, monkeypatch, capsys):
     """As a user does it: train on, evaluate a sum, and generate with one that is damaged."""
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 60)
     (tmp_path / "out").mkdir()
-    save_checkpoint(tmp_path / "out/full.pt", BASE, SHAPE, {"step": 1})
+    save_checkpoint(tmp_path / "out/full.pt", BASE, {"step": 1})
     write_peft(tmp_path / "ours", ADAPTER)
     peft_adapter(tmp_path / "peft", ["query", "value"])
     tiny = {n: v for n, v in TINY.items() if not n.startswith(("N_", "BLOCK_"))}

@@ -44,7 +44,7 @@ def test_a_full_run_leaves_a_record_and_a_checkpoint(training, tmp_path):
     for pattern in SUMMARY:
         assert len(re.findall(f"^{pattern}$", record, re.MULTILINE)) == 1, pattern
     for part in ("Configuration", "N_EMBD: 32 *", "Device: ", "dtype: ", "checksum: sha256:",
-                 "Base: none", "Total parameters: ", "Sample (20 bytes"):  # fmt: skip
+                 "Base: none", "Total parameters: ", "Sample (20 tokens"):  # fmt: skip
         assert part in record
     for name in ("full.pt", "full-best.pt"):
         size = (tmp_path / "out" / name).stat().st_size

@@ -1,0 +1,174 @@
+"""LoRA at GPT-2's real size (124M, random weights), beside PEFT on transformers' own GPT-2.
+
+    python benchmarks/gpt2.py
+    python benchmarks/gpt2.py --steps 10 --dtype bfloat16 --batch 2 --block 256
+
+Prints step time, peak memory and adapter size of full fine-tuning, of this project's LoRA, both on
+its own model, and of PEFT's LoRA on `transformers`' model with the same weights. Adapters have
+rank 8 on every linear, the embeddings train, dropout is 0, the optimizer fused AdamW. Steps are
+interleaved in one process; each memory is the peak of a process of its own, imports included.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import device as hardware
+from checkpoint import Checkpoint, base_state, shape_of
+from huggingface import write_gpt2
+from lora import save_adapter, store_base
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+GPT2 = {
+    "vocab_size": 50257, "n_embd": 768, "block_size": 1024, "n_head": 12, "n_layer": 12,
+    "gelu": "tanh", "tied_head": True,
+}  # fmt: skip
+METHODS = ("full", "lora", "peft")
+RANK, ALPHA, SEED, WARMUP = 8, 16.0, 1337, 2
+
+
+def our_model(use_lora: bool) -> BigramLanguageModelLoRA:
+    torch.manual_seed(SEED)
+    return BigramLanguageModelLoRA(
+        **GPT2, device="cpu", dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
+    )
+
+
+def write_base(folder: Path) -> None:
+    """The weights of `our_model`, for transformers."""
+    model = our_model(use_lora=False)
+    write_gpt2(folder, Checkpoint("", shape_of(model), base_state(model), {}))
+
+
+def peft_model(base: Path) -> nn.Module:
+    """transformers' GPT-2 with the same weights and PEFT's LoRA, the embeddings training."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(base, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["c_attn", "c_proj", "c_fc", "lm_head"],
+        modules_to_save=["wte", "wpe"],
+        fan_in_fan_out=True,
+    )
+    return get_peft_model(model, config)
+
+
+def make_step(method: str, base: Path, args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+    """A model, and a function that takes one training step and returns the loss."""
+    dtype = getattr(torch, args.dtype)
+    if method == "peft":
+        model = peft_model(base)
+    else:
+        model = our_model(use_lora=method == "lora")
+        if method == "lora" and dtype != torch.float32:
+            store_base(model, dtype, tokens=args.batch * args.block)  # as training.py does
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(GPT2["vocab_size"], (args.batch, args.block + 1), generator=generator)
+    idx, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if method == "peft":
+                logits = model(input_ids=idx, use_cache=False).logits
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            else:
+                _, loss = model(idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return model, step
+
+
+def adapter_mib(method: str, model: nn.Module, folder: Path) -> float:
+    """The size of the file that holds what LoRA trained."""
+    if method == "lora":
+        return save_adapter(folder / "lora.pt", model, "", {}) / 2**20
+    model.save_pretrained(folder / "peft", save_embedding_layers=False)
+    return (folder / "peft" / "adapter_model.safetensors").stat().st_size / 2**20
+
+
+def peak_mib(method: str, base: Path, args: argparse.Namespace) -> float:
+    """Peak MiB of a process of its own that takes three steps."""
+    command = [sys.executable, __file__, "--memory-of", method, "--base", str(base)]
+    command += [f"--{name}={getattr(args, name)}" for name in ("dtype", "batch", "block")]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode != 0:
+        sys.exit(f"error: measuring the memory of {method}: {child.stderr.strip()[-2000:]}")
+    return float(child.stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8, help="rounds that are timed (default: 8)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, default=2, help="sequences (default: 2)")
+    parser.add_argument("--block", type=int, default=256, help="tokens in each (default: 256)")
+    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    hardware.keep_freed_memory()
+    if args.memory_of is not None:
+        _, step = make_step(args.memory_of, args.base, args)
+        for _ in range(3):
+            step()
+        print(hardware.peak_memory(torch.device("cpu")))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "gpt2"
+        write_base(base)
+        memory = {method: peak_mib(method, base, args) for method in METHODS}
+        models = {method: make_step(method, base, args) for method in METHODS}
+        times: dict[str, list[float]] = {method: [] for method in METHODS}
+        losses = {}
+        for i in range(WARMUP + args.steps):
+            for method in (*METHODS[i % 3 :], *METHODS[: i % 3]):
+                started = time.perf_counter()
+                loss = models[method][1]()
+                times[method].append(time.perf_counter() - started)
+                losses.setdefault(method, loss)
+        if max(losses.values()) - min(losses.values()) > 0.01:
+            sys.exit(f"error: the methods do not start from the same model: {losses}")
+        sizes = {m: adapter_mib(m, models[m][0], Path(scratch)) for m in ("lora", "peft")}
+        trained = {
+            method: sum(p.numel() for p in model.parameters() if p.requires_grad)
+            for method, (model, _) in models.items()
+        }
+    name = hardware.device_name(torch.device("cpu"))
+    print(f"GPT-2 124M, batch {args.batch} x {args.block}, {args.dtype}, {name}")
+    print(f"torch {torch.__version__}, {json.dumps(losses)} first losses")
+    print("       " + "  ".join(("     trained", "step, ms", "ratio", "peak, MiB", "adapter, MiB")))
+    for method in METHODS:
+        timed = times[method][WARMUP:]
+        ratio = statistics.median(
+            t / full for t, full in zip(timed, times["full"][WARMUP:], strict=True)
+        )
+        print(
+            f"{method:6} {trained[method]:12,}"
+            f"  {1000 * statistics.median(timed):8.0f}  {ratio:5.2f}"
+            f"  {memory[method]:9.0f}  {sizes.get(method, 0):12.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

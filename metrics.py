@@ -1,0 +1,62 @@
+"""metrics.jsonl: a run's record for programs, an object a line, which can be read while it grows.
+
+The first line is {"config": ..., "run": ...}; then one for each evaluation; the last, when the run
+has ended, {"summary": ...}.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lora.files import FileError
+
+
+class Metrics:
+    """Writes the file; each line is there, whole, when `write` returns."""
+
+    def __init__(self, path: Path, first: dict[str, Any], evaluated: int) -> None:
+        """Begin the file with the line `first`, and keep what a run that is resumed had written of
+        its evaluations, up to step `evaluated`; -1 for a new run.
+
+        Raises FileError when the file cannot be written.
+        """
+        lines = [json.dumps(plain(first))]
+        if evaluated >= 0 and path.exists():
+            lines += earlier_evaluations(path, evaluated)
+        self.path = path
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise FileError(f"{path} cannot be written: {error.strerror}") from error
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line. Raises FileError when it cannot be written."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(values)) + "\n")
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be written: {error.strerror}") from error
+
+
+def earlier_evaluations(path: Path, evaluated: int) -> list[str]:
+    """The file's lines of evaluations up to a step; what is no such line is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line).get("step")
+        except (ValueError, AttributeError):
+            continue
+        if isinstance(step, int) and step <= evaluated:
+            lines.append(line)
+    return lines
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {str(name): plain(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

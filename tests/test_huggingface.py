@@ -1,0 +1,284 @@
+"""GPT-2 in Hugging Face's folders, against `transformers`' and PEFT's own models."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import TEXT, refused, start_script, succeeded
+
+from checkpoint import base_state, load_base, read_checkpoint
+from huggingface import adapter_from_gpt2, adapter_to_gpt2, read_base, read_gpt2, write_gpt2
+from lora import FileError, read_adapter, switch_adapter, take_adapter, write_peft
+from lora.files import fingerprint
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from run import check_vocabulary
+
+SHAPES = [
+    {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 40, "activation_function": "gelu"},
+    {"n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 33, "tie_word_embeddings": False},
+]
+
+
+def gpt2(vocab_size: int = 300, **shape: object):
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=vocab_size, **(shape or SHAPES[0]) | ends)
+    ).eval()
+    for p in model.parameters():  # biases and norms too, so that none can be forgotten
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE of 300 tokens, as GPT-2's is."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=299)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    return bpe
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer) -> Path:
+    """A GPT-2 as `transformers` saves it, with its tokenizer."""
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    tokenizer.save(str(tmp_path / "gpt2" / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "gpt2"
+
+
+def ours(checkpoint, **options: object) -> BigramLanguageModelLoRA:
+    model = BigramLanguageModelLoRA(**checkpoint.shape, device="cpu", dropout=0.0, **options)
+    load_base(model, checkpoint)
+    return model.eval()
+
+
+def tokens(shape: dict, vocab_size: int = 300) -> torch.Tensor:
+    return torch.randint(vocab_size, (3, shape["n_positions"]), generator=torch.manual_seed(1))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("use_lora", [False, True])
+@torch.no_grad()
+def test_logits_are_those_of_transformers(shape, use_lora, tmp_path, tokenizer):
+    theirs = gpt2(**shape)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model, idx = ours(read_base(tmp_path), use_lora=use_lora), tokens(shape)
+    assert relative_error(model(idx)[0], theirs(idx).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_files_as_they_are_published_load_too(folder, tokenizer):
+    """pytorch_model.bin in half precision, names without prefix, causal masks among the tensors,
+    vocab.json and merges.txt in place of tokenizer.json."""
+    theirs, idx = gpt2().half().float(), tokens(SHAPES[0])
+    state = {n.removeprefix("transformer."): t.half() for n, t in theirs.state_dict().items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    tokenizer.save_model(str(folder))
+    checkpoint = read_gpt2(folder)
+    assert relative_error(ours(checkpoint)(idx)[0], theirs(idx).logits) < 1e-5
+    loaded = tokenizers.Tokenizer.from_str(checkpoint.tokenizer)
+    assert loaded.encode(TEXT).ids == tokenizer.encode(TEXT).ids
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_transformers_loads_what_is_written_and_reading_it_gives_the_same_bits(
+    shape, tmp_path, tokenizer
+):
+    gpt2(**shape).save_pretrained(tmp_path / "in")
+    tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
+    checkpoint = read_base(tmp_path / "in")
+    write_gpt2(tmp_path / "out", checkpoint)
+    again = read_base(tmp_path / "out")
+    assert again.shape == checkpoint.shape
+    assert fingerprint(again.tensors) == fingerprint(checkpoint.tensors)
+    theirs, idx = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out"), tokens(shape)
+    assert relative_error(theirs(idx).logits, ours(checkpoint)(idx)[0]) < 1e-5
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
+    assert words.eos_token == "<|endoftext|>"
+    with pytest.raises(FileError, match="exists already"):
+        write_gpt2(tmp_path / "out", checkpoint)
+
+
+def test_a_tied_head_counts_once_stays_tied_in_full_fine_tuning_and_is_apart_under_lora(folder):
+    checkpoint = read_base(folder)
+    full, lora = ours(checkpoint), ours(checkpoint, use_lora=True)
+    n_head = 300 * 32
+    assert full.lm_head.weight is full.token_embedding_table.weight
+    assert full.get_parameter_info()["total"] == gpt2().num_parameters()
+    assert lora.lm_head.weight.data_ptr() != lora.token_embedding_table.weight.data_ptr()
+    info = lora.get_parameter_info()
+    assert info["total"] == gpt2().num_parameters() + n_head + info["lora"]
+    assert not lora.lm_head.weight.requires_grad and lora.token_embedding_table.weight.requires_grad
+    for model in (full, lora):
+        _, loss = model(tokens(SHAPES[0])[:, :8], tokens(SHAPES[0])[:, 1:9])
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= p.grad
+    same = torch.equal(full.lm_head.weight, full.token_embedding_table.weight)
+    assert same and not torch.equal(lora.lm_head.weight, lora.token_embedding_table.weight)
+
+
+def trained(checkpoint) -> BigramLanguageModelLoRA:
+    """A model with an adapter that is not zero anywhere."""
+    model = ours(checkpoint, use_lora=True, lora_rank=3, lora_alpha=7.0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn_like(p)
+    return model
+
+
+@torch.no_grad()
+def test_an_adapter_gives_pefts_logits_on_transformers_model_and_comes_back_with_its_bits(
+    folder, tmp_path
+):
+    checkpoint = read_base(folder)
+    model, idx = trained(checkpoint), tokens(SHAPES[0])
+    adapter = take_adapter(model, fingerprint(checkpoint.tensors), {"step": 3})
+    write_peft(tmp_path / "peft", adapter_to_gpt2(adapter), "CAUSAL_LM", str(folder))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").eval()
+    assert relative_error(theirs(idx).logits, model(idx)[0]) < 1e-5
+    again = adapter_from_gpt2(read_adapter(tmp_path / "peft"))
+    assert (again.base, again.alpha, again.metadata) == (
+        adapter.base, adapter.alpha, adapter.metadata
+    )  # fmt: skip
+    assert again.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(t, adapter.tensors[n]) for n, t in again.tensors.items())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn"], ["c_attn", "c_proj", "lm_head"]])
+def test_an_adapter_that_peft_trained_on_gpt2_gives_its_logits_here(targets, folder, tmp_path):
+    theirs, idx = gpt2(), tokens(SHAPES[0])
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p += 0.1 * torch.randn_like(p)
+    if "lm_head" in targets:  # PEFT would put the base's weight into the file
+        theirs.save_pretrained(tmp_path / "with-base")
+        with pytest.raises(FileError, match=r"lm_head.*save_embedding_layers=False"):
+            read_adapter(tmp_path / "with-base")
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    out = succeeded(
+        start_script(
+            tmp_path, ADAPTERS="peft", BASE_CHECKPOINT="gpt2", MERGE="True", OUT_DIR="out",
+            DATA="text.txt", BLOCK_SIZE="32",
+        )
+    )  # fmt: skip
+    assert "merged.pt" in out
+    with torch.no_grad():
+        merged = ours(read_checkpoint(tmp_path / "out" / "merged.pt"))
+        assert relative_error(merged(idx)[0], theirs.eval()(idx).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "only 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"n_inner": 64}, "n_inner=64"),
+        ({"n_head": 5}, "not a multiple"),
+        ({"n_embd": "32"}, "n_embd is '32'"),
+        ({"n_embd": 64}, "has shape"),
+        ({"n_layer": 3}, "lacks tensor transformer.h.2"),
+        ({"n_layer": 10**9}, "too few"),
+        ({"n_layer": 1}, "unexpected tensor"),
+        ({"vocab_size": 299}, "has shape"),
+        ({"n_positions": True}, "not a size"),
+        ({"tie_word_embeddings": False}, "lacks tensor lm_head.weight"),
+    ],
+)
+def test_another_model_is_refused_by_what_it_has(change, message, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FileError, match=message):
+        read_gpt2(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "config.json"),
+        ("config.json", b"{", "not JSON"),
+        ("config.json", b"[]", "no JSON object"),
+        ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
+        ("model.safetensors", b"\0" * 64, "damaged"),
+        ("tokenizer.json", None, "neither tokenizer.json nor vocab.json"),
+        ("tokenizer.json", b"{}", "tokenizer cannot be used"),
+    ],
+)
+def test_missing_and_damaged_files_are_refused(name, content, message, folder):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(FileError, match=f"gpt2.*{message}"):
+        check_vocabulary(read_base(folder))
+
+
+def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, tmp_path):
+    """Fine-tune with LoRA, ask, export the adapter, merge, export the model, and compare."""
+    run = {"BASE_CHECKPOINT": "gpt2", "DATA": "text.txt", "BLOCK_SIZE": "32", "BATCH_SIZE": "4"}
+    run |= {"NUM_THREADS": "1", "DTYPE": "float32"}
+    budget = {"MAX_STEPS": "4", "EVAL_INTERVAL": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5"}
+    refusal = refused(start_script(tmp_path, **run | {"BASE_CHECKPOINT": "."}))
+    assert "config.json cannot be read" in refusal
+    record = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
+    assert "tokens:   " in record and "weights of GPT-2's kind" in record
+    caches = list((tmp_path / "out").glob("tokens-*.bin"))
+    assert len(caches) == 1
+    asked = start_script(
+        tmp_path, script="generate.py", BASE_CHECKPOINT="gpt2", ADAPTERS="out/lora.pt",
+        PROMPT="the quick", MAX_NEW_TOKENS="5", NUM_THREADS="1",
+    )  # fmt: skip
+    assert succeeded(asked).startswith("the quick")
+    succeeded(start_script(tmp_path, "out/lora.pt", "peft", script="export.py"))
+    evaluated = [
+        succeeded(start_script(tmp_path, EVAL_ONLY="True", ADAPTERS=name, **run))
+        for name in ("out/lora.pt", "peft")
+    ]
+    lines = [next(x for x in r.splitlines() if "Validation loss" in x) for r in evaluated]
+    assert lines[0] == lines[1] and "per token" in lines[0]
+    succeeded(start_script(tmp_path, MERGE="True", ADAPTERS="peft", **run))
+    succeeded(start_script(tmp_path, "out/merged.pt", "merged", script="export.py"))
+    again = succeeded(
+        start_script(tmp_path, EVAL_ONLY="True", **run | {"BASE_CHECKPOINT": "merged"})
+    )
+    assert lines[0].split(" nats")[0] in again  # four decimals
+    idx = tokens(SHAPES[0])
+    model = ours(read_base(folder), use_lora=True)
+    adapter = read_adapter(tmp_path / "out" / "lora.pt", fingerprint(base_state(model)))
+    switch_adapter(model, adapter)
+    with torch.no_grad():
+        logits = model(idx)[0]
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert relative_error(merged(idx).logits, logits) < 1e-5
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        on_peft = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+        assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
