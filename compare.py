@@ -13,6 +13,7 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Column:
     grows: bool = False
 
 
+VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE")
 COLUMNS = [
     Column("parameters", "", 11, ",d", lambda run: run.total),
     Column("trainable", "", 11, ",d", lambda run: run.trainable),
@@ -49,24 +51,6 @@ COLUMNS = [
     Column("best", "val loss", 8, ".4f", lambda run: run.best_loss, grows=True),
     Column("final", "val loss", 8, ".4f", lambda run: run.last_loss, grows=True),
     Column("file", "MiB", 7, ".2f", lambda run: run.file_size),
-]
-
-# What must agree for a fair comparison: its name, what is compared, and how it is called.
-Words = Callable[[Record], str | None]
-CONDITIONS: list[tuple[str, Words, Words]] = [
-    ("data", lambda run: run.checksum, lambda run: f"{run.data} ({run.checksum})"),
-    (
-        "base",
-        lambda run: run.base,
-        lambda run: f"{run.base_path or 'random weights'} (fingerprint {run.base})",
-    ),
-    *(
-        (name, lambda run, name=name: run.config.get(name), lambda run, name=name: run.config[name])
-        for name in ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE")
-    ),
-    ("dtype", lambda run: run.dtype, lambda run: run.dtype),
-    ("device", lambda run: run.device, lambda run: run.device),
-    ("evaluation windows", lambda run: windows(run), lambda run: windows(run)),
 ]
 
 
@@ -99,7 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--plot",
         metavar="FILE",
         type=Path,
-        help="draw validation loss against steps and seconds, as png, pdf or svg (needs matplotlib)",
+        help="draw the validation losses, as png, pdf or svg (needs matplotlib)",
     )
     return parser.parse_args(arguments)
 
@@ -141,106 +125,120 @@ def ratio(run: Record, first: Record, column: Column) -> str:
     return f"{value / reference:.2f}x"
 
 
-def windows(run: Record) -> str | None:
-    """How many windows of validation data an evaluation of the run reads."""
-    sizes = [run.config.get(name, "") for name in ("EVAL_BATCHES", "BATCH_SIZE")]
-    return str(math.prod(map(int, sizes))) if all(size.isdecimal() for size in sizes) else None
-
-
 def warnings(records: list[Record]) -> list[str]:
     """A line for each difference that makes the comparison unfair, and for each unfinished run."""
     found = [f"{run.name} is {run.progress}" for run in records if not run.is_finished]
-    for name, key, words in CONDITIONS:
+    for name in conditions(records[0]):
         groups: dict[str, list[Record]] = {}
         for run in records:
-            if key(run) is not None:
-                groups.setdefault(key(run), []).append(run)
+            key, _ = conditions(run)[name]
+            if key is not None:
+                groups.setdefault(key, []).append(run)
         if len(groups) < 2:
             continue
-        parts = (f"{words(g[0])} in {', '.join(r.name for r in g)}" for g in groups.values())
-        line = f"{name} differs: {'; '.join(parts)}"
-        if name == "base" and len({g[0].base_path is None for g in groups.values()}) == 2:
+        runs = [(conditions(g[0])[name][1], ", ".join(r.name for r in g)) for g in groups.values()]
+        line = f"{name} differs: {'; '.join(f'{value} in {names}' for value, names in runs)}"
+        if name == "base" and len({run.base_path is None for run in records if run.base}) == 2:
             line += "; a run from random weights has more to learn than one from a trained base"
         found.append(line)
     return found
 
 
+def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
+    """What must agree for a fair comparison: by name, what is compared and how it is written."""
+    base = f"{run.base_path or 'random weights'} (fingerprint {run.base})"
+    kind, _, hardware = (run.device or "").partition(" (")
+    values = {name: run.config.get(name) for name in VARIABLES}
+    sizes = [run.config.get(name, "") for name in ("EVAL_BATCHES", "BATCH_SIZE")]
+    if all(re.fullmatch(r"\d{1,18}", size) for size in sizes):
+        values["number of validation windows"] = str(math.prod(map(int, sizes)))
+    else:
+        values["number of validation windows"] = None
+    values |= {"dtype": run.dtype, "device": kind or None, "hardware": hardware[:-1] or None}
+    return {
+        "data": (run.checksum, f"{run.data} ({run.checksum})"),
+        "base": (run.base, base),
+        **{name: (value, value) for name, value in values.items()},
+    }
+
+
 def plot(records: list[Record], path: Path) -> int:
-    """Draw the validation losses against steps and seconds; returns the file's size in bytes."""
+    """Draw the validation losses against steps and seconds; returns the file's size in bytes.
+
+    Raises RecordError, and writes nothing, without matplotlib or without an evaluation.
+    """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # which needs no display
     except ImportError as error:
         raise RecordError("--plot needs matplotlib: pip install matplotlib") from error
-    drawn = [run for run in records if run.evaluations]
-    if not drawn:
+    runs = [run for run in records if run.evaluations]
+    if not runs:
         raise RecordError(f"--plot {path}: there is no evaluation to draw yet")
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    names = [label(run) for run in runs]
+    columns = 2 if len(runs) > 2 and max(map(len, names)) < 50 else 1
+    height = 3.5 + 0.22 * math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(9, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for i, run in enumerate(drawn):
-        loss = [e.val_loss for e in run.evaluations]
-        low = [e.val_loss - e.val_error for e in run.evaluations]
-        high = [e.val_loss + e.val_error for e in run.evaluations]
-        colour = COLOURS[i % len(COLOURS)]
-        style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-        style |= {"linewidth": 1.5, "markevery": max(1, len(loss) // 12)}
-        for panel, key in zip(panels, ("step", "elapsed"), strict=True):
+    bottom, top, beyond = limits(runs)
+    axes = (("step", "optimizer steps"), ("elapsed", "training time (s)"))
+    for panel, (key, words) in zip(panels, axes, strict=True):
+        right = 1.0
+        for i, run in enumerate(runs):
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             x = [getattr(e, key) for e in run.evaluations]
-            panel.plot(x, loss, label=legend(run), **style)
-            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    bottom, top, beyond = limits(drawn)
-    for panel, label in zip(panels, ("optimizer steps", "training time (s)"), strict=True):
-        panel.set(xlabel=label, ylim=(bottom, top), xlim=(0, None))
+            loss = [e.val_loss for e in run.evaluations]
+            low = [e.val_loss - e.val_error for e in run.evaluations]
+            high = [e.val_loss + e.val_error for e in run.evaluations]
+            panel.plot(x, loss, markersize=4, markevery=math.ceil(len(x) / 15), **look)
+            panel.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
+            right = max(right, *(position for position in x if math.isfinite(position)))
+        panel.set(xlabel=words, xlim=(-0.02 * right, 1.02 * right), ylim=(bottom, top))
         panel.grid(color="0.9", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-        if beyond:
-            panel.text(0.98, 0.97, beyond, transform=panel.transAxes, ha="right", va="top",
-                       fontsize="small", color="0.4")  # fmt: skip
-    panels[0].set_ylabel("validation loss (nats per byte)")
-    figure.suptitle(heading(drawn), fontsize="medium")
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        lines, labels, loc="outside lower center", ncols=1 + (len(drawn) > 2), frameon=False
-    )
+        style = {"ha": "right", "va": "top", "fontsize": "small", "color": "0.4"}
+        panel.text(0.98, 0.98, beyond, transform=panel.transAxes, **style)
+    panels[0].set_ylabel("validation loss (nats per byte)\nwith its standard error")
+    figure.suptitle(heading(runs), fontsize="medium")
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(panels[0].lines, names, **place)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
     write(path, content.getvalue())
     return len(content.getvalue())
 
 
-def legend(run: Record) -> str:
+def label(run: Record) -> str:
+    """What a legend says of a run; a dollar sign would begin a formula."""
     unfinished = "" if run.is_finished else ", unfinished"
-    return f"{run.mode or 'run'}{unfinished}: {run.name}".replace("$", r"\$")
+    return printable(f"{run.mode or 'run'}{unfinished}: {run.name}").replace("$", r"\$")
 
 
-def heading(records: list[Record]) -> str:
+def heading(runs: list[Record]) -> str:
     """The data and the models of a plot in words."""
-    data = {run.data: None for run in records if run.data}
     names = ("N_LAYER", "N_EMBD", "BLOCK_SIZE")
-    shapes = {tuple(run.config.get(name, "?") for name in names): None for run in records}
-    models = (f"{layers} layers of width {width}, context {T}" for layers, width, T in shapes)
-    parts = (" and ".join(data), " and ".join(models))
-    return ": ".join(part for part in parts if part).replace("$", r"\$")
+    shapes = dict.fromkeys(tuple(run.config.get(name, "?") for name in names) for run in runs)
+    models = (f"{n} layers of width {width}, context {length}" for n, width, length in shapes)
+    data = dict.fromkeys(run.data for run in runs if run.data)
+    return f"data: {' and '.join(data)}; model: {' and '.join(models)}".replace("$", r"\$")
 
 
 def limits(records: list[Record]) -> tuple[float, float, str]:
     """Limits of the axis of losses, and words for what lies above them.
 
-    The first losses are so high that they would press what matters into a flat line: when a tenth
-    of each run's steps is enough to leave most of the range, the axis begins there.
+    The first losses are so high that they would press what matters into a flat line. The axis has
+    the last loss of every run, and all after a tenth of the longest run.
     """
-    every = [(e, r) for r in records for e in r.evaluations if math.isfinite(e.val_loss)]
+    every = [e for run in records for e in run.evaluations if math.isfinite(e.val_loss)]
     if not every:
         return 0.0, 1.0, ""
-    late = [e for e, run in every if e.step >= run.evaluations[-1].step / 10 and e.step > 0]
-    low = min(e.val_loss - e.val_error for e, _ in every)
-    full = max(e.val_loss + e.val_error for e, _ in every)
-    high = max((e.val_loss + e.val_error for e in late), default=full)
-    if full - low < 1.5 * (high - low):
-        high = full
-    margin = 0.04 * (high - low) or 0.1
-    above = [e.val_loss for e, _ in every if e.val_loss > high + margin]
-    words = f"above the axis: {len(above)} losses up to {max(above):.2f}" if above else ""
-    return low - margin, high + margin, words
+    late = max(e.step for e in every) / 10
+    ends = [run.evaluations[-1] for run in records]
+    high = max(e.val_loss for e in every if e.step >= late or e in ends)
+    low, highest = min(e.val_loss for e in every), max(e.val_loss for e in every)
+    margin = max(0.08 * (high - low), *(e.val_error for e in every if e.val_loss <= high), 1e-3)
+    if highest <= high + margin:
+        return low - margin, highest + margin, ""
+    return low - margin, high + margin, f"higher values, up to {highest:.2f}, not shown"
 
 
 def write(path: Path, content: bytes) -> None:
