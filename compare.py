@@ -62,7 +62,10 @@ def main(arguments: list[str]) -> int:
         work(parse(arguments))
     except RecordError as error:
         return fail(str(error))
-    except OSError as error:  # the reader of stdout has gone, or its disk is full
+    except OSError as error:
+        if error.filename is not None:
+            return fail(f"{error.filename}: {error.strerror}")
+        # The reader of stdout has gone, or its disk is full. Python would try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return fail(f"stdout: {error.strerror}")
     return 0
@@ -197,7 +200,7 @@ def plot(records: list[Record], path: Path) -> int:
         panel.spines[["top", "right"]].set_visible(False)
         style = {"ha": "right", "va": "top", "fontsize": "small", "color": "0.4"}
         panel.text(0.98, 0.98, beyond, transform=panel.transAxes, **style)
-    panels[0].set_ylabel("validation loss (nats per byte)\nwith its standard error")
+    panels[0].set_ylabel("validation loss (nats per byte)\nband: standard error")
     figure.suptitle(heading(runs), fontsize="medium")
     place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     figure.legend(panels[0].lines, names, **place)
@@ -210,7 +213,8 @@ def plot(records: list[Record], path: Path) -> int:
 def label(run: Record) -> str:
     """What a legend says of a run; a dollar sign would begin a formula."""
     unfinished = "" if run.is_finished else ", unfinished"
-    return printable(f"{run.mode or 'run'}{unfinished}: {run.name}").replace("$", r"\$")
+    words = f"{run.mode or 'run'} on {run.data or '?'}{unfinished}: {run.name}"
+    return printable(words).replace("$", r"\$")
 
 
 def heading(runs: list[Record]) -> str:

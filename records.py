@@ -269,18 +269,18 @@ def metrics_of(path: Path, text: str) -> list[Record]:
     """The runs in a metrics.jsonl, of which an unfinished last line is left out."""
     records: list[Record] = []
     lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
+    for n, line in enumerate(lines, 1):
         try:
             content = json.loads(line) if line.strip() else None
             if content is not None:
                 add_metrics(records, str(path), content)
         except RecursionError:
-            raise RecordError(f"{path}, line {number} is nested too deeply") from None
+            raise RecordError(f"{path}, line {n} is nested too deeply") from None
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise RecordError(f"{path}, line {number} is not JSON") from error
+            if n < len(lines):
+                raise RecordError(f"{path}, line {n} is not JSON") from error
         except ValueError as error:
-            raise RecordError(f"{path}, line {number}: {error}") from error
+            raise RecordError(f"{path}, line {n}: {error}") from error
     if not records:
         raise RecordError(f"{path} has no complete line yet")
     return records
@@ -295,8 +295,8 @@ def add_metrics(records: list[Record], name: str, line: Any) -> None:
         run = part(line, "run")
         parameters = part(run, "parameters")
         config = {k.upper(): "default" if v is None else v for k, v in part(line, "config").items()}
-        values = {k: text(run, k) for k in ("device", "dtype", "data", "checksum", "base")}
-        values["base_path"] = text(run, "base_checkpoint")
+        values = {k: words(run, k) for k in ("device", "dtype", "data", "checksum", "base")}
+        values["base_path"] = words(run, "base_checkpoint")
         values |= {k: whole(parameters, k) for k in ("total", "trainable") if k in parameters}
         config = {k: printable(str(v)) for k, v in config.items()}
         records.append(Record(name, config, **values))
@@ -324,7 +324,7 @@ def part(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def text(values: Mapping[str, Any], key: str) -> str | None:
+def words(values: Mapping[str, Any], key: str) -> str | None:
     found = values.get(key)
     if not isinstance(found, str | None):
         raise ValueError(f"{key} is {_brief(found)}, not a string")
@@ -348,9 +348,9 @@ def number(values: Mapping[str, Any], key: str) -> float:
     return float(found)
 
 
-def printable(words: str) -> str:
-    """`words` without what a terminal would obey, or that breaks a line."""
-    return "".join(c if c.isprintable() else "?" for c in words)
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey, or that breaks a line."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _brief(value: Any) -> str:
