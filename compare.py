@@ -25,6 +25,7 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
+VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE")  # alike in a fair test
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Column:
     grows: bool = False
 
 
-VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE")
 COLUMNS = [
     Column("parameters", "", 11, ",d", lambda run: run.total),
     Column("trainable", "", 11, ",d", lambda run: run.trainable),
@@ -95,7 +95,7 @@ def work(options: argparse.Namespace) -> None:
     if options.plot is not None and options.plot.suffix.lower() not in FORMATS:
         raise RecordError(f"--plot {options.plot}: the name must end in {', '.join(FORMATS)}")
     records, notes = join(r for path in options.run for r in read_records(path))
-    say(*table(records), "")
+    say(*table(records))
     say(*(f"Note: {note}" for note in notes), *(f"Warning: {w}" for w in warnings(records)))
     if options.plot is not None:
         size = plot(records, options.plot)
@@ -153,16 +153,12 @@ def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
     kind, _, hardware = (run.device or "").partition(" (")
     values = {name: run.config.get(name) for name in VARIABLES}
     sizes = [run.config.get(name, "") for name in ("EVAL_BATCHES", "BATCH_SIZE")]
-    if all(re.fullmatch(r"\d{1,18}", size) for size in sizes):
-        values["number of validation windows"] = str(math.prod(map(int, sizes)))
-    else:
-        values["number of validation windows"] = None
+    known = all(re.fullmatch(r"\d{1,18}", size) for size in sizes)
+    count = str(math.prod(map(int, sizes))) if known else None
+    values["number of validation windows"] = count
     values |= {"dtype": run.dtype, "device": kind or None, "hardware": hardware[:-1] or None}
-    return {
-        "data": (run.checksum, f"{run.data} ({run.checksum})"),
-        "base": (run.base, base),
-        **{name: (value, value) for name, value in values.items()},
-    }
+    found = {"data": (run.checksum, f"{run.data} ({run.checksum})"), "base": (run.base, base)}
+    return found | {name: (value, value) for name, value in values.items()}
 
 
 def plot(records: list[Record], path: Path) -> int:

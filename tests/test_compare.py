@@ -100,7 +100,7 @@ def write_lines(path, lines: list[dict]) -> None:
 def test_the_table_has_the_figures_of_the_outputs(files, capsys):
     output = compared(capsys, "full.txt", "lora.txt")
     lines = output.splitlines()
-    assert all(len(line) <= 100 for line in lines[: lines.index("")])
+    assert all(len(line) <= 100 for line in lines if not line.startswith("Warning: "))
     rows = {}
     for name in ("full", "lora"):
         (i,) = (i for i, line in enumerate(lines) if line.startswith(f"{name}.txt: "))
@@ -122,6 +122,9 @@ def test_the_table_has_the_figures_of_the_outputs(files, capsys):
             printed(record, r"Final validation loss: (\S+)"),
             printed(record, rf"Wrote out/{name}.pt: (\S+) MiB"),
         ]
+        (run,) = read_records(f"{name}.txt")
+        milliseconds = float(printed(record, r"Median step time: (\S+) ms"))
+        assert run.step_time == pytest.approx(milliseconds / 1000, rel=1e-9)
     assert "full.txt: full, data text.txt, 6 steps" in lines
     assert "lora.txt: LoRA rank 4, data text.txt, 6 steps" in lines
     ratios = lines[lines.index("lora.txt: LoRA rank 4, data text.txt, 6 steps") + 2].split()
@@ -131,7 +134,7 @@ def test_the_table_has_the_figures_of_the_outputs(files, capsys):
 
 
 def test_a_table_of_six_runs_fits_and_one_run_is_enough(files, capsys):
-    table = compared(capsys, *["full.txt", "lora.txt"] * 3).split("\n\n")[0].splitlines()
+    table = compared(capsys, *["full.txt", "lora.txt"] * 3).partition("Warning")[0].splitlines()
     assert len(table) == 2 + 6 * 3 - 1 and max(map(len, table)) <= 100
     assert warned(compared(capsys, "full.txt")) == []
 
@@ -217,7 +220,7 @@ def test_an_output_cut_anywhere_is_shown_or_refused_in_one_line(files, capsys, n
 
 def test_an_unfinished_run_has_no_ratio_of_what_is_not_final(files, capsys):
     Path("cut.txt").write_text(files["full"].partition("step 6 |")[0])
-    lines = compared(capsys, "full.txt", "cut.txt").split("\n\n")[0].splitlines()
+    lines = compared(capsys, "full.txt", "cut.txt").partition("Warning")[0].splitlines()
     assert lines[-2].split()[5:] == [*"--", *[lines[-2].split()[7]] * 2, "-"]
     assert lines[-1].split() == ["1.00x"] * 3
 
@@ -297,6 +300,34 @@ def test_the_rest_of_another_run_is_not_joined(files):
     assert len(runs) == 2 and "whose record is not given" in notes[0]
 
 
+def test_a_run_that_had_ended_is_not_gone_on_with(files, capsys):
+    """RESUME=True with nothing left to do: a summary without an evaluation."""
+    lines = changed(files["full"], RESUME="True").splitlines(keepends=True)
+    Path("b.txt").write_text("".join(line for line in lines if not line.startswith("step ")))
+    output = compared(capsys, "full.txt", "b.txt")
+    assert "b.txt: full, data text.txt, 6 steps" in output
+    assert "its evaluations begin at the end" in output
+
+
+def test_half_a_number_is_not_read(files):
+    text = files["full"]
+    Path("b.txt").write_text(text[: text.index("Final validation loss: ") + 26])
+    (run,) = read_records("b.txt")
+    assert not run.is_finished and run.best_val_loss is not None
+
+
+def test_the_models_own_words_are_not_read(files):
+    record = files["full"] + "   MAX_STEPS: 9\n   Total parameters: 1\n   N: 1\n"
+    Path("b.txt").write_text(record)
+    (run,), (other,) = read_records("full.txt"), read_records("b.txt")
+    assert vars(run) | {"name": ""} == vars(other) | {"name": ""}
+
+
+def test_the_base_itself_is_not_the_best_of_a_run():
+    assert run_of([0, 10, 20], [1.0, 3.0, 2.0]).best_loss == 2.0
+    assert run_of([0], [1.0]).best_loss is None
+
+
 def test_metrics_and_output_of_a_run_read_the_same(files, capsys):
     write_lines(Path("m.jsonl"), metrics(files["lora"]))
     (one,), (two,) = read_records("lora.txt"), read_records("m.jsonl")
@@ -329,6 +360,9 @@ def test_metrics_of_a_resumed_run_are_one_run(files):
     write_lines(Path("m.jsonl"), [*lines[:3], *again, *lines[2:]])
     runs, notes = join(read_records("m.jsonl"))
     assert [e.step for e in runs[0].evaluations] == [0, 3, 6] and len(runs) == len(notes) == 1
+    write_lines(Path("m.jsonl"), [*lines[:3], *lines[2:]])  # a kill, and no first line again
+    (run,) = read_records("m.jsonl")
+    assert [e.step for e in run.evaluations] == [0, 3, 6]
 
 
 def test_a_folder_means_all_its_metrics(files, capsys, tmp_path):
@@ -360,8 +394,8 @@ def test_terminals_are_not_obeyed(files, capsys):
 @pytest.mark.parametrize("extension", ["png", "PDF", "svg"])
 def test_the_plot_is_written_in_the_form_of_its_name(files, capsys, extension):
     name = f"$curves.{extension}"
-    Path("_b$x$.txt").write_text(files["full"])  # names that matplotlib would interpret
-    output = compared(capsys, "_b$x$.txt", "lora.txt", "interrupted.txt", "--plot", name)
+    Path("_b$_$.txt").write_text(files["full"])  # names that matplotlib would interpret
+    output = compared(capsys, "_b$_$.txt", "lora.txt", "interrupted.txt", "--plot", name)
     assert f"Wrote {name}: " in output
     content = Path(name).read_bytes()
     assert content.startswith(
@@ -373,7 +407,7 @@ def test_the_plot_is_written_in_the_form_of_its_name(files, capsys, extension):
     if extension == "svg":
         # Text is drawn as glyphs, which comments name.
         for words in ("validation loss (nats per byte)", "optimizer steps", "training time (s)",
-                      "full on text.txt: _b$x$.txt", "LoRA rank 4 on text.txt: lora.txt",
+                      "full on text.txt: _b$_$.txt", "LoRA rank 4 on text.txt: lora.txt",
                       "full on text.txt, unfinished: interrupted.txt",
                       "2 layers of width 32, context 32"):  # fmt: skip
             assert words in content.decode().replace(r"\$", "$"), words
