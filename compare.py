@@ -112,7 +112,7 @@ def table(records: list[Record]) -> list[str]:
         lines.append(row("-" if value is None else format(value, form) for value, form in values))
         if run is not records[0]:
             lines.append(row(ratio(run, records[0], column) for column in COLUMNS))
-    return lines
+    return [line for line in lines if line]
 
 
 def row(cells: Iterable[str]) -> str:
