@@ -1,0 +1,266 @@
+"""Compare runs of training.py: a table of what they cost and reached, and their curves.
+
+    python compare.py output_full.txt output_lora.txt
+    python compare.py out                                   the metrics.jsonl files of a folder
+    python compare.py out other/output.txt --plot curves.png
+
+Each file is the redirected output of a run (`python training.py > output_full.txt`) or its
+metrics.jsonl. Ratios are to the first run. A warning names each difference between the runs that
+makes their comparison unfair. Runs may be unfinished: they are shown as far as they are.
+"""
+
+import argparse
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import Record, RecordError, join, printable, read_records
+
+FORMATS = (".png", ".pdf", ".svg")
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv"
+VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE")  # alike in a fair test
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. What changes with every step has no ratio before a run has ended."""
+
+    name: str
+    unit: str
+    width: int
+    form: str
+    value: Callable[[Record], float | None]
+    grows: bool = False
+
+
+COLUMNS = [
+    Column("parameters", "", 11, ",d", lambda run: run.total),
+    Column("trainable", "", 11, ",d", lambda run: run.trainable),
+    Column("share", "%", 6, ".2f", lambda run: run.share),
+    Column("time", "s", 7, ".1f", lambda run: run.elapsed, grows=True),
+    Column("step", "ms", 7, ".1f", lambda run: run.step_time and run.step_time * 1000),
+    Column("speed", "tokens/s", 8, ".0f", lambda run: run.tokens_per_second),
+    Column("memory", "MiB", 6, ".0f", lambda run: run.peak_memory),
+    Column("best", "val loss", 8, ".4f", lambda run: run.best_loss, grows=True),
+    Column("final", "val loss", 8, ".4f", lambda run: run.last_loss, grows=True),
+    Column("file", "MiB", 7, ".2f", lambda run: run.file_size),
+]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        work(parse(arguments))
+    except RecordError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.filename is not None:
+            return fail(f"{error.filename}: {error.strerror}")
+        # The reader of stdout has gone, or its disk is full. Python would try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return fail(f"stdout: {error.strerror}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    usage, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description=usage,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", nargs="+", help="redirected output, metrics.jsonl, or a folder of *metrics.jsonl"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="draw the validation losses, as png, pdf or svg (needs matplotlib)",
+    )
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> None:
+    if options.plot is not None and options.plot.suffix.lower() not in FORMATS:
+        raise RecordError(f"--plot {options.plot}: the name must end in {', '.join(FORMATS)}")
+    records, notes = join(r for path in options.run for r in read_records(path))
+    say(*table(records))
+    say(*(f"Note: {note}" for note in notes), *(f"Warning: {w}" for w in warnings(records)))
+    if options.plot is not None:
+        size = plot(records, options.plot)
+        say(f"Wrote {options.plot}: {size / 2**20:.2f} MiB")
+
+
+def table(records: list[Record]) -> list[str]:
+    """Lines of a table: for each run its name, its values, and their ratios to the first run's."""
+    lines = [row(c.name for c in COLUMNS), row(c.unit for c in COLUMNS)]
+    for run in records:
+        words = [run.mode, run.data and f"data {run.data}", run.progress]
+        lines.append(f"{run.name}: {', '.join(word for word in words if word)}")
+        values = ((c.value(run), c.form) for c in COLUMNS)
+        lines.append(row("-" if value is None else format(value, form) for value, form in values))
+        if run is not records[0]:
+            lines.append(row(ratio(run, records[0], column) for column in COLUMNS))
+    return [line for line in lines if line]
+
+
+def row(cells: Iterable[str]) -> str:
+    return "  ".join(f"{cell:>{c.width}}" for cell, c in zip(cells, COLUMNS, strict=True)).rstrip()
+
+
+def ratio(run: Record, first: Record, column: Column) -> str:
+    value, reference = column.value(run), column.value(first)
+    if value is None or not reference or not math.isfinite(value / reference):
+        return ""
+    if column.grows and not (run.is_finished and first.is_finished):
+        return ""
+    return f"{value / reference:.2f}x"
+
+
+def warnings(records: list[Record]) -> list[str]:
+    """A line for each difference that makes the comparison unfair, and for each unfinished run."""
+    found = [f"{run.name} is {run.progress}" for run in records if not run.is_finished]
+    for name in conditions(records[0]):
+        groups: dict[str, list[Record]] = {}
+        for run in records:
+            key, _ = conditions(run)[name]
+            if key is not None:
+                groups.setdefault(key, []).append(run)
+        if len(groups) < 2:
+            continue
+        runs = [(conditions(g[0])[name][1], ", ".join(r.name for r in g)) for g in groups.values()]
+        line = f"{name} differs: {'; '.join(f'{value} in {names}' for value, names in runs)}"
+        if name == "base" and len({run.base_path is None for run in records if run.base}) == 2:
+            line += "; a run from random weights has more to learn than one from a trained base"
+        found.append(line)
+    return found
+
+
+def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
+    """What must agree for a fair comparison: by name, what is compared and how it is written."""
+    base = f"{run.base_path or 'random weights'} (fingerprint {run.base})"
+    kind, _, hardware = (run.device or "").partition(" (")
+    values = {name: run.config.get(name) for name in VARIABLES}
+    sizes = [run.config.get(name, "") for name in ("EVAL_BATCHES", "BATCH_SIZE")]
+    known = all(re.fullmatch(r"\d{1,18}", size) for size in sizes)
+    count = str(math.prod(map(int, sizes))) if known else None
+    values["number of validation windows"] = count
+    values |= {"dtype": run.dtype, "device": kind or None, "hardware": hardware[:-1] or None}
+    found = {"data": (run.checksum, f"{run.data} ({run.checksum})"), "base": (run.base, base)}
+    return found | {name: (value, value) for name, value in values.items()}
+
+
+def plot(records: list[Record], path: Path) -> int:
+    """Draw the validation losses against steps and seconds; returns the file's size in bytes.
+
+    Raises RecordError, and writes nothing, without matplotlib or without an evaluation.
+    """
+    try:
+        from matplotlib.figure import Figure  # which needs no display
+    except ImportError as error:
+        raise RecordError("--plot needs matplotlib: pip install matplotlib") from error
+    runs = [run for run in records if run.evaluations]
+    if not runs:
+        raise RecordError(f"--plot {path}: there is no evaluation to draw yet")
+    names = [label(run) for run in runs]
+    columns = 2 if len(runs) > 2 and max(map(len, names)) < 50 else 1
+    height = 3.5 + 0.22 * math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    bottom, top, beyond = limits(runs)
+    axes = (("step", "optimizer steps"), ("elapsed", "training time (s)"))
+    for panel, (key, words) in zip(panels, axes, strict=True):
+        right = 1.0
+        for i, run in enumerate(runs):
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            x = [getattr(e, key) for e in run.evaluations]
+            loss = [e.val_loss for e in run.evaluations]
+            low = [e.val_loss - e.val_error for e in run.evaluations]
+            high = [e.val_loss + e.val_error for e in run.evaluations]
+            panel.plot(x, loss, markersize=4, markevery=math.ceil(len(x) / 15), **look)
+            panel.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
+            right = max(right, *(position for position in x if math.isfinite(position)))
+        panel.set(xlabel=words, xlim=(-0.02 * right, 1.02 * right), ylim=(bottom, top))
+        panel.grid(color="0.9", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        style = {"ha": "right", "va": "top", "fontsize": "small", "color": "0.4"}
+        panel.text(0.98, 0.98, beyond, transform=panel.transAxes, **style)
+    panels[0].set_ylabel("validation loss (nats per byte)\nband: standard error")
+    figure.suptitle(heading(runs), fontsize="medium")
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(panels[0].lines, names, **place)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
+    write(path, content.getvalue())
+    return len(content.getvalue())
+
+
+def label(run: Record) -> str:
+    """What a legend says of a run; a dollar sign would begin a formula."""
+    unfinished = "" if run.is_finished else ", unfinished"
+    words = f"{run.mode or 'run'} on {run.data or '?'}{unfinished}: {run.name}"
+    return printable(words).replace("$", r"\$")
+
+
+def heading(runs: list[Record]) -> str:
+    """The data and the models of a plot in words."""
+    names = ("N_LAYER", "N_EMBD", "BLOCK_SIZE")
+    shapes = dict.fromkeys(tuple(run.config.get(name, "?") for name in names) for run in runs)
+    models = (f"{n} layers of width {width}, context {length}" for n, width, length in shapes)
+    data = dict.fromkeys(run.data for run in runs if run.data)
+    return f"data: {' and '.join(data)}; model: {' and '.join(models)}".replace("$", r"\$")
+
+
+def limits(records: list[Record]) -> tuple[float, float, str]:
+    """Limits of the axis of losses, and words for what lies above them.
+
+    The first losses are so high that they would press what matters into a flat line. The axis has
+    the last loss of every run, and all after a tenth of the longest run.
+    """
+    every = [e for run in records for e in run.evaluations if math.isfinite(e.val_loss)]
+    if not every:
+        return 0.0, 1.0, ""
+    late = max(e.step for e in every) / 10
+    ends = [run.evaluations[-1] for run in records]
+    high = max(e.val_loss for e in every if e.step >= late or e in ends)
+    low, highest = min(e.val_loss for e in every), max(e.val_loss for e in every)
+    margin = max(0.08 * (high - low), *(e.val_error for e in every if e.val_loss <= high), 1e-3)
+    if highest <= high + margin:
+        return low - margin, highest + margin, ""
+    return low - margin, high + margin, f"higher values, up to {highest:.2f}, not shown"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file beside `path` and rename it into place. Raises RecordError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RecordError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(printable(line), flush=True)
+
+
+def fail(message: str) -> int:
+    print(f"error: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
