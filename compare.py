@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import Record, RecordError, join, printable, read_records
+from run_records import Record, RecordError, join, printable, read_records
 
 FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
@@ -196,7 +196,7 @@ def plot(records: list[Record], path: Path) -> int:
         panel.spines[["top", "right"]].set_visible(False)
         style = {"ha": "right", "va": "top", "fontsize": "small", "color": "0.4"}
         panel.text(0.98, 0.98, beyond, transform=panel.transAxes, **style)
-    panels[0].set_ylabel("validation loss (nats per byte)\nband: standard error")
+    panels[0].set_ylabel("validation loss (nats per token)\nband: standard error")
     figure.suptitle(heading(runs), fontsize="medium")
     place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     figure.legend(panels[0].lines, names, **place)

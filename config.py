@@ -122,9 +122,10 @@ class Config(Settings):
 
     # Data and files
     data: str | None = option(
-        None, "python-code, python-docs, a file or a folder [data/input.txt if there, else "
-        "python-code]"
+        None, "python-code, python-docs, a file, a folder, or records in .jsonl [data/input.txt if "
+        "there, else python-code]"
     )  # fmt: skip
+    loss_on_prompt: bool = option(False, "count the prompts of records in the loss too")
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
         None,
@@ -197,7 +198,10 @@ class Config(Settings):
 class GenerateConfig(Settings):
     """The settings of one run of generate.py."""
 
-    prompt: str = option("\n", "text to continue", verbatim=True)
+    prompt: str = option("\n", "text to continue, or a question to answer", verbatim=True)
+    raw_prompt: bool = option(
+        False, "take PROMPT as it is, and not in the format of the records trained on"
+    )
     max_new_tokens: int = option(400, "tokens to write", at_least=0)
     temperature: float = option(0.8, "randomness; 0 takes the likeliest token", at_least=0)
     top_k: int | None = option(None, "sample from this many of the likeliest tokens", at_least=1)

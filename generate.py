@@ -3,6 +3,7 @@
     python generate.py                                  continue a line break
     PROMPT="The " ADAPTERS=out/lora.pt python generate.py
     ADAPTERS=a.pt:0.7,b.pt:0.3 python generate.py       a weighted sum of two adapters
+    PROMPT="What is a list?" python generate.py         of records: put the question, get an answer
     python generate.py --help                           every variable
 
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
@@ -20,7 +21,7 @@ import torch
 import device as hardware
 from checkpoint import base_state, load_base
 from config import GenerateConfig, help_table
-from data import encode, stream_decoder
+from data import encode, end_token, stream_decoder
 from huggingface import read_base
 from lora import merge_adapter
 from lora.files import fingerprint
@@ -49,50 +50,61 @@ def work(arguments: list[str]) -> None:
         torch.set_num_threads(config.num_threads)
     device, _ = hardware.choose_device(config.device)
     dtype, _ = hardware.choose_dtype(config.dtype, device)
-    model, tokenizer = load_model(config, device)
+    model, tokenizer, prompt_format = load_model(config, device)
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        write_text(config, model, tokenizer, device)
+        write_text(config, model, tokenizer, None if config.raw_prompt else prompt_format, device)
 
 
 def load_model(
     config: GenerateConfig, device: torch.device
-) -> tuple[BigramLanguageModelLoRA, str | None]:
-    """The base, with the adapters merged into it, and its tokenizer."""
+) -> tuple[BigramLanguageModelLoRA, str | None, str | None]:
+    """The base, with the adapters merged into it, its tokenizer, and the format that it or the
+    adapters were trained to be asked in, if any."""
     base = read_base(config.base_checkpoint or Path(config.out_dir) / "full.pt")
     check_vocabulary(base)
     use_lora = config.adapters is not None
     model = BigramLanguageModelLoRA(**base.shape, device=device, dropout=0.0, use_lora=use_lora)
     load_base(model, base)
-    lines = [f"Base: {base.path}"]
+    lines, facts = [f"Base: {base.path}"], base.metadata
     if config.adapters is not None:
         base_id = fingerprint(base_state(model))
         rank, any_base = config.lora_rank, config.any_base
-        lines += put_on_adapters(model, base_id, config.adapters, rank, any_base)
+        more, facts = put_on_adapters(model, base_id, config.adapters, rank, any_base)
+        lines += more
         merge_adapter(model)
     tell(*lines)
-    return model.eval(), base.tokenizer
+    return model.eval(), base.tokenizer, facts.get("prompt_format")
 
 
 def write_text(
     config: GenerateConfig,
     model: BigramLanguageModelLoRA,
     tokenizer: str | None,
+    prompt_format: str | None,
     device: torch.device,
 ) -> None:
-    """Write the prompt and its continuation to stdout, each character when its bytes are there."""
+    """Write the prompt and its continuation to stdout, each character when its bytes are there; or
+    with a format the answer alone, which ends where the model ends it."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    prompt = encode(config.prompt, tokenizer)
     decoded = stream_decoder(tokenizer)
-    show("".join(decoded(token) for token in prompt))
+    if prompt_format is None:
+        prompt, end = encode(config.prompt, tokenizer), None
+        show("".join(decoded(token) for token in prompt))
+    else:
+        text = prompt_format.replace("{prompt}", config.prompt)
+        prompt, end = encode(text, tokenizer), end_token(tokenizer)
     idx = torch.tensor([prompt], device=device)
     options = (config.temperature, config.top_k, config.top_p)
-    started = time.perf_counter()
+    started, n_written = time.perf_counter(), 0
     for token in model.stream(idx, config.max_new_tokens, *options):
+        if token.item() == end:
+            break
         show(decoded(token.item()))
+        n_written += 1
     seconds = time.perf_counter() - started
     show(decoded(None) + "\n")
-    tell(f"{config.max_new_tokens} tokens in {seconds:.2f} s")
+    tell(f"{n_written} tokens in {seconds:.2f} s")
 
 
 def show(text: str) -> None:

@@ -15,7 +15,17 @@ from torch import nn
 import device as hardware
 from checkpoint import SHAPE, VARIANTS, Checkpoint, base_state, load_base
 from config import Config, ConfigError, adapter_weights, option_fields
-from data import Corpus, DataError, check_length, load_corpus, tokenize_corpus, vocabulary_size
+from data import (
+    Corpus,
+    DataError,
+    RecordCorpus,
+    check_length,
+    is_records,
+    load_corpus,
+    load_records,
+    tokenize_corpus,
+    vocabulary_size,
+)
 from huggingface import adapter_from_gpt2, read_base
 from lora import (
     BaseMismatch,
@@ -59,7 +69,7 @@ class Run:
     config: Config
     device: torch.device
     dtype: torch.dtype
-    corpus: Corpus | None  # None for MERGE
+    corpus: Corpus | RecordCorpus | None  # None for MERGE
     base_path: str | None  # None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
     tokenizer: str | None  # the base's own; None where tokens are bytes
@@ -104,7 +114,7 @@ def set_up(config: Config) -> Run:
     adapters: list[str] = []
     if config.adapters is not None:
         rank = config.lora_rank if "LORA_RANK" in config.explicit else None
-        adapters = put_on_adapters(model, base_id, config.adapters, rank, config.any_base)
+        adapters, _ = put_on_adapters(model, base_id, config.adapters, rank, config.any_base)
         first = next(iter(lora_layers(model).values()))
         changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
         config = dataclasses.replace(config, **changes)
@@ -222,8 +232,10 @@ def check_vocabulary(base: Checkpoint) -> None:
         raise FileError(f"{base.path} has vocab_size={size}, but {whose} {needed}")
 
 
-def open_corpus(config: Config, tokenizer: str | None) -> Corpus:
+def open_corpus(config: Config, tokenizer: str | None) -> Corpus | RecordCorpus:
     """DATA in the tokens of the base, long enough for BLOCK_SIZE."""
+    if is_records(config.data):
+        return load_records(config.data, tokenizer, config.block_size, config.loss_on_prompt)
     corpus = load_corpus(config.data, DEFAULT_INPUT)
     if tokenizer is not None:
         corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
@@ -233,8 +245,9 @@ def open_corpus(config: Config, tokenizer: str | None) -> Corpus:
 
 def put_on_adapters(
     model: nn.Module, base_id: str, text: str, rank: int | None, any_base: bool
-) -> list[str]:
-    """Load ADAPTERS=`text` onto the base that the model holds; returns lines for the record."""
+) -> tuple[list[str], dict[str, Any]]:
+    """Load ADAPTERS=`text` onto the base that the model holds; returns lines for the record, and
+    the adapters' metadata, as far as they agree."""
     weighted = adapter_weights(text)
     try:
         bare = take_adapter(model, base_id)
@@ -250,10 +263,12 @@ def put_on_adapters(
     if "truncation_error" in adapter.metadata:
         error = adapter.metadata["truncation_error"]
         lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")
-    return lines
+    return lines, adapter.metadata
 
 
-def describe_base(base: Checkpoint | None, base_id: str, corpus: Corpus | None) -> str:
+def describe_base(
+    base: Checkpoint | None, base_id: str, corpus: Corpus | RecordCorpus | None
+) -> str:
     if base is None:
         return f"Base: none, random weights (fingerprint {base_id})"
     facts = base.metadata

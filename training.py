@@ -27,7 +27,16 @@ from tqdm import tqdm
 import device as hardware
 from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
-from data import decode, encode, training_batch, validation_windows, windows_batch
+from data import (
+    IGNORED,
+    RecordCorpus,
+    decode,
+    encode,
+    end_token,
+    training_batch,
+    validation_windows,
+    windows_batch,
+)
 from lora import lora_layers, merge_adapter, save_adapter
 from metrics import Metrics
 from resume import Progress, StopSignals, identity, resume, save_training_state
@@ -140,11 +149,11 @@ def train(run: Run) -> None:
             loss = torch.zeros((), device=run.device)
             for micro_step in range(config.grad_accum_steps):
                 shape = (config.batch_size, config.block_size)
-                x, y = training_batch(
+                batch = training_batch(
                     run.corpus.train, *shape, config.seed, step, micro_step, run.device
                 )
                 with run.autocast():
-                    _, micro_loss = model(x, y)
+                    _, micro_loss = model(*batch)
                 micro_loss = micro_loss / config.grad_accum_steps
                 micro_loss.backward()
                 loss += micro_loss.detach()
@@ -209,28 +218,32 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
 
 
 def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:
-    """Mean validation loss in nats per token over the windows, and its standard error."""
-    loss = window_losses(run, windows, run.config.block_size)
-    error = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
-    return loss.mean().item(), error
+    """Mean validation loss in nats per token over the windows, and its standard error (that of a
+    ratio of sums, since windows of records differ in how many tokens count)."""
+    losses, counts = window_losses(run, windows, run.config.block_size)
+    n, loss = len(losses), (losses.sum() / counts.sum()).item()
+    spread = (losses - loss * counts).square().sum().sqrt() / counts.sum()
+    return loss, spread.item() * math.sqrt(n / (n - 1)) if n > 1 else 0.0
 
 
 @torch.no_grad()
-def window_losses(run: Run, windows: np.ndarray, length: int) -> Tensor:
-    """The loss of each window of `length` tokens of the validation data: (n,) float64, nats."""
+def window_losses(run: Run, windows: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+    """The sum of the losses in each window of `length` tokens of the validation data, in nats, and
+    how many tokens it counts: (n,) float64 each."""
     run.model.eval()
-    losses = []
+    losses, counts = [], []
     batches = np.array_split(windows, math.ceil(len(windows) / run.config.batch_size))
     for batch in tqdm(
         batches, "evaluating", disable=trains(run.config) or not shows_progress(run.config)
     ):
-        x, y = windows_batch(run.corpus.validation, batch, length, run.device)
+        x, y, *segments = windows_batch(run.corpus.validation, batch, length, run.device)
         with run.autocast():
-            logits, _ = run.model(x)  # (B, T, vocab_size)
+            logits, _ = run.model(x, None, *segments)  # (B, T, vocab_size)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        losses.append(loss.view(y.shape).mean(1))  # (B,)
+        losses.append(loss.view(y.shape).sum(1))  # (B,), with 0 for what is not counted
+        counts.append((y != IGNORED).sum(1))
     run.model.train()
-    return torch.cat(losses).cpu().double()
+    return torch.cat(losses).cpu().double(), torch.cat(counts).cpu().double()
 
 
 def check_finite(loss: float, step: int, config: Config) -> None:
@@ -245,6 +258,8 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes."""
     metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
+    if isinstance(run.corpus, RecordCorpus):
+        metadata["prompt_format"] = run.corpus.prompt_format
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, metadata, run.tokenizer)
     metadata |= {"shape": shape_of(run.model), "base_checkpoint": run.base_path}
@@ -255,34 +270,49 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
 
 
 def print_sample(run: Run) -> None:
-    """Print text that the model writes after a line break."""
+    """Print text that the model writes after a line break, or for the first validation record."""
     length = run.config.sample_tokens
     if length == 0:
         return
     torch.manual_seed(run.config.seed)
-    start = torch.tensor([encode("\n", run.tokenizer)], device=run.device)
+    start, end = encode("\n", run.tokenizer), None
+    if isinstance(run.corpus, RecordCorpus):
+        blocks, end = run.corpus.validation, end_token(run.tokenizer)
+        start = blocks.inputs[0, : np.argmax(blocks.targets[0] != IGNORED) + 1].tolist()
     with run.autocast():
-        tokens = run.model.generate(start, length, temperature=0.8, top_k=50)[0, start.shape[1] :]
-    text = decode(tokens.tolist(), run.tokenizer)
+        idx = torch.tensor([start], device=run.device)
+        tokens = run.model.generate(idx, length, temperature=0.8, top_k=50)[
+            0, len(start) :
+        ].tolist()
+    if end is not None:
+        tokens = start + tokens[: tokens.index(end) if end in tokens else None]
+    text = decode(tokens, run.tokenizer)
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     say(f"Sample ({length} tokens, temperature 0.8, top_k 50):", *indent(text.split("\n")))
 
 
 def print_evaluation(run: Run) -> None:
-    """The loss on all of the validation data, every token but the first predicted once."""
-    length, tokens = run.config.block_size, run.corpus.validation
-    n = len(tokens) - 1  # to predict
-    full = np.arange(0, n - length + 1, length)
-    total = window_losses(run, full, length).sum().item() * length
-    rest = n - len(full) * length
-    if rest > 0:
-        total += window_losses(run, np.array([n - rest]), rest).item() * rest
+    """The loss on all of the validation data: of text every token but the first, predicted once; of
+    records the tokens that count."""
+    length, data = run.config.block_size, run.corpus.validation
+    if isinstance(run.corpus, RecordCorpus):
+        losses, _ = window_losses(run, np.arange(len(data)), length)
+        predicted = data.targets[data.targets != IGNORED]
+    else:
+        predicted = data[1:]
+        full = np.arange(0, len(predicted) - length + 1, length)
+        losses, _ = window_losses(run, full, length)
+        rest = len(predicted) - len(full) * length
+        if rest > 0:
+            last, _ = window_losses(run, np.array([len(predicted) - rest]), rest)
+            losses = torch.cat([losses, last])
+    n = n_bytes = len(predicted)
+    total = losses.sum().item()
     loss = total / n
     unit = "byte" if run.tokenizer is None else "token"
-    n_bytes = n
     if run.tokenizer is not None:
-        chunks = (tokens[i : min(i + 2**20, n + 1)] for i in range(1, n + 1, 2**20))
-        n_bytes = sum(len(decode(chunk.tolist(), run.tokenizer).encode()) for chunk in chunks)
+        chunks = (predicted[i : i + 2**20].tolist() for i in range(0, n, 2**20))
+        n_bytes = sum(len(decode(chunk, run.tokenizer).encode()) for chunk in chunks)
     say(
         f"{unit.capitalize()}s evaluated: {n:,}",
         f"Validation loss: {loss:.4f} nats per {unit}",

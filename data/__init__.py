@@ -7,16 +7,29 @@ x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, st
 
 from data.batches import training_batch, validation_windows, windows_batch
 from data.corpora import BUILT_IN, Corpus, DataError, check_length, load_corpus
-from data.tokenizer import decode, encode, stream_decoder, tokenize_corpus, vocabulary_size
+from data.records import IGNORED, RecordCorpus, is_records, load_records
+from data.tokenizer import (
+    decode,
+    encode,
+    end_token,
+    stream_decoder,
+    tokenize_corpus,
+    vocabulary_size,
+)
 
 __all__ = [
     "BUILT_IN",
+    "IGNORED",
     "Corpus",
     "DataError",
+    "RecordCorpus",
     "check_length",
     "decode",
     "encode",
+    "end_token",
+    "is_records",
     "load_corpus",
+    "load_records",
     "stream_decoder",
     "tokenize_corpus",
     "training_batch",

@@ -1,6 +1,8 @@
 """Batches of windows, gathered from the tokens of a corpus; only what a batch needs is read.
 
-B is the batch size and T the block size: a window is T tokens and the one that follows them.
+B is the batch size and T the block size: a window is T tokens and the one that follows them. Of
+records (see records.py) a window is a block, and a batch has a third tensor, `segments`, which says
+what record of its block each token is of. So `model(*batch)` takes either.
 """
 
 import numpy as np
@@ -8,17 +10,22 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from data.records import Blocks
+
+Batch = tuple[Tensor, ...]  # x and y, and of records segments: each (B, T) int64
+
 
 def training_batch(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Blocks,
     batch_size: int,
     block_size: int,
     seed: int,
     step: int,
     micro_step: int = 0,
     device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Draw windows uniformly, with replacement, from anywhere in the text.
+) -> Batch:
+    """Draw windows uniformly, with replacement, from anywhere in the text; or blocks of records,
+    each once in a batch unless there are too few.
 
     The batch depends on nothing but the arguments, so a run that is resumed at a step needs no
     saved state to see the batches that it would have seen.
@@ -33,12 +40,15 @@ def training_batch(
     Raises:
         ValueError: tokens has fewer than block_size + 1 tokens, or a number is negative.
     """
-    n_offsets = _count_offsets(tokens, block_size)
-    offsets = np.random.default_rng([seed, step, micro_step]).integers(n_offsets, size=batch_size)
+    random = np.random.default_rng([seed, step, micro_step])
+    if isinstance(tokens, Blocks):
+        rows = random.choice(len(tokens), batch_size, replace=len(tokens) < batch_size)
+        return windows_batch(tokens, rows, block_size, device)
+    offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
     return windows_batch(tokens, offsets, block_size, device)
 
 
-def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> np.ndarray:
+def validation_windows(tokens: np.ndarray | Blocks, n_windows: int, block_size: int) -> np.ndarray:
     """Offsets of evenly spaced windows that do not overlap, from the first possible to the last.
 
     They depend on no seed, so that runs that ask for as many can be compared; and as no token is
@@ -56,18 +66,21 @@ def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> n
     """
     if n_windows < 1:
         raise ValueError(f"n_windows is {n_windows}, but must be at least 1")
+    if isinstance(tokens, Blocks):
+        n_windows = min(n_windows, len(tokens))
+        return np.arange(n_windows) * (len(tokens) - 1) // max(n_windows - 1, 1)
     n_offsets = _count_offsets(tokens, block_size)
     n_windows = min(n_windows, (len(tokens) - 1) // block_size)
     return np.arange(n_windows, dtype=np.int64) * (n_offsets - 1) // max(n_windows - 1, 1)
 
 
 def windows_batch(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Blocks,
     offsets: np.ndarray,
     block_size: int,
     device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Gather the windows that start at the given offsets.
+) -> Batch:
+    """Gather the windows that start at the given offsets, or the blocks with these numbers.
 
     Args:
         tokens: (n,) unsigned integers.
@@ -80,6 +93,9 @@ def windows_batch(
         IndexError: an offset is too large.
         ValueError: tokens has fewer than block_size + 1 tokens.
     """
+    if isinstance(tokens, Blocks):
+        parts = (tokens.inputs[offsets], tokens.targets[offsets], tokens.segments[offsets])
+        return tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
     # A view with a row for every offset; the only copy is of the rows that the index picks.
     rows = sliding_window_view(tokens, block_size + 1)  # (n - T, T + 1)
     windows = rows[offsets]  # (B, T + 1)

@@ -80,7 +80,7 @@ class Corpus:
         n_validation = len(self.tokens) - self.n_train
         unit = "bytes" if self.n_bytes is None else "tokens"
         facts = {
-            "name": _printable(self.name),
+            "name": printable(self.name),
             "bytes": f"{self.n_bytes or len(self.tokens):,}",
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
             "files": f"{self.n_files:,}",
@@ -146,7 +146,7 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     needed = 10 * block_size + 1
     unit = "bytes" if corpus.n_bytes is None else "tokens"
     raise DataError(
-        f"DATA={_printable(corpus.name)}: the corpus has {len(corpus.tokens):,} {unit}, but "
+        f"DATA={printable(corpus.name)}: the corpus has {len(corpus.tokens):,} {unit}, but "
         f"BLOCK_SIZE={block_size} needs at least {needed:,} (a tenth is kept for validation); "
         "accepted: a longer text or a smaller BLOCK_SIZE"
     )
@@ -164,9 +164,7 @@ def _python_code() -> Corpus:
         files = _files_below(name, root, lambda folder: folder not in NOT_PYTHON_CODE)
     sources = [path for path in files if path.endswith(".py")]
     if not sources:
-        raise _data_error(
-            name, f"this Python has no .py files in {_printable(root)}", ACCEPTED_PATH
-        )
+        raise _data_error(name, f"this Python has no .py files in {printable(root)}", ACCEPTED_PATH)
     return _join_text_files(name, sources)
 
 
@@ -214,7 +212,7 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
     """
 
     def fail(error: OSError) -> None:
-        found = f"{_what_failed(error)}: {_printable(str(error.filename))}"
+        found = f"{_what_failed(error)}: {printable(str(error.filename))}"
         raise _data_error(name, found) from error
 
     files: list[str] = []
@@ -256,7 +254,7 @@ def _join_text_files(name: str, paths: Iterable[str]) -> Corpus:
             if os.path.islink(path) and not os.path.exists(path):
                 n_skipped += 1  # leads nowhere, or in a circle
                 continue
-            raise _data_error(name, f"{_what_failed(error)}: {_printable(path)}") from error
+            raise _data_error(name, f"{_what_failed(error)}: {printable(path)}") from error
     if not texts:
         others = f" ({n_skipped:,} that are not text)" if n_skipped else ""
         raise _data_error(name, f"the folder has no text files{others}")
@@ -287,7 +285,7 @@ def _chunks(name: str, path: str) -> Iterator[bytes]:
             while chunk := file.read(MIB):
                 yield chunk
     except OSError as error:
-        raise _data_error(name, f"{_what_failed(error)}: {_printable(path)}") from error
+        raise _data_error(name, f"{_what_failed(error)}: {printable(path)}") from error
 
 
 def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]:
@@ -309,7 +307,7 @@ def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]
             return map_file(joined), _checksum(joined)
     except OSError as error:  # those of reading a text have become DataErrors in _chunks
         raise DataError(
-            f"DATA={_printable(name)}: the texts cannot be joined in a temporary file: "
+            f"DATA={printable(name)}: the texts cannot be joined in a temporary file: "
             f"{error.strerror}; accepted: TMPDIR=folder with enough room, or one large file"
         ) from error
 
@@ -352,7 +350,7 @@ def _checksum(file: BinaryIO) -> str:
 
 
 def _data_error(name: str, found: str, accepted: str = ACCEPTED) -> DataError:
-    return DataError(f"DATA={_printable(name)}: {found}; accepted: {accepted}")
+    return DataError(f"DATA={printable(name)}: {found}; accepted: {accepted}")
 
 
 def _what_failed(error: OSError | ValueError) -> str:
@@ -369,7 +367,7 @@ def _did_you_mean(name: str) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text on one line of ASCII: a path may hold line breaks, or bytes that are no text."""
     return "".join(
         c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text

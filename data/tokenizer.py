@@ -19,6 +19,7 @@ import numpy as np
 
 from data.corpora import MIB, Corpus, DataError, map_file
 
+ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>")  # what tokenizers call the end of a text
 N_BYTES = 256  # the vocabulary of a model whose tokens are bytes
 BATCH_CHUNKS = 16  # chunks of text that are tokenized side by side
 CHUNK_CHARACTERS = 64 * 1024
@@ -59,6 +60,20 @@ def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
 def vocabulary_size(tokenizer: str | None) -> int:
     """How many tokens there are."""
     return N_BYTES if tokenizer is None else load_tokenizer(tokenizer).get_vocab_size()
+
+
+def end_token(tokenizer: str | None) -> int:
+    """The token that ends a record: byte 0, which is in no text, or the tokenizer's own.
+
+    Raises DataError when the tokenizer has none.
+    """
+    if tokenizer is None:
+        return 0
+    found = (load_tokenizer(tokenizer).token_to_id(name) for name in ENDS)
+    token = next((t for t in found if t is not None), None)
+    if token is None:
+        raise DataError(f"the base's tokenizer has no token for the end of a text ({ENDS[0]})")
+    return token
 
 
 @functools.lru_cache(maxsize=1)

@@ -249,7 +249,7 @@ def combine_adapters(
     Ranks are concatenated, which is exact: u s_a B_a A_a + v s_b B_b A_b is the product of
     [u s_a B_a, v s_b B_b] and [A_a; A_b]. Embeddings change by the weighted changes of those of
     `bare`, the base's own adapter. A weight may be negative. The sum's base is unknown where that
-    of one of them is.
+    of one of them is; its metadata are those in which they agree.
 
     With `rank`, each layer's change is replaced by the nearest one of at most this rank (Eckart and
     Young 1936; through QR of the factors, in float64), and `metadata["truncation_error"]` is the
@@ -286,7 +286,10 @@ def combine_adapters(
     for name in bare.extras:
         changes = [(a.tensors[name] - bare.tensors[name]) * weight for a, weight in weighted]
         tensors[name] = bare.tensors[name] + torch.stack(changes).sum(0)
-    metadata: dict[str, Any] = {n: v for n, v in bare.metadata.items() if n == "tied"}
+    everyone = [adapter.metadata for adapter, _ in weighted]
+    metadata = {
+        n: v for n, v in everyone[0].items() if all(m.get(n) == v for m in everyone[1:])
+    } | ({"tied": _tied(bare)} if _tied(bare) else {})
     if rank is not None:
         metadata["truncation_error"] = (lost / total) ** 0.5 if total > 0 else 0.0
     known = all(adapter.base is not None for adapter, _ in weighted)

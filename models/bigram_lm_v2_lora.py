@@ -89,10 +89,14 @@ class BigramLanguageModelLoRA(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
+        segments: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab_size) for tokens `idx` (B, T), and the mean cross-entropy in nats
-        of `targets` (B, T), None without targets.
+        of `targets` (B, T), None without targets; a target of -100 is not counted.
+
+        `segments` (B, T) says what text each token is of, where a row holds several: each has its
+        positions from 0, and none sees another.
 
         With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
         tokens for empty ones, one token afterwards.
@@ -105,13 +109,17 @@ class BigramLanguageModelLoRA(nn.Module):
         T = start + idx.shape[1]
         if self.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
-        positions = self.position_embedding_table.weight[start:T]  # (T, C)
+        if segments is None:
+            mask, positions = None, self.position_embedding_table.weight[start:T]  # (T, C)
+        else:
+            mask = segments_mask(segments)  # (B, T, T)
+            positions = self.position_embedding_table(segments_positions(segments))  # (B, T, C)
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = apply_dropout(x, self.dropout, self.training)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache)
+            x = block(x, cache, mask)
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits, None
@@ -188,6 +196,19 @@ class BigramLanguageModelLoRA(nn.Module):
         info["embedding"] = sum(table.weight.numel() for table in self.embedding_tables())
         info["lora_percentage"] = 100.0 * info["trainable"] / info["total"]
         return info
+
+
+def segments_mask(segments: Tensor) -> Tensor:
+    """Whether each token sees each other, those before it in its segment and itself: (B, T, T)."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return same.tril_()
+
+
+def segments_positions(segments: Tensor) -> Tensor:
+    """How far each token is from the first of its segment: (B, T)."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

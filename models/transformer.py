@@ -14,10 +14,13 @@ from lora.dropout import dropout
 PLAIN_ATTENTION_MAX_CONTEXT = 256
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training: bool) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training: bool, mask: Tensor | None = None
+) -> Tensor:
     """Causal scaled dot-product attention. q, k, v and the result have shape (B, H, T, D).
 
-    A single query may stand for the last of more keys, all of which it sees.
+    A single query may stand for the last of more keys, all of which it sees. `mask` (B, T, T) is
+    True where a query sees a key, None for all before it.
     """
     dropout_p = dropout_p if training else 0.0
     if (
@@ -25,17 +28,27 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, training
         and q.shape[2] == k.shape[2] <= PLAIN_ATTENTION_MAX_CONTEXT
         and (q.dtype == torch.bfloat16 or dropout_p > 0.0)
     ):
-        return plain_attention(q, k, v, dropout_p)
-    is_causal = q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+        return plain_attention(q, k, v, dropout_p, mask)
+    if mask is not None:
+        mask = mask[:, None]  # (B, 1, T, T)
+    is_causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
+    )
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
+) -> Tensor:
     """The same as two batched products with a softmax between them."""
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D))  # (B*H, T, T)
+    if mask is None:
+        added = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    else:
+        added = torch.zeros(B, 1, T, T, dtype=q.dtype, device=q.device)
+        added = added.masked_fill_(~mask[:, None], -math.inf).expand(B, H, T, T).flatten(0, 1)
+    scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D))  # (B*H, T, T)
     weights = dropout(F.softmax(scores, dim=-1), dropout_p, training=True)
     return torch.bmm(weights, v).view(B, H, T, D)
 
@@ -73,13 +86,15 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(n_embd, n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)
+        y = causal_attention(q, k, v, self.dropout, self.training, mask)  # (B, H, T, D)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return dropout(y, self.dropout, self.training)
 
@@ -109,6 +124,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = MLP(n_embd, dropout, gelu)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
 
 import compare
-from records import Evaluation, Record, join, output_of, read_records
+from run_records import Evaluation, Record, join, output_of, read_records
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +406,7 @@ def test_the_plot_is_written_in_the_form_of_its_name(files, capsys, extension):
         assert width == 1800 and 700 <= height <= 900
     if extension == "svg":
         # Text is drawn as glyphs, which comments name.
-        for words in ("validation loss (nats per byte)", "optimizer steps", "training time (s)",
+        for words in ("validation loss (nats per token)", "optimizer steps", "training time (s)",
                       "full on text.txt: _b$_$.txt", "LoRA rank 4 on text.txt: lora.txt",
                       "full on text.txt, unfinished: interrupted.txt",
                       "2 layers of width 32, context 32"):  # fmt: skip

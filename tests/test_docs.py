@@ -60,7 +60,7 @@ def test_the_commands_run_in_their_order(document, tmp_path):
         if words[:3] == ["python", "-m", "pytest"]:
             continue
         assert words[0] == "python", command
-        if words[1] == "export.py":
+        if words[1] in ("export.py", "compare.py"):
             process = start_script(tmp_path, *words[2:], script=words[1], **variables)
         elif words[1] == "-m":
             assert words[2] == "lora"

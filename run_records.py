@@ -9,7 +9,7 @@ metrics.jsonl has one JSON object in a line. The first describes the run:
              "base": "5fbca86079505ce4", "base_checkpoint": null,  a path, null for random weights
              "parameters": {"total": 3323392, "trainable": 3323392}}}
 
-then come the evaluations, with losses in nats per byte and `elapsed` in seconds:
+then come the evaluations, with losses in nats per token and `elapsed` in seconds:
 
     {"step": 100, "train_loss": 2.77, "val_loss": 2.40, "val_error": 0.017,
      "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9}
@@ -53,7 +53,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: losses in nats per byte, the standard error of val_loss, seconds so far."""
+    """One evaluation: losses in nats per token, the standard error of val_loss, seconds so far."""
 
     step: int
     val_loss: float
@@ -76,7 +76,7 @@ class Record:
     total: int | None = None  # parameters
     trainable: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
-    best_val_loss: float | None = None  # nats per byte; this and all below are of the summary
+    best_val_loss: float | None = None  # nats per token; this and all below are of the summary
     final_val_loss: float | None = None
     training_time: float | None = None  # seconds, evaluations included
     step_time: float | None = None  # seconds, the median

@@ -1,0 +1,222 @@
+"""Records: their forms, what is refused, how they are packed, and the whole way to an answer."""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, refused, start_script, succeeded
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint import read_checkpoint
+from data import IGNORED, DataError
+from data.records import (
+    OPENING,
+    PROMPT_FORMAT,
+    TURN,
+    load_records,
+    pack,
+    parse_records,
+)
+from data.tokenizer import encode
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+ASKED = {"prompt": "2 + 2?", "completion": "4"}
+
+
+def lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def texts(record) -> list[tuple[str, bool]]:
+    return [("<end>" if text is None else text, counted) for text, counted in record]
+
+
+def test_a_prompt_and_a_completion_are_two_turns_of_which_the_second_counts():
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    records = parse_records("a.jsonl", lines(ASKED, {"messages": messages}, {"text": "four"}))
+    question = TURN.format(role="user", content="2 + 2?")
+    expected = [(question, False), (OPENING, False), ("4", True), ("<end>", True)]
+    assert texts(records[0]) == texts(records[1]) == expected
+    assert texts(records[2]) == [("four", True), ("<end>", True)]
+    assert PROMPT_FORMAT.replace("{prompt}", "2 + 2?") == question + OPENING
+
+
+def test_of_a_conversation_all_turns_of_the_assistant_count():
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": role[0]} for role in roles]
+    (record,) = parse_records("a.jsonl", lines({"messages": messages, "id": 7}))
+    assert "".join(text for text, counted in texts(record) if counted) == "a<end>a<end>"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"", "not JSON"),
+        (b"[]", "no JSON object"),
+        (b"\xff", "not UTF-8"),
+        (b"{}", "it has nothing; accepted: a prompt and a completion"),
+        (b'{"prompt": "a"}', "completion is 'None'"),
+        (b'{"prompt": 1, "completion": "b"}', "prompt is '1'"),
+        (b'{"prompt": "a", "completion": ""}', "completion is ''"),
+        (b'{"text": "a", "messages": []}', "'text', 'messages'"),
+        (b'{"messages": "a"}', "no list"),
+        (b'{"messages": [1]}', "no list"),
+        (b'{"messages": []}', "no turn of the assistant"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "no turn of the assistant"),
+        (b'{"messages": [{"role": "bot", "content": "a"}]}', "role is 'bot'"),
+        (b'{"messages": [{"role": "user"}]}', "content is 'None'"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": ' + b"[" * 100_000, "line 2"),
+    ],
+)
+def test_a_broken_line_is_refused_with_its_number(line, message):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: ") as error:
+        parse_records("a.jsonl", lines(ASKED) + line + b"\n" + lines(ASKED))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read():
+    content = b"\xef\xbb\xbf" + lines(ASKED, ASKED).replace(b"\n", b"\r\n")
+    assert len(parse_records("a.jsonl", content)) == 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=60),
+    st.integers(2, 70),
+    st.booleans(),
+)
+def test_packing_loses_nothing_but_what_it_says(lengths, block_size, count_prompts):
+    """Every record is whole, in one block, and in one piece, or cut to a block, or left out; what
+    counts is the completion and the end, each predicted from the token before it."""
+    records = [
+        [(chr(97 + i % 26) * prompt, False), ("A" * answer, True), (None, True)]
+        for i, (prompt, answer) in enumerate(lengths)
+    ]
+    blocks = pack(records, None, block_size, count_prompts)
+    size = block_size + 1
+    expected, n_cut, n_dropped = [], 0, 0
+    for (prompt, answer), record in zip(lengths, records, strict=True):
+        tokens = [*encode(record[0][0], None), *b"A" * answer, 0]
+        counted = [count_prompts] * prompt + [True] * (answer + 1)
+        n_cut += len(tokens) > size
+        pairs = list(zip(tokens[:-1], tokens[1:], counted[1:], strict=True))[: size - 1]
+        if any(c for _, _, c in pairs):
+            expected.append([(a, b if c else IGNORED) for a, b, c in pairs])
+        else:
+            n_dropped += 1
+    found = []
+    for row in range(len(blocks)):
+        segments = blocks.segments[row]
+        for segment in range(1, segments.max() + 1):
+            (places,) = np.nonzero(segments == segment)
+            assert list(places) == list(range(places[0], places[-1] + 1))
+            pairs = zip(blocks.inputs[row, places], blocks.targets[row, places], strict=True)
+            pairs = [(int(a), int(b)) for a, b in pairs]
+            # The last token of a record stands before another's, unless its block is full.
+            found.append(pairs[:-1] if pairs[-1][1] == IGNORED and pairs[-1][0] == 0 else pairs)
+        assert (blocks.targets[row, segments == 0] == IGNORED).all()
+    assert sorted(found) == sorted(expected)
+    assert (blocks.n_records, blocks.n_cut, blocks.n_dropped) == (len(records), n_cut, n_dropped)
+
+
+def test_a_hundred_thousand_records_are_packed_in_seconds_with_little_padding():
+    choose = random.Random(0)
+    records = [[("q" * choose.randint(5, 300), False), ("a", True)] for _ in range(100_000)]
+    started = time.perf_counter()
+    blocks = pack(records, None, 512)
+    assert time.perf_counter() - started < 30
+    assert (blocks.segments == 0).mean() < 0.01
+
+
+def test_validation_is_valid_jsonl_or_every_tenth_record(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(*({"text": f"record {i}"} for i in range(25))))
+    corpus = load_records(str(path), None, 32)
+    assert (corpus.train.n_records, corpus.validation.n_records) == (23, 2)
+    (tmp_path / "valid.jsonl").write_bytes(lines(ASKED))
+    both = load_records(str(tmp_path), None, 32)
+    assert (both.train.n_records, both.validation.n_records) == (25, 1)
+    assert both.checksum != corpus.checksum
+    path.write_bytes(lines(ASKED))
+    with pytest.raises(DataError, match="one record is too few"):
+        load_records(str(path), None, 32)
+    with pytest.raises(DataError, match="no completion is left"):
+        load_records(str(tmp_path), None, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [24, 300])  # plain attention, and torch's
+def test_no_record_sees_another(dtype, block_size):
+    """Logits and losses of a block are those of its records alone."""
+    torch.manual_seed(0)
+    model = BigramLanguageModelLoRA(256, 32, block_size, "cpu", 0.0, n_head=2, n_layer=2).eval()
+    records = [[("q" * n, False), ("ab" * n, True), (None, True)] for n in (1, 2, 3)]
+    blocks = pack(records, None, block_size)
+    assert len(blocks) == 1
+    parts = (blocks.inputs, blocks.targets, blocks.segments)
+    idx, targets, segments = (torch.from_numpy(part.astype(np.int64)) for part in parts)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        packed, loss = model(idx, targets, segments)
+        total, counted = 0.0, 0
+        for segment in range(1, 4):
+            of = segments[0] == segment
+            alone, _ = model(idx[:, of])
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(packed[:, of], alone, atol=tolerance, rtol=tolerance)
+            alone_loss = torch.nn.functional.cross_entropy(
+                alone[0].float(), targets[0, of], reduction="sum"
+            )
+            total, counted = total + alone_loss.item(), counted + (targets[0, of] >= 0).sum().item()
+    assert loss.item() == pytest.approx(
+        total / counted, rel=1e-5 if dtype == torch.float32 else 2e-2
+    )
+
+
+def test_the_instruction_set_parses_and_has_no_doubles():
+    corpus = load_records(str(ROOT / "data" / "python-instructions"), None, 128)
+    assert corpus.train.n_records > 300 and corpus.validation.n_records > 30
+    prompts = [
+        json.loads(line)["prompt"]
+        for path in (ROOT / "data" / "python-instructions").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert len(prompts) == len(set(prompts))
+
+
+def test_train_ask_and_get_an_answer_that_ends(tmp_path):
+    """By heart: a tiny model learns two answers, stops after them, and needs the format for it."""
+    pairs = [{"prompt": "one?", "completion": "uno"}, {"prompt": "two?", "completion": "dos"}]
+    (tmp_path / "train.jsonl").write_bytes(lines(*pairs * 4))
+    (tmp_path / "valid.jsonl").write_bytes(lines(*pairs))
+    variables = TINY | {"DATA": "train.jsonl", "BLOCK_SIZE": "64", "DROPOUT": "0"}
+    record = succeeded(
+        start_script(tmp_path, **variables | {"MAX_STEPS": "150", "EVAL_INTERVAL": "150"})
+    )
+    assert "7 records" in record and "1 records" in record
+    assert r'prompt:     "user: {prompt}\nassistant: "' in record
+    assert read_checkpoint(tmp_path / "out" / "full.pt").metadata["prompt_format"] == PROMPT_FORMAT
+    ask = {"script": "generate.py", "TEMPERATURE": "0", "NUM_THREADS": "1"}
+    for question, answer in (("one?", "uno\n"), ("two?", "dos\n")):
+        assert succeeded(start_script(tmp_path, PROMPT=question, **ask)) == answer
+    raw = succeeded(start_script(tmp_path, PROMPT="one?", RAW_PROMPT="True", **ask))
+    assert raw.startswith("one?")
+
+    tuned = {"DATA": ".", "USE_LORA": "True", "SAMPLE_TOKENS": "9"}
+    budget = {"BATCH_SIZE": "4", "MAX_STEPS": "4", "EVAL_INTERVAL": "2", "NUM_THREADS": "1"}
+    record = succeeded(start_script(tmp_path, **tuned | budget))
+    assert "user: one?" in record.rpartition("Sample")[2]
+    everything = succeeded(start_script(tmp_path, LOSS_ON_PROMPT="True", **tuned | budget))
+    assert "(8 counted)" in record and "(8 counted)" not in everything
+    answered = start_script(
+        tmp_path, PROMPT="two?", ADAPTERS="out/lora.pt:0.5,out/lora.pt:0.5", **ask
+    )
+    assert succeeded(answered) == "dos\n"
+    evaluated = succeeded(start_script(tmp_path, DATA=".", EVAL_ONLY="True", NUM_THREADS="1"))
+    assert "Bytes evaluated: 8" in evaluated
+    (tmp_path / "train.jsonl").write_bytes(lines(*pairs) + b"{\n")
+    assert "train.jsonl, line 3: " in refused(start_script(tmp_path, **tuned | budget))
