@@ -122,8 +122,8 @@ class Config(Settings):
 
     # Data and files
     data: str | None = option(
-        None, "python-code, python-docs, a file, a folder, or records in .jsonl [data/input.txt if "
-        "there, else python-code]"
+        None, "python-code, python-docs, python-instructions, a file, a folder, or .jsonl records "
+        "[data/input.txt if there, else python-code]"
     )  # fmt: skip
     loss_on_prompt: bool = option(False, "count the prompts of records in the loss too")
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")

@@ -20,7 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-BUILT_IN = ("python-code", "python-docs")
+BUILT_IN_RECORDS = "python-instructions"  # see records.py
+BUILT_IN = ("python-code", "python-docs", BUILT_IN_RECORDS)
 ACCEPTED_PATH = "DATA=path of a file or of a folder with text files"
 ACCEPTED = f"DATA={', DATA='.join(BUILT_IN)}, or {ACCEPTED_PATH}"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data.corpora import DataError, printable
+from data.corpora import BUILT_IN_RECORDS, DataError, printable
 from data.tokenizer import encode, end_token, vocabulary_size
 
 # How a turn is put before the model, and what makes it go on with the assistant's. Nothing tells
@@ -91,9 +91,11 @@ class RecordCorpus:
 
 
 def is_records(name: str | None) -> bool:
-    """Whether DATA=`name` is a .jsonl file or a folder with train.jsonl."""
+    """Whether DATA=`name` is python-instructions, a .jsonl file or a folder with train.jsonl."""
     return name is not None and (
-        name.endswith(".jsonl") or os.path.isfile(os.path.join(name, "train.jsonl"))
+        name == BUILT_IN_RECORDS
+        or name.endswith(".jsonl")
+        or os.path.isfile(os.path.join(name, "train.jsonl"))
     )
 
 
@@ -107,6 +109,8 @@ def load_records(
     Raises DataError for a file that cannot be read or has no records, and for a line that is none.
     """
     path = Path(name).expanduser()
+    if name == BUILT_IN_RECORDS:
+        path = Path(__file__).resolve().parent / name
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
     digest = hashlib.sha256()
     splits = []

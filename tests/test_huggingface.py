@@ -282,3 +282,17 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
         base = transformers.AutoModelForCausalLM.from_pretrained(folder)
         on_peft = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
         assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
+
+
+def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, tmp_path):
+    run = {"BASE_CHECKPOINT": "gpt2", "DATA": "python-instructions", "NUM_THREADS": "1"}
+    budget = {"MAX_STEPS": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5", "BATCH_SIZE": "2"}
+    record = succeeded(start_script(tmp_path, USE_LORA="True", DTYPE="float32", **run, **budget))
+    assert "records" in record and "user: " in record.rpartition("Sample")[2]
+    asked = start_script(
+        tmp_path, script="generate.py", BASE_CHECKPOINT="gpt2", ADAPTERS="out/lora.pt",
+        PROMPT="What does list.sort do?", MAX_NEW_TOKENS="5", NUM_THREADS="1",
+    )  # fmt: skip
+    assert "user" not in succeeded(asked)
+    evaluated = succeeded(start_script(tmp_path, EVAL_ONLY="True", DTYPE="float32", **run))
+    assert "nats per token" in evaluated and "Bits per byte" in evaluated

@@ -178,7 +178,7 @@ def test_no_record_sees_another(dtype, block_size):
 
 
 def test_the_instruction_set_parses_and_has_no_doubles():
-    corpus = load_records(str(ROOT / "data" / "python-instructions"), None, 128)
+    corpus = load_records("python-instructions", None, 128)
     assert corpus.train.n_records > 300 and corpus.validation.n_records > 30
     prompts = [
         json.loads(line)["prompt"]

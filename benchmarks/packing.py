@@ -1,0 +1,99 @@
+"""Step time on packed records, where none sees another, beside that on plain text.
+
+    python benchmarks/packing.py
+
+The default model, full and with LoRA, with its default dropout; steps of both kinds of batch are
+interleaved in one process, and each peak of memory is of a process of its own.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import device as hardware
+from config import Config
+from data import load_corpus, load_records, training_batch
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+KINDS = ("text", "records")
+WARMUP = 2
+
+
+def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[int], None]:
+    """A function that takes training step number i on `kind` of data."""
+    config = Config(use_lora=use_lora)
+    torch.manual_seed(config.seed)
+    model = BigramLanguageModelLoRA(
+        256, config.n_embd, config.block_size, "cpu", config.dropout, config.n_head, config.n_layer,
+        use_lora=use_lora,
+    )  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if kind == "text":
+        source = load_corpus("python-docs", Path()).train
+    else:
+        source = load_records("python-instructions", None, config.block_size).train
+
+    def step(i: int) -> None:
+        batch = training_batch(source, config.batch_size, config.block_size, config.seed, i)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            _, loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_mib(kind: str, use_lora: bool, dtype: str) -> float:
+    """Peak MiB of a process of its own that takes three steps."""
+    command = [sys.executable, __file__, "--dtype", dtype, "--memory-of", kind, str(int(use_lora))]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(child.stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="rounds that are timed (default: 12)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    hardware.keep_freed_memory()
+    if args.memory_of is not None:
+        step = make_step(args.memory_of[0], args.memory_of[1] == "1", dtype)
+        for i in range(3):
+            step(i)
+        print(hardware.peak_memory(torch.device("cpu")))
+        return
+    name = hardware.device_name(torch.device("cpu"))
+    print(f"default model, {args.dtype}, {name}, torch {torch.__version__}")
+    for use_lora in (False, True):
+        memory = {kind: peak_mib(kind, use_lora, args.dtype) for kind in KINDS}
+        steps = {kind: make_step(kind, use_lora, dtype) for kind in KINDS}
+        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for i in range(WARMUP + args.steps):
+            for kind in KINDS if i % 2 else reversed(KINDS):
+                started = time.perf_counter()
+                steps[kind](i)
+                times[kind].append(time.perf_counter() - started)
+        pairs = list(zip(times["records"], times["text"], strict=True))[WARMUP:]
+        ratio = statistics.median(records / text for records, text in pairs)
+        print(
+            f"{'LoRA' if use_lora else 'full'}: records {ratio:.3f} of the step time on text "
+            f"({statistics.median(t for _, t in pairs) * 1000:.0f} ms); "
+            f"peak {memory['records']:.0f} and {memory['text']:.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
