@@ -49,7 +49,7 @@ def read_gpt2(folder: Path) -> Checkpoint:
         if type(size) is not int or size < 1:
             raise FileError(f"{folder}/config.json: {SIZES[name]} is {size!r}, not a size")
     gelu = config.get("activation_function", "gelu_new")
-    if gelu not in GELUS:
+    if not isinstance(gelu, str) or gelu not in GELUS:
         raise FileError(
             f"{folder}: activation_function {gelu!r} is not supported, only {', '.join(GELUS)}"
         )
@@ -214,6 +214,8 @@ def _from_gpt2(
     folder: Path, found: dict[str, Tensor], shape: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The inverse. Raises FileError unless the tensors are those of a GPT-2 of this shape."""
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise FileError(f"{folder}: the file of weights holds no table of tensors")
     # As published, names have no prefix, and there are the causal masks of attention.
     found = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -244,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise FileError(f"{path} holds no JSON object")

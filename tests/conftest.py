@@ -46,7 +46,7 @@ def start_script(folder: Path, *arguments: str, script: str = "training.py", **v
     }
     environment |= {"PYTHONPATH": str(ROOT)} | variables
     command = [str(ROOT / script), *arguments]
-    if not hasattr(os, "fork") or any(name.startswith(AT_START) for name in variables):
+    if sys.platform != "linux" or any(name.startswith(AT_START) for name in variables):
         return subprocess.run(
             [sys.executable, *command],
             cwd=folder,

@@ -78,6 +78,14 @@ def test_logits_are_those_of_transformers(shape, use_lora, tmp_path, tokenizer):
     assert relative_error(model(idx)[0], theirs(idx).logits) < 1e-5
 
 
+@pytest.mark.parametrize("content", [[], {1: torch.ones(1)}, {"wte.weight": 3}, {"a": None}])
+def test_a_file_of_something_else_is_refused(content, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(FileError, match="gpt2"):
+        read_gpt2(folder)
+
+
 @torch.no_grad()
 def test_files_as_they_are_published_load_too(folder, tokenizer):
     """pytorch_model.bin in half precision, names without prefix, causal masks among the tensors,
@@ -199,6 +207,7 @@ def test_an_adapter_that_peft_trained_on_gpt2_gives_its_logits_here(targets, fol
     [
         ({"model_type": "llama"}, "only 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function 'relu'"),
+        ({"activation_function": ["gelu"]}, "activation_function"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
@@ -228,6 +237,7 @@ def test_another_model_is_refused_by_what_it_has(change, message, folder):
         ("config.json", None, "config.json"),
         ("config.json", b"{", "not JSON"),
         ("config.json", b"[]", "no JSON object"),
+        ("config.json", b"[" * 100_000, "not JSON"),
         ("model.safetensors", None, "neither model.safetensors nor pytorch_model.bin"),
         ("model.safetensors", b"\0" * 64, "damaged"),
         ("tokenizer.json", None, "neither tokenizer.json nor vocab.json"),
