@@ -85,7 +85,6 @@ def train(run: Run) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(config, parameters)
     progress = resume(run, optimizer) if config.resume else Progress()
-    tokens_per_step = config.batch_size * config.grad_accum_steps * config.block_size
     windows = validation_windows(
         run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
@@ -111,19 +110,9 @@ def train(run: Run) -> None:
         for step in range(progress.step, config.max_steps + 1):
             due = step % config.eval_interval == 0 or step == config.max_steps
             if due and progress.evaluated < step:
-                losses = progress.losses
-                train_loss = torch.stack(losses).mean().item() if losses else math.nan
-                progress.val_loss, val_error = evaluate(run, windows)
-                recent = progress.step_times[-len(losses) :] if losses else []
-                evaluation = {
-                    "step": step,
-                    "train_loss": train_loss,
-                    "val_loss": progress.val_loss,
-                    "val_error": val_error,
-                    "learning_rate": learning_rate(config, step),
-                    "tokens_per_second": rate(tokens_per_step, recent),
-                    "elapsed": time.perf_counter() - started,
-                }
+                evaluation = evaluation_at(step, run, windows, progress)
+                evaluation["elapsed"] = time.perf_counter() - started
+                progress.val_loss = evaluation["val_loss"]
                 metrics.write(evaluation)
                 with tqdm.external_write_mode():
                     say(EVALUATION.format(**evaluation))
@@ -166,7 +155,7 @@ def train(run: Run) -> None:
             progress.losses.append(loss)
             if step % 10 == 0:
                 check_finite(loss.item(), step, config)
-                speed = rate(tokens_per_step, progress.step_times[-10:])
+                speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
                 bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
             hardware.synchronize(run.device)
@@ -179,7 +168,7 @@ def train(run: Run) -> None:
         "final_val_loss": progress.val_loss,
         "training_time": time.perf_counter() - started,
         "median_step_time": statistics.median(progress.step_times),
-        "tokens_per_second": rate(tokens_per_step, progress.step_times),
+        "tokens_per_second": tokens_per_second(config, progress.step_times),
         "peak_memory": hardware.peak_memory(run.device),
     }
     metrics.write({"summary": summary | {"files": {str(p): size for p, size in sizes.items()}}})
@@ -192,6 +181,22 @@ def train(run: Run) -> None:
         f"Peak memory: {summary['peak_memory']:.0f} MiB",
         *(f"Wrote {path}: {size / 2**20:.2f} MiB" for path, size in sizes.items()),
     )
+
+
+def evaluation_at(step: int, run: Run, windows: np.ndarray, progress: Progress) -> dict[str, float]:
+    """What an evaluation after `step` steps finds, by the names that EVALUATION has."""
+    losses = progress.losses
+    val_loss, val_error = evaluate(run, windows)
+    return {
+        "step": step,
+        "train_loss": torch.stack(losses).mean().item() if losses else math.nan,
+        "val_loss": val_loss,
+        "val_error": val_error,
+        "learning_rate": learning_rate(run.config, step),
+        "tokens_per_second": tokens_per_second(
+            run.config, progress.step_times[-len(losses) :] if losses else []
+        ),
+    }
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -330,9 +335,10 @@ def write_merged(run: Run) -> None:
     say(f"Wrote {path}: {size / 2**20:.2f} MiB")
 
 
-def rate(tokens_per_step: int, step_times: list[float]) -> float:
-    """Tokens per second over steps of these durations in seconds."""
-    return tokens_per_step * len(step_times) / sum(step_times) if step_times else 0.0
+def tokens_per_second(config: Config, step_times: list[float]) -> float:
+    """The rate over steps of these durations in seconds."""
+    tokens = config.batch_size * config.grad_accum_steps * config.block_size * len(step_times)
+    return tokens / sum(step_times) if step_times else 0.0
 
 
 def shows_progress(config: Config) -> bool:
