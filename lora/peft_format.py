@@ -148,6 +148,8 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
     Raises OtherKind for a folder that holds no LoRA adapter, or one that uses an option which we
     have not, by its name, and FileError for a damaged one.
     """
+    if not is_peft_folder(folder):
+        raise OtherKind(f"{folder} is a folder without {CONFIG}, not a LoRA adapter")
     config = read_config(Path(folder) / CONFIG)
     stored, own = read_tensors(Path(folder))
     tensors: dict[str, Tensor] = {}

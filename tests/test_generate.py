@@ -183,7 +183,7 @@ def test_another_base_is_refused_unless_one_insists(folder):
 BAD_INPUT = {
     "no base": ({"OUT_DIR": "nowhere"}, "nowhere/full.pt cannot be read"),
     "no adapter": ({"ADAPTERS": "nowhere.pt"}, "nowhere.pt cannot be read"),
-    "a folder": ({"ADAPTERS": "one"}, "adapter_config.json cannot be read"),
+    "a folder": ({"ADAPTERS": "one"}, "one is a folder without adapter_config.json, not a"),
     "a checkpoint": ({"ADAPTERS": "out/full.pt"}, "a model checkpoint, not a LoRA adapter"),
     "a weight that is none": ({"ADAPTERS": "one/lora.pt:nan"}, "ADAPTERS='one/lora.pt:nan'"),
     "an empty part": ({"ADAPTERS": "one/lora.pt,"}, "neither a file nor a file with its weight"),

@@ -465,6 +465,7 @@ def test_folders_are_listed_and_exchanged(tmp_path, monkeypatch, capsys):
         (["export", "ours", "x"], "ours is not a file"),
         (["import", "ours", "lora.pt"], "lora.pt exists already"),
         (["import", "lora.pt", "x.pt"], "lora.pt is not a folder"),
+        (["import", ".", "x.pt"], ". is a folder without adapter_config.json, not a LoRA adapter"),
         (["nothing"], "nothing cannot be read"),
     ):
         assert command.main(arguments) == 2
