@@ -29,6 +29,7 @@ from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
 from data import (
     IGNORED,
+    PROMPT_FORMAT,
     RecordCorpus,
     decode,
     encode,
@@ -264,7 +265,7 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
     if isinstance(run.corpus, RecordCorpus):
-        metadata["prompt_format"] = run.corpus.prompt_format
+        metadata["prompt_format"] = PROMPT_FORMAT
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, metadata, run.tokenizer)
     metadata |= {"shape": shape_of(run.model), "base_checkpoint": run.base_path}
@@ -286,9 +287,8 @@ def print_sample(run: Run) -> None:
         start = blocks.inputs[0, : np.argmax(blocks.targets[0] != IGNORED) + 1].tolist()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
-        tokens = run.model.generate(idx, length, temperature=0.8, top_k=50)[
-            0, len(start) :
-        ].tolist()
+        written = run.model.generate(idx, length, temperature=0.8, top_k=50)[0].tolist()
+    tokens = written[len(start) :]
     if end is not None:
         tokens = start + tokens[: tokens.index(end) if end in tokens else None]
     text = decode(tokens, run.tokenizer)

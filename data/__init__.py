@@ -7,7 +7,7 @@ x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, st
 
 from data.batches import training_batch, validation_windows, windows_batch
 from data.corpora import BUILT_IN, Corpus, DataError, check_length, load_corpus
-from data.records import IGNORED, RecordCorpus, is_records, load_records
+from data.records import IGNORED, PROMPT_FORMAT, RecordCorpus, is_records, load_records
 from data.tokenizer import (
     decode,
     encode,
@@ -20,6 +20,7 @@ from data.tokenizer import (
 __all__ = [
     "BUILT_IN",
     "IGNORED",
+    "PROMPT_FORMAT",
     "Corpus",
     "DataError",
     "RecordCorpus",

@@ -13,26 +13,29 @@ block is T tokens and the one that follows them.
 import bisect
 import codecs
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.corpora import BUILT_IN_RECORDS, DataError, printable
-from data.tokenizer import encode, end_token, vocabulary_size
+from data.tokenizer import encode, end_mark, end_token, vocabulary_size
 
 # How a turn is put before the model, and what makes it go on with the assistant's. Nothing tells
-# such a heading from the same words in a content, so contents should not have them.
+# such a heading from the same words in a content, so contents should not have them; one with the
+# mark that ends a record is refused.
 TURN = "{role}: {content}\n"
 OPENING = "assistant: "
 PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
 
 ROLES = ("system", "user", "assistant")
 FORMS = "a prompt and a completion, messages, or a text"
+LONGEST_REASON = 200  # characters of an error's one line that say what is wrong
 EVERY = 10  # one record of so many is for validation, where there is no valid.jsonl
 IGNORED = -100  # the target that torch's cross-entropy does not count
 
@@ -71,7 +74,6 @@ class RecordCorpus:
     checksum: str
     train: Blocks
     validation: Blocks
-    prompt_format: str = field(default=PROMPT_FORMAT)
 
     def describe(self) -> list[str]:
         """The data as `key: value` lines for the record, aligned, ASCII only."""
@@ -85,18 +87,17 @@ class RecordCorpus:
             if blocks.n_cut or blocks.n_dropped:
                 facts[name] += f"; {blocks.n_cut:,} cut to a block"
                 facts[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        facts["prompt"] = json.dumps(self.prompt_format)
+        facts["prompt"] = json.dumps(PROMPT_FORMAT)
         width = max(map(len, facts)) + 1
         return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
 
 
 def is_records(name: str | None) -> bool:
     """Whether DATA=`name` is python-instructions, a .jsonl file or a folder with train.jsonl."""
-    return name is not None and (
-        name == BUILT_IN_RECORDS
-        or name.endswith(".jsonl")
-        or os.path.isfile(os.path.join(name, "train.jsonl"))
-    )
+    if name is None:
+        return False
+    path = _path(name)
+    return path.endswith(".jsonl") or os.path.isfile(os.path.join(path, "train.jsonl"))
 
 
 def load_records(
@@ -108,9 +109,7 @@ def load_records(
 
     Raises DataError for a file that cannot be read or has no records, and for a line that is none.
     """
-    path = Path(name).expanduser()
-    if name == BUILT_IN_RECORDS:
-        path = Path(__file__).resolve().parent / name
+    path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
     digest = hashlib.sha256()
     splits = []
@@ -118,7 +117,7 @@ def load_records(
         if file.exists() or file == paths[0]:
             content = _read(file)
             digest.update(content)
-            splits.append(parse_records(str(file), content))
+            splits.append(parse_records(str(file), content, end_mark(tokenizer)))
     if len(splits) == 1:
         (records,) = splits
         if len(records) < 2:
@@ -133,21 +132,24 @@ def load_records(
     return RecordCorpus(name, f"sha256:{digest.hexdigest()[:16]}", *packed)
 
 
-def parse_records(name: str, content: bytes) -> list[Record]:
-    """The records of a file's content. Raises DataError that names the line."""
+def parse_records(name: str, content: bytes, end: str = "\0") -> list[Record]:
+    """The records of a file's content; `end` is the mark that ends a record, which none may have.
+
+    Raises DataError that names the line.
+    """
     lines = content.removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
     if lines == [b""]:
         raise DataError(f"{printable(name)}: the file is empty; accepted: a record in each line")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_record(json.loads(line.decode("utf-8"))))
+            records.append(_record(json.loads(line.decode("utf-8")), end))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{printable(name)}, line {number}: {_reason(error)}") from error
     return records
 
 
-def _record(found: Any) -> Record:
+def _record(found: Any, end: str) -> Record:
     """The parts of one JSON object. Raises ValueError for what is no record."""
     if not isinstance(found, dict):
         raise ValueError(f"it is no JSON object; accepted: an object with {FORMS}")
@@ -155,20 +157,20 @@ def _record(found: Any) -> Record:
     if sum(map(bool, forms)) != 1:
         raise ValueError(f"it has {', '.join(map(repr, found)) or 'nothing'}; accepted: {FORMS}")
     if "text" in found:
-        return [(_text(found, "text"), True), (None, True)]
+        return [(_text(found, "text", end), True), (None, True)]
     if "messages" not in found:
-        user = {"role": "user", "content": _text(found, "prompt")}
-        assistant = {"role": "assistant", "content": _text(found, "completion")}
-        return _turns([user, assistant])
-    return _turns(found["messages"])
+        user = {"role": "user", "content": _text(found, "prompt", end)}
+        assistant = {"role": "assistant", "content": _text(found, "completion", end)}
+        return _turns([user, assistant], end)
+    return _turns(found["messages"], end)
 
 
-def _turns(messages: Any) -> Record:
+def _turns(messages: Any, end: str) -> Record:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is no list of objects with role and content")
     parts: Record = []
     for message in messages:
-        role, content = message.get("role"), _text(message, "content")
+        role, content = message.get("role"), _text(message, "content", end)
         if role not in ROLES:
             raise ValueError(f"role is {role!r}; accepted: {', '.join(ROLES)}")
         if role == "assistant":
@@ -180,7 +182,7 @@ def _turns(messages: Any) -> Record:
     return parts
 
 
-def _text(found: dict, key: str) -> str:
+def _text(found: dict, key: str, end: str) -> str:
     text = found.get(key)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{key} is {str(text)[:40]!r}; accepted: a text that is not empty")
@@ -188,6 +190,8 @@ def _text(found: dict, key: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{key} has half of a surrogate pair, which is no character") from None
+    if end in text:
+        raise ValueError(f"{key} has {end!r}, the mark that ends a record")
     return text
 
 
@@ -202,8 +206,12 @@ def pack(
     for record in records:
         tokens: list[int] = []
         counted: list[bool] = []
-        for text, counts in record:
-            new = [end] if text is None else encode(text, tokenizer)
+        # Neighbours are encoded as one, as generate.py encodes a prompt in its format: a tokenizer
+        # may join the end of one with the beginning of the next.
+        for (ends, counts), parts in itertools.groupby(
+            record, lambda part: (part[0] is None, part[1])
+        ):
+            new = [end] if ends else encode("".join(text for text, _ in parts), tokenizer)
             tokens += new
             counted += [counts or count_prompts] * len(new)
         n_cut += len(tokens) > size
@@ -241,7 +249,16 @@ def pack(
     return Blocks(*map(np.ascontiguousarray, parts), len(records), n_cut, n_dropped)
 
 
+def _path(name: str) -> str:
+    """The path that DATA=`name` stands for."""
+    if name == BUILT_IN_RECORDS:
+        return str(Path(__file__).resolve().parent / name)
+    return os.path.expanduser(name)
+
+
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise DataError(f"DATA={printable(str(path))}: not a regular file")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -253,4 +270,4 @@ def _reason(error: Exception) -> str:
         return "it is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON ({error.msg} at character {error.pos + 1})"
-    return printable(str(error))
+    return printable(str(error)[:LONGEST_REASON])

@@ -62,18 +62,23 @@ def vocabulary_size(tokenizer: str | None) -> int:
     return N_BYTES if tokenizer is None else load_tokenizer(tokenizer).get_vocab_size()
 
 
-def end_token(tokenizer: str | None) -> int:
-    """The token that ends a record: byte 0, which is in no text, or the tokenizer's own.
+def end_mark(tokenizer: str | None) -> str:
+    """The text of the token that ends a record: byte 0, or the tokenizer's own.
 
     Raises DataError when the tokenizer has none.
     """
     if tokenizer is None:
-        return 0
-    found = (load_tokenizer(tokenizer).token_to_id(name) for name in ENDS)
-    token = next((t for t in found if t is not None), None)
-    if token is None:
-        raise DataError(f"the base's tokenizer has no token for the end of a text ({ENDS[0]})")
-    return token
+        return "\0"
+    for name in ENDS:
+        if load_tokenizer(tokenizer).token_to_id(name) is not None:
+            return name
+    raise DataError(f"the base's tokenizer has no token for the end of a text ({ENDS[0]})")
+
+
+def end_token(tokenizer: str | None) -> int:
+    """The token that ends a record. Raises DataError as `end_mark` does."""
+    mark = end_mark(tokenizer)
+    return 0 if tokenizer is None else load_tokenizer(tokenizer).token_to_id(mark)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,13 @@
 """Records: their forms, what is refused, how they are packed, and the whole way to an answer."""
 
 import json
+import os
 import random
 import time
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT, TINY, refused, start_script, succeeded
 from hypothesis import given
@@ -17,6 +19,7 @@ from data.records import (
     OPENING,
     PROMPT_FORMAT,
     TURN,
+    is_records,
     load_records,
     pack,
     parse_records,
@@ -78,6 +81,56 @@ def test_a_broken_line_is_refused_with_its_number(line, message):
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: ") as error:
         parse_records("a.jsonl", lines(ASKED) + line + b"\n" + lines(ASKED))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a\0b", "completion": "c"},
+        {"prompt": "a", "completion": "b\0"},
+        {"text": "\0"},
+        {"messages": [{"role": "assistant", "content": "\0"}]},
+    ],
+)
+def test_a_content_cannot_forge_the_end_of_a_record(record):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: .* ends a record"):
+        parse_records("a.jsonl", lines(record))
+    with_tokenizer = json.loads(json.dumps(record).replace("\\u0000", "<|endoftext|>"))
+    with pytest.raises(DataError, match=r"<\|endoftext\|>', the mark that ends"):
+        parse_records("a.jsonl", lines(with_tokenizer), "<|endoftext|>")
+
+
+@pytest.mark.parametrize("prompt", ["a", "a ", "a\n", "a\n\n", " a  \n "])
+def test_a_prompt_has_the_tokens_that_generate_gives_it(prompt):
+    """Also where a tokenizer joins the end of a turn with the beginning of the next."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    sample = "user: a\n\nassistant: b\nuser:  a \n\n\nassistant: \n \n" * 50
+    bpe.train_from_iterator([sample], vocab_size=400, show_progress=False)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    asked = encode(PROMPT_FORMAT.replace("{prompt}", prompt), bpe.to_str())
+    records = parse_records("a.jsonl", lines({"prompt": prompt, "completion": "b"}))
+    blocks = pack(records, bpe.to_str(), 64)
+    assert blocks.inputs[0, : len(asked)].tolist() == asked
+
+
+def test_paths_are_those_of_any_data(tmp_path, monkeypatch):
+    """A home folder is found, one that is not there is an error, and a pipe is not waited for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.jsonl").write_bytes(lines(ASKED, ASKED))
+    assert is_records("~") and load_records("~", None, 32).train.n_records == 1
+    assert load_records("~/train.jsonl", None, 32).train.n_records == 1
+    with pytest.raises(DataError, match=r"nosuchuser/x\.jsonl: cannot be read"):
+        load_records("~nosuchuser/x.jsonl", None, 32)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file"):
+        load_records(str(tmp_path / "pipe.jsonl"), None, 32)
+
+
+def test_an_error_is_a_line_that_one_can_read():
+    for record in ({f"key {i}": 1 for i in range(5000)}, {"messages": [{"role": "r" * 9000}]}):
+        with pytest.raises(DataError) as error:
+            parse_records("a.jsonl", lines(record))
+        assert len(str(error.value)) < 300
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read():
