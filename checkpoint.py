@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora import base_state
 from lora.files import FileError, check_tensors, read_file, write_file
 from models.bigram_lm_v2_lora import GELUS
 
@@ -29,11 +30,6 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     tokenizer: str | None = None
-
-
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict without adapters: what a full checkpoint holds."""
-    return {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_A", ".lora_B"))}
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 import device as hardware
-from checkpoint import base_state, load_base
+from checkpoint import load_base
 from config import GenerateConfig, help_table
 from data import encode, end_token, stream_decoder
 from huggingface import read_base
-from lora import merge_adapter
+from lora import base_state, merge_adapter
 from lora.files import fingerprint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import (

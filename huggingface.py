@@ -16,7 +16,13 @@ from torch import Tensor
 
 from checkpoint import SHAPE, Checkpoint, read_checkpoint
 from lora import Adapter
-from lora.files import FileError, check_tensors, write_folder
+from lora.files import (
+    FileError,
+    check_tensors,
+    read_foreign_tensors,
+    safetensors_for,
+    write_folder,
+)
 
 SIZES = dict(zip(SHAPE, ("vocab_size", "n_embd", "n_positions", "n_head", "n_layer"), strict=True))
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
@@ -93,7 +99,8 @@ def write_gpt2(folder: str | os.PathLike, checkpoint: Checkpoint) -> int:
     texts = {n: json.dumps(content, indent=2, ensure_ascii=False) for n, content in files.items()}
     content = {name: text.encode() for name, text in texts.items()}
     tensors = _to_gpt2(checkpoint.tensors, shape)
-    content["model.safetensors"] = _safetensors().save(tensors, metadata={"format": "pt"})
+    save = safetensors_for(folder).torch.save
+    content["model.safetensors"] = save(tensors, metadata={"format": "pt"})
     return write_folder(folder, content)
 
 
@@ -214,8 +221,6 @@ def _from_gpt2(
     folder: Path, found: dict[str, Tensor], shape: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The inverse. Raises FileError unless the tensors are those of a GPT-2 of this shape."""
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise FileError(f"{folder}: the file of weights holds no table of tensors")
     # As published, names have no prefix, and there are the causal masks of attention.
     found = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -254,17 +259,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    try:
-        if path.exists():
-            return _safetensors().load_file(path)
-        path = folder / "pytorch_model.bin"
-        if path.exists():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file fails in many ways, all of them alike
-        raise FileError(f"{path} is damaged, or no file of tensors") from error
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return read_foreign_tensors(folder / name)[0]
     raise FileError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -287,13 +284,3 @@ def _read_tokenizer(folder: Path) -> str:
         return ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str()
     except Exception as error:  # the package has no type of its own for it
         raise FileError(f"{folder}: vocab.json or merges.txt is damaged: {error}") from error
-
-
-def _safetensors() -> Any:  # the module
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise FileError(
-            "model.safetensors needs the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch

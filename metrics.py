@@ -6,11 +6,10 @@ has ended, {"summary": ...}.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from lora.files import FileError
+from lora.files import FileError, replacing
 
 
 class Metrics:
@@ -26,12 +25,8 @@ class Metrics:
         if evaluated >= 0 and path.exists():
             lines += earlier_evaluations(path, evaluated)
         self.path = path
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise FileError(f"{path} cannot be written: {error.strerror}") from error
+        with replacing(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Raises FileError when it cannot be written."""

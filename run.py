@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import device as hardware
-from checkpoint import SHAPE, VARIANTS, Checkpoint, base_state, load_base
+from checkpoint import SHAPE, VARIANTS, Checkpoint, load_base
 from config import Config, ConfigError, adapter_weights, option_fields
 from data import (
     Corpus,
@@ -30,6 +30,7 @@ from huggingface import adapter_from_gpt2, read_base
 from lora import (
     BaseMismatch,
     FileError,
+    base_state,
     lora_layers,
     read_adapters,
     store_base,

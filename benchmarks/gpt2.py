@@ -26,9 +26,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from checkpoint import Checkpoint, base_state, shape_of
+from checkpoint import Checkpoint, shape_of
 from huggingface import write_gpt2
-from lora import save_adapter, store_base
+from lora import base_state, save_adapter, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 GPT2 = {

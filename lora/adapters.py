@@ -57,6 +57,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without adapters, of which the base's `fingerprint` is made."""
+    return {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_A", ".lora_B"))}
+
+
 def take_adapter(model: nn.Module, base: str, metadata: Mapping[str, Any] | None = None) -> Adapter:
     """A copy of the model's adapter; `base` is the fingerprint of the model below it.
 
@@ -167,14 +172,11 @@ def load_adapter(path: str | os.PathLike, model: nn.Module, base: str | None) ->
     adapter = read_adapter(path, base)
     bare = take_adapter(model, base or "")
     missing = sorted(set(bare.extras) - set(adapter.extras))
-    if missing and base is not None:
-        parts = (".lora_A", ".lora_B")
-        below = {n: t for n, t in model.state_dict().items() if not n.endswith(parts)}
-        if fingerprint(below) != base:
-            raise FileError(
-                f"{path} lacks tensor {missing[0]}, and the model's is not that of base {base}: "
-                "load the base first"
-            )
+    if missing and base is not None and fingerprint(base_state(model)) != base:
+        raise FileError(
+            f"{path} lacks tensor {missing[0]}, and the model's is not that of base {base}: "
+            "load the base first"
+        )
     switch_adapter(model, complete_adapter(adapter, bare), path)
     return adapter.metadata
 

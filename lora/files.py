@@ -29,18 +29,29 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
     The file is written beside `path`, synced to disk and renamed into place, so that a kill or a
     full disk leaves what was there before. Raises FileError when it cannot be written.
     """
-    path = Path(path)
     content = dict(content) | {"digest": fingerprint(_tensors_in(content))}
+    with replacing(path) as file:
+        torch.save(content, file)
+        return file.tell()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end: it lies beside it until then, is
+    synced and renamed, and an error leaves what was there.
+
+    Raises FileError when it cannot be written.
+    """
+    path = Path(path)
     partial = None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
         ) as file:
             partial = file.name
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            size = file.tell()
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -50,7 +61,6 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
         if partial is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
-    return size
 
 
 def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> int:
@@ -90,9 +100,7 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
     are not those that were written, or not under their names.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         digest = fingerprint(_tensors_in(content))
     except OSError as error:
@@ -110,6 +118,45 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
     if content.get("digest") != digest:
         raise FileError(f"{path} is damaged: its tensors are not those that were saved")
     return content
+
+
+def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name of a file that others wrote, .safetensors or torch's .bin, and what text
+    the header of the former has.
+
+    Raises FileError when it cannot be read or is damaged, or without the package safetensors.
+    """
+    header: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        safetensors = safetensors_for(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                header = file.metadata() or {}
+        else:
+            if zipfile.is_zipfile(path):  # which files of torch before 1.6 are not
+                _check_archive(path)
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor) or not name.isprintable():
+                raise ValueError("no table of tensors by name")
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
+        raise FileError(f"{path} holds no tensors, or it is damaged") from error
+    return found, header
+
+
+def safetensors_for(path: str | os.PathLike) -> Any:
+    """The package safetensors, or FileError that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise FileError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return safetensors
 
 
 def check_tensors(path: str | os.PathLike, found: Any, expected: Mapping[str, Tensor]) -> None:
@@ -167,6 +214,13 @@ def lock_folder(folder: str | os.PathLike) -> BinaryIO:
     for partial in Path(folder).glob(".*.partial"):
         partial.unlink(missing_ok=True)
     return lock
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Raise BadZipFile unless a file of torch's is whole: torch itself checks no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
 
 
 def _tensors_in(content: Any, name: str = "") -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,14 @@ import torch
 from torch import Tensor
 
 from lora.adapters import Adapter
-from lora.files import FileError, OtherKind, fingerprint, write_folder
+from lora.files import (
+    FileError,
+    OtherKind,
+    fingerprint,
+    read_foreign_tensors,
+    safetensors_for,
+    write_folder,
+)
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -234,45 +240,19 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
     """The tensors by PEFT's names, in float32 unless they are float64, and our entry in the header,
     None where there is none."""
     path = folder / SAFETENSORS
-    own = None
     if not path.exists() and (folder / PICKLE).exists():
         path = folder / PICKLE
-    else:
-        safetensors_for(path)
+    found, header = read_foreign_tensors(path)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            found[name] = tensor.detach().float()
     try:
-        if path.name == PICKLE:
-            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
-                raise zipfile.BadZipFile  # torch itself checks no checksums
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            with safetensors_for(path).safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                text = (file.metadata() or {}).get(HEADER)
-            if text is not None:
-                own = json.loads(text)
-                if not isinstance(own, dict):
-                    raise ValueError(f"the header's entry {HEADER} is no table")
-        for name, tensor in found.items():
-            if not isinstance(tensor, Tensor) or not name.isprintable():
-                raise ValueError("no table of tensors by name")
-            if tensor.is_floating_point() and tensor.dtype != torch.float64:
-                found[name] = tensor.detach().to("cpu", torch.float32)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
-        raise FileError(f"{path} holds no tensors, or it is damaged") from error
+        own = json.loads(header[HEADER]) if HEADER in header else None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged: its header is not JSON") from error
+    if not isinstance(own, dict | None):
+        raise FileError(f"{path} is damaged: the entry {HEADER} of its header is no table")
     return found, own
-
-
-def safetensors_for(path: str | os.PathLike) -> Any:
-    """The package safetensors, or FileError that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise FileError(f"{path} needs the package safetensors: pip install safetensors") from error
-    return safetensors
 
 
 def alpha_of(name: str, config: Mapping[str, Any]) -> float:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint import VARIANTS, base_state, load_base, read_checkpoint, save_checkpoint
+from checkpoint import VARIANTS, load_base, read_checkpoint, save_checkpoint
 from lora import (
     BaseMismatch,
     FileError,
     adapter_state,
     add_lora,
+    base_state,
     combine_adapters,
     count_parameters,
     load_adapter,

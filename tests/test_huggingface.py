@@ -10,9 +10,9 @@ import torch
 import transformers
 from conftest import TEXT, refused, start_script, succeeded
 
-from checkpoint import base_state, load_base, read_checkpoint
+from checkpoint import load_base, read_checkpoint
 from huggingface import adapter_from_gpt2, adapter_to_gpt2, read_base, read_gpt2, write_gpt2
-from lora import FileError, read_adapter, switch_adapter, take_adapter, write_peft
+from lora import FileError, base_state, read_adapter, switch_adapter, take_adapter, write_peft
 from lora.files import fingerprint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import check_vocabulary
@@ -83,6 +83,18 @@ def test_a_file_of_something_else_is_refused(content, folder):
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(FileError, match="gpt2"):
+        read_gpt2(folder)
+
+
+def test_flipped_bits_of_a_torch_file_are_seen(folder):
+    path = folder / "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    torch.save(gpt2().state_dict(), path)
+    read_gpt2(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"pytorch_model\.bin holds no tensors, or it is damaged"):
         read_gpt2(folder)
 
 
