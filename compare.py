@@ -25,13 +25,8 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
-VARIABLES = (
-    "MAX_STEPS",
-    "BATCH_SIZE",
-    "GRAD_ACCUM_STEPS",
-    "BLOCK_SIZE",
-    "LOSS_ON_PROMPT",
-)  # alike in a fair test
+# Alike in a fair test.
+VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE", "LOSS_ON_PROMPT")
 
 
 @dataclass(frozen=True)

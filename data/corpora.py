@@ -94,8 +94,7 @@ class Corpus:
             del facts["tokens"]
         if self.n_skipped == 0:
             del facts["skipped"]
-        width = max(map(len, facts)) + 1
-        return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
+        return aligned(facts)
 
 
 def load_corpus(name: str | None, default_path: Path) -> Corpus:
@@ -366,6 +365,12 @@ def _what_failed(error: OSError | ValueError) -> str:
 def _did_you_mean(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def aligned(facts: dict[str, str]) -> list[str]:
+    """`key: value` lines whose values stand below each other."""
+    width = max(map(len, facts)) + 1
+    return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data.corpora import BUILT_IN_RECORDS, DataError, printable
+from data.corpora import BUILT_IN_RECORDS, DataError, aligned, printable
 from data.tokenizer import encode, end_mark, end_token, vocabulary_size
 
 # How a turn is put before the model, and what makes it go on with the assistant's. Nothing tells
@@ -88,8 +88,7 @@ class RecordCorpus:
                 facts[name] += f"; {blocks.n_cut:,} cut to a block"
                 facts[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
         facts["prompt"] = json.dumps(PROMPT_FORMAT)
-        width = max(map(len, facts)) + 1
-        return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
+        return aligned(facts)
 
 
 def is_records(name: str | None) -> bool:

@@ -110,13 +110,13 @@ class BigramLanguageModelLoRA(nn.Module):
         if self.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
         if segments is None:
-            mask, positions = None, self.position_embedding_table.weight[start:T]  # (T, C)
+            positions = self.position_embedding_table.weight[start:T]  # (T, C)
         else:
-            mask = segments_mask(segments)  # (B, T, T)
             positions = self.position_embedding_table(segments_positions(segments))  # (B, T, C)
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        mask = None if segments is None else segments_mask(segments, x.dtype)  # (B, 1, T, T)
         x = apply_dropout(x, self.dropout, self.training)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, cache, mask)
@@ -198,10 +198,11 @@ class BigramLanguageModelLoRA(nn.Module):
         return info
 
 
-def segments_mask(segments: Tensor) -> Tensor:
-    """Whether each token sees each other, those before it in its segment and itself: (B, T, T)."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return same.tril_()
+def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees another, those before it in its segment and itself, else -inf, to be
+    added to the scores of all heads: (B, 1, T, T)."""
+    seen = (segments[:, :, None] == segments[:, None, :]).tril_()[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 def segments_positions(segments: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def causal_attention(
 ) -> Tensor:
     """Causal scaled dot-product attention. q, k, v and the result have shape (B, H, T, D).
 
-    A single query may stand for the last of more keys, all of which it sees. `mask` (B, T, T) is
-    True where a query sees a key, None for all before it.
+    A single query may stand for the last of more keys, all of which it sees. `mask` (B, 1, T, T) is
+    0 where a query sees a key and else -inf; None lets it see all before it.
     """
     dropout_p = dropout_p if training else 0.0
     if (
@@ -29,8 +29,6 @@ def causal_attention(
         and (q.dtype == torch.bfloat16 or dropout_p > 0.0)
     ):
         return plain_attention(q, k, v, dropout_p, mask)
-    if mask is not None:
-        mask = mask[:, None]  # (B, 1, T, T)
     is_causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
@@ -44,11 +42,10 @@ def plain_attention(
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     if mask is None:
-        added = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     else:
-        added = torch.zeros(B, 1, T, T, dtype=q.dtype, device=q.device)
-        added = added.masked_fill_(~mask[:, None], -math.inf).expand(B, H, T, T).flatten(0, 1)
-    scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D))  # (B*H, T, T)
+        mask = mask.expand(B, H, T, T).flatten(0, 1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D))  # (B*H, T, T)
     weights = dropout(F.softmax(scores, dim=-1), dropout_p, training=True)
     return torch.bmm(weights, v).view(B, H, T, D)
 
