@@ -134,7 +134,8 @@ class Config(Settings):
     )
     adapters: str | None = option(
         None,
-        "adapters to start from: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3",
+        "adapters to start from: a file or a folder of PEFT's, or several with weights, as in "
+        "a.pt:0.7,b.pt:-0.3",
         check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
@@ -214,7 +215,8 @@ class GenerateConfig(Settings):
     base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
     adapters: str | None = option(
         None,
-        "adapters on it: a file, or several with weights, as in a.pt:0.7,b.pt:-0.3",
+        "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
+        "a.pt:0.7,b.pt:-0.3",
         check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")

@@ -11,11 +11,10 @@ interleaved in one process; each memory is the peak of a process of its own, imp
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
+from benchmarks.measure import interleaved, number_printed_by
 from checkpoint import Checkpoint, shape_of
 from huggingface import write_gpt2
 from lora import base_state, save_adapter, store_base
@@ -36,7 +36,7 @@ GPT2 = {
     "gelu": "tanh", "tied_head": True,
 }  # fmt: skip
 METHODS = ("full", "lora", "peft")
-RANK, ALPHA, SEED, WARMUP = 8, 16.0, 1337, 2
+RANK, ALPHA, SEED = 8, 16.0, 1337
 
 
 def our_model(use_lora: bool) -> BigramLanguageModelLoRA:
@@ -109,12 +109,9 @@ def adapter_mib(method: str, model: nn.Module, folder: Path) -> float:
 
 def peak_mib(method: str, base: Path, args: argparse.Namespace) -> float:
     """Peak MiB of a process of its own that takes three steps."""
-    command = [sys.executable, __file__, "--memory-of", method, "--base", str(base)]
+    command = [__file__, "--memory-of", method, "--base", str(base)]
     command += [f"--{name}={getattr(args, name)}" for name in ("dtype", "batch", "block")]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode != 0:
-        sys.exit(f"error: measuring the memory of {method}: {child.stderr.strip()[-2000:]}")
-    return float(child.stdout.split()[-1])
+    return number_printed_by(command, f"the memory of {method}")
 
 
 def main() -> None:
@@ -136,19 +133,17 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "gpt2"
-        write_base(base)
+        # In a process of its own, so that this one stays small until the memory is measured.
+        writer = multiprocessing.get_context("spawn").Process(target=write_base, args=(base,))
+        writer.start()
+        writer.join()
         memory = {method: peak_mib(method, base, args) for method in METHODS}
         models = {method: make_step(method, base, args) for method in METHODS}
-        times: dict[str, list[float]] = {method: [] for method in METHODS}
-        losses = {}
-        for i in range(WARMUP + args.steps):
-            for method in (*METHODS[i % 3 :], *METHODS[: i % 3]):
-                started = time.perf_counter()
-                loss = models[method][1]()
-                times[method].append(time.perf_counter() - started)
-                losses.setdefault(method, loss)
+        steps = {method: step for method, (_, step) in models.items()}
+        losses = {method: step() for method, step in steps.items()}
         if max(losses.values()) - min(losses.values()) > 0.01:
             sys.exit(f"error: the methods do not start from the same model: {losses}")
+        times = interleaved(steps, args.steps, warmup=1)
         sizes = {m: adapter_mib(m, models[m][0], Path(scratch)) for m in ("lora", "peft")}
         trained = {
             method: sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -159,10 +154,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {json.dumps(losses)} first losses")
     print("       " + "  ".join(("     trained", "step, ms", "ratio", "peak, MiB", "adapter, MiB")))
     for method in METHODS:
-        timed = times[method][WARMUP:]
-        ratio = statistics.median(
-            t / full for t, full in zip(timed, times["full"][WARMUP:], strict=True)
-        )
+        timed = times[method]
+        ratio = statistics.median(t / full for t, full in zip(timed, times["full"], strict=True))
         print(
             f"{method:6} {trained[method]:12,}"
             f"  {1000 * statistics.median(timed):8.0f}  {ratio:5.2f}"

@@ -7,10 +7,9 @@ interleaved in one process, and a peak of memory is the median of three processe
 """
 
 import argparse
+import itertools
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,16 +18,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
+from benchmarks.measure import interleaved, number_printed_by
 from config import Config
 from data import load_corpus, load_records, training_batch
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 KINDS = ("text", "records")
-WARMUP = 2
 
 
-def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[int], None]:
-    """A function that takes training step number i on `kind` of data."""
+def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that takes the next training step on `kind` of data."""
     config = Config(use_lora=use_lora)
     torch.manual_seed(config.seed)
     model = BigramLanguageModelLoRA(
@@ -42,8 +41,11 @@ def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[int], 
     else:
         source = load_records("python-instructions", None, config.block_size).train
 
-    def step(i: int) -> None:
-        batch = training_batch(source, config.batch_size, config.block_size, config.seed, i)
+    numbers = itertools.count()
+
+    def step() -> None:
+        shape = (config.batch_size, config.block_size)
+        batch = training_batch(source, *shape, config.seed, next(numbers))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             _, loss = model(*batch)
         loss.backward()
@@ -55,12 +57,8 @@ def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[int], 
 
 def peak_mib(kind: str, use_lora: bool, dtype: str) -> float:
     """Median peak MiB of processes of their own that take three steps each."""
-    command = [sys.executable, __file__, "--dtype", dtype, "--memory-of", kind, str(int(use_lora))]
-    peaks = []
-    for _ in range(3):
-        child = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(float(child.stdout.split()[-1]))
-    return statistics.median(peaks)
+    command = [__file__, "--dtype", dtype, "--memory-of", kind, str(int(use_lora))]
+    return statistics.median(number_printed_by(command, "memory") for _ in range(3))
 
 
 def main() -> None:
@@ -74,13 +72,12 @@ def main() -> None:
     hardware.keep_freed_memory()
     if args.memory_of is not None:
         step = make_step(args.memory_of[0], args.memory_of[1] == "1", dtype)
-        for i in range(3):
-            step(i)
+        for _ in range(3):
+            step()
         print(hardware.peak_memory(torch.device("cpu")))
         return
     name = hardware.device_name(torch.device("cpu"))
     print(f"default model, {args.dtype}, {name}, torch {torch.__version__}")
-    # First, while this process is small: Linux counts a parent's memory into its child's peak.
     memory = {
         (kind, use_lora): peak_mib(kind, use_lora, args.dtype)
         for kind in KINDS
@@ -88,17 +85,12 @@ def main() -> None:
     }
     for use_lora in (False, True):
         steps = {kind: make_step(kind, use_lora, dtype) for kind in KINDS}
-        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for i in range(WARMUP + args.steps):
-            for kind in KINDS if i % 2 else reversed(KINDS):
-                started = time.perf_counter()
-                steps[kind](i)
-                times[kind].append(time.perf_counter() - started)
-        pairs = list(zip(times["records"], times["text"], strict=True))[WARMUP:]
+        times = interleaved(steps, args.steps, warmup=2)
+        pairs = zip(times["records"], times["text"], strict=True)
         ratio = statistics.median(records / text for records, text in pairs)
         print(
             f"{'LoRA' if use_lora else 'full'}: records {ratio:.3f} of the step time on text "
-            f"({statistics.median(t for _, t in pairs) * 1000:.0f} ms); "
+            f"({statistics.median(times['text']) * 1000:.0f} ms); "
             f"peak {memory['records', use_lora]:.0f} and {memory['text', use_lora]:.0f} MiB"
         )
 

@@ -21,7 +21,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
+from benchmarks.measure import number_printed_by
 from lora import add_lora, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -326,16 +326,10 @@ def measure_memory(size_name: str, dtype_name: str, method: str, settings: Setti
 
     Exits with the end of that process's stderr when it fails.
     """
-    command = [sys.executable, __file__, "--memory-of", size_name, dtype_name, method]
+    command = [__file__, "--memory-of", size_name, dtype_name, method]
     command += [f"--rank={settings.rank}", f"--device={settings.device}"]
     command += [f"--dropout={settings.dropout}", f"--lora-dropout={settings.lora_dropout}"]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode != 0:
-        sys.exit(
-            f"error: measuring the memory of {method} at {size_name} in {dtype_name} ended with "
-            f"exit code {child.returncode}: {child.stderr.strip()[-2000:]}"
-        )
-    return float(child.stdout.split()[-1])
+    return number_printed_by(command, f"the memory of {method} at {size_name} in {dtype_name}")
 
 
 def print_own_memory(size_name: str, dtype_name: str, method: str, settings: Settings) -> None:

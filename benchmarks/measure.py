@@ -1,0 +1,41 @@
+"""What benchmarks share: times of several things in turn, and memory in a process of its own."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, the rounds of warm-up left out.
+
+    A round runs every step once, in an order that rotates, so that ratios pair steps that ran
+    beside each other.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for i in range(warmup + rounds):
+        first = i % len(names)
+        for name in [*names[first:], *names[:first]]:
+            started = time.perf_counter()
+            steps[name]()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def number_printed_by(command: list[str], what: str) -> float:
+    """The last word that a Python script prints, such as the peak memory of its own process.
+
+    Exits with the end of the script's stderr when it fails. On Linux the peak of a new process
+    counts the memory that its parent had, so ask while this one is small.
+    """
+    child = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if child.returncode != 0:
+        sys.exit(
+            f"error: measuring {what} ended with exit code {child.returncode}: "
+            f"{child.stderr.strip()[-2000:]}"
+        )
+    return float(child.stdout.split()[-1])
