@@ -145,8 +145,16 @@ class Config(Settings):
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
     num_threads: int | None = option(
-        None, "CPU threads [torch's own choice]", at_least=1, below=1025
+        None,
+        "CPU threads of a process [torch's own choice; under torchrun its share of the cores]",
+        at_least=1,
+        below=1025,
     )
+    compile: bool = option(False, "train through torch.compile")
+    grad_checkpoint: bool = option(
+        False, "compute activations again in backward: less memory, more time"
+    )
+    fsdp: bool = option(False, "shard weights and optimizer over the processes of torchrun")
 
     # Model
     n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
@@ -156,7 +164,7 @@ class Config(Settings):
     dropout: float = option(0.2, "dropout of the model while training", at_least=0, below=1)
 
     # Optimization
-    batch_size: int = option(32, "sequences in a batch", at_least=1)
+    batch_size: int = option(32, "sequences in a batch, of all processes", at_least=1)
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
     max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
     learning_rate: float = option(3e-3, "peak learning rate", lora=1e-2, above=0)
@@ -184,6 +192,9 @@ class Config(Settings):
         modes = [name for name in ("resume", "eval_only", "merge") if getattr(self, name)]
         if len(modes) > 1:
             raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
+        for name in ("compile", "merge"):
+            if self.fsdp and getattr(self, name):
+                raise ConfigError(f"FSDP and {name.upper()} exclude each other")
         if self.merge and self.adapters is None:
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):

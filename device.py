@@ -2,7 +2,9 @@
 
 import ctypes
 import math
+import os
 import sys
+import time
 
 import torch
 
@@ -11,17 +13,49 @@ class DeviceError(ValueError):
     """A device that was asked for and is not there."""
 
 
-def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device for DEVICE=`name` (auto, cuda, mps, cpu), and the reason in words."""
+def choose_device(name: str, number: int = 0, processes: int = 1) -> tuple[torch.device, str]:
+    """The device for DEVICE=`name` (auto, cuda, mps, cpu), and the reason in words.
+
+    Of several processes on this machine, `number` counts from 0, each has a GPU of its own; none
+    has mps. Raises DeviceError for what is not there.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if processes > 1:
+        there["mps"] = False
+    reason = f"DEVICE={name}"
     if name == "auto":
-        for kind, available in there.items():
+        name, reason = "cpu", "no cuda or mps device found"
+        for kind, available in reversed(there.items()):
             if available:
-                return torch.device(kind), "the first of cuda, mps and cpu that is there"
-        return torch.device("cpu"), "no cuda or mps device found"
-    if not there.get(name, True):
-        raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device here")
-    return torch.device(name), f"DEVICE={name}"
+                name, reason = kind, "the first of cuda, mps and cpu that is there"
+    elif not there.get(name, True):
+        where = "here" if processes == 1 else f"here for {processes} processes"
+        raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device {where}")
+    if name != "cuda":
+        return torch.device(name), reason
+    if processes > torch.cuda.device_count():
+        raise DeviceError(
+            f"{processes} processes need a GPU each, but torch finds {torch.cuda.device_count()}; "
+            "start fewer, or set DEVICE=cpu"
+        )
+    if processes == 1:
+        return torch.device("cuda"), reason
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number), reason
+
+
+def choose_threads(number: int | None, processes: int) -> None:
+    """Use `number` CPU threads; if None, torch's own choice, or with several processes on this
+    machine a share of its cores, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets that to 1, so 1 does not.
+    """
+    if number is None and processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+        number = max(1, cores // processes)
+    if number is not None:
+        torch.set_num_threads(number)
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -89,6 +123,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
     )
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let a GPU multiply float32 in TF32, whose factors have 10 bits of mantissa and sums 23.
+
+    For training alone: what is written, such as a merged weight, is computed in float32.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+class StepTimer:
+    """Seconds of each step, appended to `times`.
+
+    On a CPU each step is timed. A GPU works through a queue, and to wait for it at each step would
+    let it idle: there some steps are timed together, and each has their mean.
+    """
+
+    def __init__(self, device: torch.device, times: list[float], together: int = 10) -> None:
+        self.device, self.times = device, times
+        self.together = 1 if device.type == "cpu" else together
+        self.steps = 0  # since `started`
+        self.started = 0.0
+
+    def begin(self) -> None:
+        """Call before a step."""
+        if self.steps == 0:
+            self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """Call after a step."""
+        self.steps += 1
+        if self.steps == self.together:
+            self.flush()
+
+    def flush(self) -> None:
+        """Time what was not yet; call before anything that is no step."""
+        if self.steps > 0:
+            synchronize(self.device)
+            self.times += [(time.perf_counter() - self.started) / self.steps] * self.steps
+            self.steps = 0
 
 
 def synchronize(device: torch.device) -> None:

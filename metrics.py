@@ -9,11 +9,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import distributed
 from lora.files import FileError, replacing
 
 
 class Metrics:
-    """Writes the file; each line is there, whole, when `write` returns."""
+    """Writes the file; each line is there, whole, when `write` returns.
+
+    Of several processes the first does, and the others write nothing.
+    """
 
     def __init__(self, path: Path, first: dict[str, Any], evaluated: int) -> None:
         """Begin the file with the line `first`, and keep what a run that is resumed had written of
@@ -21,6 +25,8 @@ class Metrics:
 
         Raises FileError when the file cannot be written.
         """
+        if not distributed.is_first():
+            return
         lines = [json.dumps(plain(first))]
         if evaluated >= 0 and path.exists():
             lines += earlier_evaluations(path, evaluated)
@@ -30,6 +36,8 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Raises FileError when it cannot be written."""
+        if not distributed.is_first():
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(values)) + "\n")

@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+import distributed
 from checkpoint import SHAPE
 from lora.files import FileError, check_tensors, read_file, write_file
-from run import Run, facts, say
+from run import Run, identity, say
 
 FORMAT = "training state"
 VERSION = 1
@@ -25,7 +26,11 @@ FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoi
 
 
 class StopSignals:
-    """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once."""
+    """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once.
+
+    Not so under torchrun, which hands on what it gets itself, so that one Ctrl-C comes twice, and
+    which ends the others when one fails: what they have to say of it must not be cut off.
+    """
 
     def __enter__(self) -> Self:
         self.received = 0
@@ -33,12 +38,14 @@ class StopSignals:
         self.former = {kind: signal.signal(kind, self._keep) for kind in kinds}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and distributed.size() > 1:
+            return
         for kind, handler in self.former.items():
             signal.signal(kind, handler)
 
     def _keep(self, number: int, _: object) -> None:
-        if self.received:
+        if self.received and distributed.size() == 1:
             raise KeyboardInterrupt
         self.received = number
 
@@ -56,8 +63,8 @@ class Progress:
     elapsed: float = 0.0  # seconds of the runs before this one
 
     def plain(self) -> dict[str, Any]:
-        """The same as numbers and lists of numbers."""
-        return vars(self) | {"losses": [loss.item() for loss in self.losses]}
+        """The same as numbers and lists of numbers, the losses as means over the processes."""
+        return vars(self) | {"losses": distributed.mean(torch.tensor(self.losses)).tolist()}
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
@@ -71,7 +78,7 @@ class TrainingState:
 
     `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
     are the trained parameters by name, `optimizer` its state by `<parameter>.<name>`, `random` the
-    states of the random generators by device.
+    states of the random generators by device, those of further processes as in `cpu.1`.
     """
 
     identity: dict[str, Any]
@@ -79,12 +86,6 @@ class TrainingState:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What tells one run from another: its settings, its data and its base."""
-    described = facts(run)
-    return described["config"] | {n: described["run"][n] for n in ("checksum", "base")}
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
@@ -133,14 +134,25 @@ def save_training_state(
     identity: Mapping[str, Any],
     progress: Mapping[str, Any],
 ) -> int:
-    """Write a TrainingState in one file, so that its parts agree; returns its size in bytes."""
-    tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
-    random = {"cpu": torch.get_rng_state()}
+    """Write a TrainingState in one file, so that its parts agree; returns its size in bytes.
+
+    Every process must call it; the first writes, and the others return 0.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    tensors = {name: distributed.whole_tensor(p.detach()) for name, p in trained}
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state()
+    random = {
+        _generator(device, rank): state
+        for rank, states in enumerate(distributed.gather(states))
+        for device, state in states.items()
+    }
     state = TrainingState(
         dict(identity), dict(progress), tensors, _optimizer_tensors(optimizer), random
     )
+    if not distributed.is_first():
+        return 0
     return write_file(path, {"format": FORMAT, "version": VERSION} | vars(state))
 
 
@@ -168,26 +180,41 @@ def restore_training_state(
     groups = optimizer.state_dict()["param_groups"]
     moments: dict[int, dict[str, Tensor]] = {}
     expected = {}
-    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, parameter in enumerate(optimized):
         shapes = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         expected |= {f"{i}.{name}": like for name, like in shapes.items()}
         moments[i] = {name: state.optimizer.get(f"{i}.{name}") for name in shapes}
     if state.optimizer:  # empty before the first step
         check_tensors(path, state.optimizer, expected)
     try:
-        torch.set_rng_state(state.random["cpu"])
-        if "cuda" in state.random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state.random["cuda"])
+        cpu, cuda = (_generator(device, distributed.rank()) for device in ("cpu", "cuda"))
+        if cpu in state.random or distributed.is_first():  # else there were fewer processes
+            torch.set_rng_state(state.random[cpu])
+        if cuda in state.random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state.random[cuda])
     except (KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{path} is damaged: it holds no state of the random generator") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state.tensors[name])
+            parameter.copy_(distributed.share_of(state.tensors[name], parameter))
     if state.optimizer:
+        for i, parameter in enumerate(optimized):
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[i][name] = distributed.share_of(moments[i][name], parameter)
         # Its settings, such as weight decay, are the present run's.
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": t.cpu() for i, entry in state.items() for name, t in entry.items()}
+    return {
+        f"{i}.{name}": distributed.whole_tensor(t)
+        for i, entry in state.items()
+        for name, t in entry.items()
+    }
+
+
+def _generator(device: str, rank: int) -> str:
+    """What a TrainingState calls the random generator of a process on a device."""
+    return f"{device}.{rank}" if rank > 0 else device

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import device as hardware
+import distributed
 from checkpoint import SHAPE, VARIANTS, Checkpoint, load_base
 from config import Config, ConfigError, adapter_weights, option_fields
 from data import (
@@ -41,6 +42,9 @@ from lora.files import fingerprint, lock_folder
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
+
+# What may differ between the processes of a run: where its files are, and how each one computes.
+MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "progress")
 
 
 class TrainingError(ValueError):
@@ -86,13 +90,17 @@ def set_up(config: Config) -> Run:
     """Choose device and dtype, open the data, build the model on its base, and print it all."""
     hardware.keep_freed_memory()
     torch.manual_seed(config.seed)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    device, device_reason = hardware.choose_device(config.device)
+    number, processes = distributed.place()
+    hardware.choose_threads(config.num_threads, processes)
+    device, device_reason = hardware.choose_device(config.device, number, processes)
+    distributed.join(device)
+    check_processes(config)
     dtype, dtype_reason = hardware.choose_dtype(config.dtype, device)
     files = output_files(config)
     base = find_base(config, files)
-    lock = lock_folder(config.output_folder) if trains(config) else None
+    lock = None
+    if trains(config) and distributed.is_first():
+        lock = lock_folder(config.output_folder)
     shape = choose_shape(config, base)
     known = {name: shape[name] for name in SHAPE[1:]}
     if base is not None and "BLOCK_SIZE" in config.explicit:
@@ -102,7 +110,7 @@ def set_up(config: Config) -> Run:
     corpus = None if config.merge else open_corpus(config, tokenizer)
     model = BigramLanguageModelLoRA(
         **shape,
-        device=device,
+        device="cpu" if config.fsdp else device,  # whose memory may hold no more than a share
         dropout=config.dropout,
         use_lora=config.use_lora or config.adapters is not None,
         lora_rank=config.lora_rank,
@@ -111,6 +119,7 @@ def set_up(config: Config) -> Run:
     )
     if base is not None:
         load_base(model, base)
+    model.grad_checkpoint = config.grad_checkpoint
     base_id = fingerprint(base_state(model))
     adapters: list[str] = []
     if config.adapters is not None:
@@ -120,11 +129,14 @@ def set_up(config: Config) -> Run:
         changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
         config = dataclasses.replace(config, **changes)
     if dtype != torch.float32 and not config.merge:
-        store_base(model, dtype, tokens=config.batch_size * config.block_size)
+        tokens = config.batch_size // distributed.size() * config.block_size
+        store_base(model, dtype, tokens)
 
     say("Configuration (* set in the environment):", *indent(config.describe()))
     say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
     say(f"dtype: {str(dtype).removeprefix('torch.')}, {dtype_reason}")
+    if distributed.size() > 1:
+        say(f"Processes: {describe_processes(config)}")
     if corpus is not None:
         say("Data:", *indent(corpus.describe()))
     say(describe_base(base, base_id, corpus))
@@ -132,7 +144,17 @@ def set_up(config: Config) -> Run:
     for note in notes(config, base, model, files):
         say(f"Note: {note}")
     base_path = base.path if base is not None else None
-    return Run(config, device, dtype, corpus, base_path, base_id, tokenizer, model, files, lock)
+    run = Run(config, device, dtype, corpus, base_path, base_id, tokenizer, model, files, lock)
+    if distributed.size() > 1:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        distributed.check_agreement(
+            {n: v for n, v in identity(run).items() if n not in MAY_DIFFER}
+            | {"trained weights": fingerprint(trained)}
+        )
+        if config.fsdp:
+            distributed.shard(model, device)
+        torch.manual_seed(config.seed + distributed.rank())  # the first's is that of a lone one
+    return run
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -148,8 +170,15 @@ def facts(run: Run) -> dict[str, Any]:
             "base": run.base_id,
             "base_checkpoint": run.base_path,
             "parameters": run.model.get_parameter_info(),
+            "processes": distributed.size(),
         },
     }
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What tells one run from another: its settings, its data, its base, and how many train it."""
+    described = facts(run)
+    return described["config"] | {n: described["run"][n] for n in ("checksum", "base", "processes")}
 
 
 def trains(config: Config) -> bool:
@@ -159,7 +188,7 @@ def trains(config: Config) -> bool:
 def output_files(config: Config) -> OutputFiles:
     """The files to write, in a folder that can be written if anything is."""
     folder = Path(config.output_folder)
-    if not config.eval_only:
+    if not config.eval_only and distributed.is_first():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -239,7 +268,8 @@ def open_corpus(config: Config, tokenizer: str | None) -> Corpus | RecordCorpus:
         return load_records(config.data, tokenizer, config.block_size, config.loss_on_prompt)
     corpus = load_corpus(config.data, DEFAULT_INPUT)
     if tokenizer is not None:
-        corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
+        with distributed.first_of_machine_first():
+            corpus = tokenize_corpus(corpus, tokenizer, Path(config.output_folder))
     check_length(corpus, config.block_size)
     return corpus
 
@@ -265,6 +295,28 @@ def put_on_adapters(
         error = adapter.metadata["truncation_error"]
         lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")
     return lines, adapter.metadata
+
+
+def check_processes(config: Config) -> None:
+    """Raise ConfigError for settings that do not fit the number of processes."""
+    n = distributed.size()
+    if config.fsdp and n == 1:
+        raise ConfigError(
+            "FSDP=True shards over several processes, but there is one; start them with "
+            "torchrun --standalone --nproc_per_node=2 training.py"
+        )
+    if config.merge and n > 1:
+        raise ConfigError(f"MERGE is done by one process, not by {n}")
+    if config.batch_size % n != 0:
+        raise ConfigError(
+            f"BATCH_SIZE={config.batch_size} is not divisible by the {n} processes that share it"
+        )
+
+
+def describe_processes(config: Config) -> str:
+    n, sequences = distributed.size(), config.batch_size
+    how = "weights sharded (FSDP2)" if config.fsdp else "weights replicated"
+    return f"{n}, each with {sequences // n} of a batch's {sequences} sequences, {how}"
 
 
 def describe_base(
@@ -337,8 +389,8 @@ def notes(
 
 
 def say(*lines: str) -> None:
-    """Print facts to the record, whole lines at once."""
-    for line in lines:
+    """Print facts to the record, whole lines at once; of several processes the first does."""
+    for line in lines if distributed.is_first() else ():
         print(line, flush=True)
 
 
@@ -369,7 +421,11 @@ def exit_code_of(work: Callable[[], None]) -> int:
         work()
     except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
         return fail(str(error), 2)
+    except distributed.GroupError as error:
+        return fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if distributed.is_lost(error):
+            return fail("lost another process; RESUME=True goes on from the last evaluation", 1)
         if not hardware.is_out_of_memory(error):
             raise
         variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
@@ -390,5 +446,6 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 
 def fail(message: str, exit_code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    number = f" (process {distributed.rank()})" if distributed.size() > 1 else ""
+    print(f"error{number}: {message}", file=sys.stderr)
     return exit_code

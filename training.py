@@ -3,6 +3,7 @@
     python training.py                                  train every weight
     DATA=python-docs USE_LORA=True python training.py   fine-tune that model with LoRA
     RESUME=True python training.py                      go on with an interrupted run
+    torchrun --standalone --nproc_per_node=2 training.py   in two processes (distributed.py)
     EVAL_ONLY=True python training.py                   the loss of a model on all validation data
     MERGE=True ADAPTERS=out/lora.pt python training.py  write base and adapter as one checkpoint
     python training.py --help                           every variable
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import device as hardware
+import distributed
 from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
 from data import (
@@ -40,7 +42,7 @@ from data import (
 )
 from lora import lora_layers, merge_adapter, save_adapter
 from metrics import Metrics
-from resume import Progress, StopSignals, identity, resume, save_training_state
+from resume import Progress, StopSignals, resume, save_training_state
 from run import (
     Interrupted,
     Run,
@@ -49,6 +51,7 @@ from run import (
     exit_code_of,
     facts,
     format_table,
+    identity,
     indent,
     say,
     set_up,
@@ -78,14 +81,25 @@ def work(arguments: list[str]) -> None:
     else:
         train(run)
         print_sample(run)
+    distributed.leave()
 
 
 def train(run: Run) -> None:
     """The loop: steps, evaluations, files, and the closing summary."""
-    config, model = run.config, run.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    config = run.config
+    hardware.allow_tf32(run.device)
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
     optimizer = make_optimizer(config, parameters)
     progress = resume(run, optimizer) if config.resume else Progress()
+    distributed.check_agreement({"the step to go on from": progress.step})
+    traffic = distributed.Traffic()
+    model = distributed.replicate(run.model, traffic)
+    compile_time = None
+    if config.compile:
+        model, compile_time = compiled(run, model)
+        traffic.bytes = 0
+    timer = hardware.StepTimer(run.device, progress.step_times)
+    first_step = progress.step
     windows = validation_windows(
         run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
@@ -96,7 +110,7 @@ def train(run: Run) -> None:
     def save_progress() -> None:
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
-            run.files.resume, model, optimizer, identity(run), progress.plain()
+            run.files.resume, run.model, optimizer, identity(run), progress.plain()
         )
 
     with (
@@ -110,6 +124,9 @@ def train(run: Run) -> None:
     ):
         for step in range(progress.step, config.max_steps + 1):
             due = step % config.eval_interval == 0 or step == config.max_steps
+            signal = distributed.largest(stop.received)
+            if due or signal:
+                timer.flush()
             if due and progress.evaluated < step:
                 evaluation = evaluation_at(step, run, windows, progress)
                 evaluation["elapsed"] = time.perf_counter() - started
@@ -127,25 +144,24 @@ def train(run: Run) -> None:
                     save_progress()
             if step == config.max_steps:
                 break
-            if stop.received:
+            if signal:
                 save_progress()
                 raise Interrupted(
                     f"interrupted after step {step}, saved in {run.files.resume}; "
                     "the same command with RESUME=True goes on from there",
-                    stop.received,
+                    signal,
                 )
 
-            step_started = time.perf_counter()
+            timer.begin()
             loss = torch.zeros((), device=run.device)
             for micro_step in range(config.grad_accum_steps):
-                shape = (config.batch_size, config.block_size)
-                batch = training_batch(
-                    run.corpus.train, *shape, config.seed, step, micro_step, run.device
-                )
-                with run.autocast():
-                    _, micro_loss = model(*batch)
-                micro_loss = micro_loss / config.grad_accum_steps
-                micro_loss.backward()
+                batch = next_batch(run, step, micro_step)
+                is_last = micro_step == config.grad_accum_steps - 1
+                with distributed.averaging(model, now=is_last):
+                    with run.autocast():
+                        _, micro_loss = model(*batch)
+                    micro_loss = micro_loss * loss_share(run, batch[1]) / config.grad_accum_steps
+                    micro_loss.backward()
                 loss += micro_loss.detach()
             if config.grad_clip > 0:
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -159,8 +175,7 @@ def train(run: Run) -> None:
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
                 bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
-            hardware.synchronize(run.device)
-            progress.step_times.append(time.perf_counter() - step_started)
+            timer.end()
             progress.step = step + 1
             bar.update()
 
@@ -172,6 +187,10 @@ def train(run: Run) -> None:
         "tokens_per_second": tokens_per_second(config, progress.step_times),
         "peak_memory": hardware.peak_memory(run.device),
     }
+    if compile_time is not None:
+        summary["compile_time"] = compile_time
+    if traffic.bytes:
+        summary["bytes_exchanged"] = traffic.bytes / (config.max_steps - first_step)
     metrics.write({"summary": summary | {"files": {str(p): size for p, size in sizes.items()}}})
     say(
         f"Best validation loss: {summary['best_val_loss']:.4f}",
@@ -180,8 +199,56 @@ def train(run: Run) -> None:
         f"Median step time: {summary['median_step_time'] * 1000:.1f} ms",
         f"Tokens per second: {summary['tokens_per_second']:.0f}",
         f"Peak memory: {summary['peak_memory']:.0f} MiB",
+        *describe_costs(run, summary),
         *(f"Wrote {path}: {size / 2**20:.2f} MiB" for path, size in sizes.items()),
     )
+
+
+def next_batch(run: Run, step: int, micro_step: int) -> tuple[Tensor, ...]:
+    """This process's share of a batch: what the model takes."""
+    config, share = run.config, (distributed.rank(), distributed.size())
+    place = (config.seed, step, micro_step, run.device)
+    return training_batch(run.corpus.train, config.batch_size, config.block_size, *place, share)
+
+
+def loss_share(run: Run, targets: Tensor) -> Tensor | float:
+    """What this process's loss counts in the mean over all: of text each as much, but of records
+    as many tokens as it counts, for a loss is a mean over these."""
+    if distributed.size() == 1 or not isinstance(run.corpus, RecordCorpus):
+        return 1.0
+    counted = (targets != IGNORED).sum()
+    return counted * distributed.size() / distributed.total(counted.clone())
+
+
+def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
+    """The model through torch.compile, and the seconds that it took to compile, which is done here
+    with a first batch that leaves no trace."""
+    started = time.perf_counter()
+    fast = torch.compile(model)
+    try:
+        with torch.random.fork_rng(), run.autocast():
+            _, loss = fast(*next_batch(run, 0, 0))
+        loss.backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"COMPILE=True: torch cannot compile the model: {reason}") from error
+    model.zero_grad(set_to_none=True)
+    hardware.synchronize(run.device)
+    return fast, time.perf_counter() - started
+
+
+def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
+    """What compiling and working in several processes cost, where it was done."""
+    lines = []
+    if "compile_time" in summary:
+        lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
+    if "bytes_exchanged" in summary:
+        info = run.model.get_parameter_info()
+        lines.append(
+            f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
+            f"full fine-tuning's would be {4 * (info['total'] - info['lora']):,}"
+        )
+    return lines
 
 
 def evaluation_at(step: int, run: Run, windows: np.ndarray, progress: Progress) -> dict[str, float]:
@@ -190,7 +257,9 @@ def evaluation_at(step: int, run: Run, windows: np.ndarray, progress: Progress) 
     val_loss, val_error = evaluate(run, windows)
     return {
         "step": step,
-        "train_loss": torch.stack(losses).mean().item() if losses else math.nan,
+        "train_loss": distributed.mean(torch.stack(losses).mean().cpu()).item()
+        if losses
+        else math.nan,
         "val_loss": val_loss,
         "val_error": val_error,
         "learning_rate": learning_rate(run.config, step),
@@ -237,19 +306,25 @@ def window_losses(run: Run, windows: np.ndarray, length: int) -> tuple[Tensor, T
     """The sum of the losses in each window of `length` tokens of the validation data, in nats, and
     how many tokens it counts: (n,) float64 each."""
     run.model.eval()
-    losses, counts = [], []
-    batches = np.array_split(windows, math.ceil(len(windows) / run.config.batch_size))
+    losses, counts, numbers = [], [], []
+    batches = np.array_split(np.arange(len(windows)), -(-len(windows) // run.config.batch_size))
     for batch in tqdm(
         batches, "evaluating", disable=trains(run.config) or not shows_progress(run.config)
     ):
-        x, y, *segments = windows_batch(run.corpus.validation, batch, length, run.device)
+        numbers.append(batch[distributed.rank() :: distributed.size()])
+        offsets = windows[numbers[-1]]
+        x, y, *segments = windows_batch(run.corpus.validation, offsets, length, run.device)
         with run.autocast():
             logits, _ = run.model(x, None, *segments)  # (B, T, vocab_size)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
         losses.append(loss.view(y.shape).sum(1))  # (B,), with 0 for what is not counted
         counts.append((y != IGNORED).sum(1))
     run.model.train()
-    return torch.cat(losses).cpu().double(), torch.cat(counts).cpu().double()
+    found = torch.zeros(2, len(windows), dtype=torch.float64)
+    mine = torch.stack([torch.cat(losses), torch.cat(counts)])
+    found[:, np.concatenate(numbers)] = mine.cpu().double()
+    losses, counts = distributed.total(found)  # each window is one process's
+    return losses, counts
 
 
 def check_finite(loss: float, step: int, config: Config) -> None:
@@ -261,7 +336,15 @@ def check_finite(loss: float, step: int, config: Config) -> None:
 
 
 def save(run: Run, path: Path, step: int, val_loss: float) -> int:
-    """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes."""
+    """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes.
+
+    Every process must call it; the first writes, and the others return 0.
+    """
+    with distributed.whole(run.model):
+        return write_model(run, path, step, val_loss) if distributed.is_first() else 0
+
+
+def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
     if isinstance(run.corpus, RecordCorpus):
@@ -342,7 +425,7 @@ def tokens_per_second(config: Config, step_times: list[float]) -> float:
 
 
 def shows_progress(config: Config) -> bool:
-    return config.progress and sys.stderr.isatty()
+    return config.progress and sys.stderr.isatty() and distributed.is_first()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def training_batch(
     step: int,
     micro_step: int = 0,
     device: str | torch.device = "cpu",
+    share: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Draw windows uniformly, with replacement, from anywhere in the text; or blocks of records,
     each once in a batch unless there are too few.
@@ -33,19 +34,21 @@ def training_batch(
     Args:
         tokens: (n,) unsigned integers, the split to draw from.
         seed, step, micro_step: the batch's place in the run; whole numbers, none negative.
+        share: (i, n) for the i-th of n equal parts of the batch, of which alone is read.
 
     Returns:
-        x and y, (B, T) int64 on `device`; y is x one token later.
+        x and y, (B / n, T) int64 on `device`; y is x one token later.
 
     Raises:
         ValueError: tokens has fewer than block_size + 1 tokens, or a number is negative.
     """
     random = np.random.default_rng([seed, step, micro_step])
     if isinstance(tokens, Blocks):
-        rows = random.choice(len(tokens), batch_size, replace=len(tokens) < batch_size)
-        return windows_batch(tokens, rows, block_size, device)
-    offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
-    return windows_batch(tokens, offsets, block_size, device)
+        offsets = random.choice(len(tokens), batch_size, replace=len(tokens) < batch_size)
+    else:
+        offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
+    i, n = share
+    return windows_batch(tokens, offsets[i::n], block_size, device)
 
 
 def validation_windows(tokens: np.ndarray | Blocks, n_windows: int, block_size: int) -> np.ndarray:
@@ -95,19 +98,21 @@ def windows_batch(
     """
     if isinstance(tokens, Blocks):
         parts = (tokens.inputs[offsets], tokens.targets[offsets], tokens.segments[offsets])
-        return tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
+        return tuple(_on(device, torch.from_numpy(part.astype(np.int64))) for part in parts)
     # A view with a row for every offset; the only copy is of the rows that the index picks.
     rows = sliding_window_view(tokens, block_size + 1)  # (n - T, T + 1)
     windows = rows[offsets]  # (B, T + 1)
     if windows.dtype != np.uint8:
         windows = windows.astype(np.int64)  # torch computes with no unsigned integers but bytes
-    windows = torch.from_numpy(windows)
-    if torch.device(device).type == "cuda":
-        # From pinned memory the copy runs beside the GPU's work; bytes are an eighth of int64.
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    else:
-        windows = windows.to(device)
+    windows = _on(device, torch.from_numpy(windows))  # bytes are an eighth of int64
     return windows[:, :-1].long(), windows[:, 1:].long()
+
+
+def _on(device: str | torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on `device`, copied to a GPU from pinned memory, beside its work."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _count_offsets(tokens: np.ndarray, block_size: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
 from lora.dropout import dropout as apply_dropout
@@ -55,6 +56,7 @@ class BigramLanguageModelLoRA(nn.Module):
         self.n_head, self.n_layer = n_head, n_layer
         self.gelu, self.tied_head = gelu, tied_head and not use_lora
         self.dropout = dropout
+        self.grad_checkpoint = False  # keep of each block its input alone (Chen et al. 2016)
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, gelu) for _ in range(n_layer))
@@ -119,7 +121,10 @@ class BigramLanguageModelLoRA(nn.Module):
         mask = None if segments is None else segments_mask(segments, x.dtype)  # (B, 1, T, T)
         x = apply_dropout(x, self.dropout, self.training)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache, mask)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits, None

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,31 +40,62 @@ def launcher() -> subprocess.Popen:
     )
 
 
+def environment_of(variables: dict[str, str]) -> dict[str, str]:
+    """The environment of a script: these variables, and no others of ours."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    return environment | {"PYTHONPATH": str(ROOT)} | variables
+
+
 def start_script(folder: Path, *arguments: str, script: str = "training.py", **variables: str):
     """Run a script of the repository in `folder` with these variables and no others of ours."""
-    environment = {
-        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
-    }
-    environment |= {"PYTHONPATH": str(ROOT)} | variables
-    command = [str(ROOT / script), *arguments]
     if sys.platform != "linux" or any(name.startswith(AT_START) for name in variables):
         return subprocess.run(
-            [sys.executable, *command],
+            [sys.executable, str(ROOT / script), *arguments],
             cwd=folder,
-            env=environment,
+            env=environment_of(variables),
             capture_output=True,
             timeout=120,
             encoding="utf-8",
         )
+    return launch(folder, [str(ROOT / script), *arguments], [variables])[0]
+
+
+def start_group(folder: Path, n: int = 2, **variables: str) -> list[subprocess.CompletedProcess]:
+    """Run training.py in n processes that work together, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = ({"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n))
+    return launch(
+        folder, [str(ROOT / "training.py")], [variables | group | place for place in places]
+    )
+
+
+def launch(
+    folder: Path, command: list[str], environments: list[dict[str, str]]
+) -> list[subprocess.CompletedProcess]:
+    """Run a script by the launcher, once for each of the environments, all at the same time."""
     with tempfile.TemporaryDirectory() as outputs:
-        order = {"command": command, "folder": str(folder)}
-        order |= {"environment": environment, "outputs": outputs}
+        orders = []
+        for i, variables in enumerate(environments):
+            order = {"command": command, "folder": str(folder), "outputs": f"{outputs}/{i}"}
+            orders.append(order | {"environment": environment_of(variables)})
+            Path(outputs, str(i)).mkdir()
         process = launcher()
-        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.write(json.dumps(orders) + "\n")
         process.stdin.flush()
-        exit_code = int(process.stdout.readline())
-        texts = [(Path(outputs) / name).read_text(encoding="utf-8") for name in ("out", "err")]
-    return subprocess.CompletedProcess(command, exit_code, *texts)
+        exit_codes = json.loads(process.stdout.readline())
+        return [
+            subprocess.CompletedProcess(
+                command,
+                exit_code,
+                *(Path(outputs, str(i), n).read_text(encoding="utf-8") for n in ("out", "err")),
+            )
+            for i, exit_code in enumerate(exit_codes)
+        ]
 
 
 def start_until(folder: Path, line: str, **variables: str) -> tuple[subprocess.Popen, str]:

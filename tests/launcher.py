@@ -1,6 +1,7 @@
 """Starts scripts quickly: a process that has imported torch, and forks for each script.
 
-For each line of JSON on stdin it prints the exit code of the script that the line describes.
+For each line of JSON on stdin, a list of scripts to run beside each other, it prints the list of
+their exit codes.
 """
 
 import gc
@@ -47,11 +48,13 @@ def become(command: list[str], folder: str, environment: dict[str, str], outputs
 def main() -> None:
     gc.freeze()  # or collecting garbage would copy all memory in each fork
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            become(**json.loads(line))
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        pids = []
+        for script in json.loads(line):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                become(**script)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        print([os.waitstatus_to_exitcode(status) for status in statuses], flush=True)
 
 
 if __name__ == "__main__":

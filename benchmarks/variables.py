@@ -1,0 +1,107 @@
+"""What variables of training.py cost and change: runs with each set of them, in turn.
+
+    python benchmarks/variables.py "" GRAD_CHECKPOINT=True COMPILE=True
+    python benchmarks/variables.py --common "USE_LORA=True" "" "PROCESSES=2" "PROCESSES=2 FSDP=True"
+    python benchmarks/variables.py --rounds 1 --steps 1000 DTYPE=float32 DTYPE=bfloat16
+
+Each argument is a set of variables, "" for none, and PROCESSES=n stands for torchrun with n. The
+first set is what the others are compared with. Each run is training.py as a user starts it, in a
+process and an output folder of its own; a round runs every set once, and ratios are medians of
+those within a round. Of the losses and of memory, which is the first process's, the last run tells.
+
+Bytes are those that all processes together sent over the loopback in a step: the difference between
+this run and one of a single step. Nothing else may use it meanwhile.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import device as hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def summary_of(variables: dict[str, str], steps: int) -> dict[str, Any]:
+    """The summary that a run of so many steps leaves, and the bytes that it sent."""
+    processes = int(variables.get("PROCESSES", 1))
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {n: v for n, v in variables.items() if n != "PROCESSES"}
+        environment |= {"MAX_STEPS": str(steps), "SAMPLE_TOKENS": "0", "OUT_DIR": folder}
+        before = bytes_sent()
+        done = subprocess.run(
+            [*command, str(ROOT / "training.py")],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+            sys.exit(f"error: {shlex.join(command)}: {(errors or [done.stderr[-2000:]])[0]}")
+        sent = bytes_sent() - before
+        (metrics,) = Path(folder).glob("*-metrics.jsonl")
+        return json.loads(metrics.read_text().splitlines()[-1])["summary"] | {"sent": sent}
+
+
+def bytes_sent() -> int:
+    """Bytes that this machine has sent to itself; 0 where the system does not tell."""
+    table = Path("/proc/net/dev")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return sum(int(line.split()[9]) for line in lines if line.split()[0] == "lo:")
+
+
+def parse(text: str) -> dict[str, str]:
+    """The variables of a set. Raises ArgumentTypeError for what is none."""
+    words = shlex.split(text)
+    if not all("=" in word for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
+    return dict(word.split("=", 1) for word in words)
+
+
+def main() -> None:
+    """Run, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="+", type=parse, help="sets of variables to compare")
+    parser.add_argument("--common", type=parse, default={}, help="variables of all sets")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each set (default: 3)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a run (default: 12)")
+    args = parser.parse_args()
+    sets = [args.common | variables for variables in args.sets]
+    name = hardware.device_name(torch.device("cpu"))
+    common = " ".join(f"{n}={v}" for n, v in args.common.items()) or "the defaults"
+    print(f"{args.rounds} runs of {args.steps} steps each, {common}; {name}, {torch.__version__}")
+    rounds = [[summary_of(each, args.steps) for each in sets] for _ in range(args.rounds)]
+    for i, variables in enumerate(args.sets):
+        times = [r[i]["median_step_time"] for r in rounds]
+        ratios = [r[i]["median_step_time"] / r[0]["median_step_time"] for r in rounds]
+        last = rounds[-1][i]
+        line = (
+            f"{' '.join(f'{n}={v}' for n, v in variables.items()) or '(none)'}: "
+            f"step {statistics.median(times) * 1000:.1f} ms, {statistics.median(ratios):.2f} of "
+            f"the first ({min(ratios):.2f} to {max(ratios):.2f}), peak {last['peak_memory']:.0f} "
+            f"MiB, validation loss {last['final_val_loss']:.4f}"
+        )
+        if "compile_time" in last:
+            line += f", {last['compile_time']:.1f} s to compile"
+        if "PROCESSES" in sets[i] and args.steps > 1:
+            sent = (last["sent"] - summary_of(sets[i], 1)["sent"]) / (args.steps - 1)
+            line += f", {sent / 1e6:.2f} MB sent a step"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

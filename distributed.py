@@ -1,0 +1,236 @@
+"""Several processes train one model, each on its share of every batch, by PyTorch's own engine.
+
+    torchrun --standalone --nproc_per_node=2 training.py
+
+torchrun starts the script in every process, and all do the same; only the first prints and writes
+files. The model is replicated (DistributedDataParallel), or with FSDP=True its weights are shared
+out (fully_shard). A process that was started alone is the first of one, for which nothing here does
+anything.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# How long a process waits for another that is alive, such as for the first to write a checkpoint.
+# One that dies is noticed at once.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class GroupError(ValueError):
+    """Processes that cannot work together."""
+
+
+def started_together() -> bool:
+    """Whether torchrun, or whatever sets its variables, started more processes than this one."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def place() -> tuple[int, int]:
+    """Which of the processes of its machine this is, and how many they are.
+
+    Raises GroupError when the variables of torchrun are there in part.
+    """
+    if not started_together():
+        return 0, 1
+    try:
+        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise GroupError(
+            "RANK and WORLD_SIZE are set, but LOCAL_RANK and LOCAL_WORLD_SIZE are not, as torchrun "
+            "sets them; unset RANK to train in one process"
+        ) from error
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes; nothing for one that was started alone. Raises GroupError."""
+    if not started_together():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GroupError(f"the processes cannot meet: {reason}") from error
+
+
+def leave() -> None:
+    if size() > 1:
+        dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process has gone; gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+# ---- what every process must call, or all wait
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of all processes' tensors of one shape."""
+    return total(values) / size()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if size() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def first_of_machine_first() -> Iterator[None]:
+    """Let the first process of each machine do it, then the others, who find what it left."""
+    is_late = place()[0] > 0
+    if is_late:
+        dist.barrier()
+    yield
+    if size() > 1 and not is_late:
+        dist.barrier()
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raise GroupError in every process unless these facts are the same in all."""
+    first, *others = gather(dict(facts))
+    for number, found in enumerate(others, start=1):
+        for name in first:
+            if found[name] != first[name]:
+                raise GroupError(
+                    f"the processes disagree: {name} is {first[name]} in the first and "
+                    f"{found[name]} in number {number}; all need the same variables and files"
+                )
+
+
+# ---- one model in all of them
+
+
+class Traffic:
+    """Counts the bytes of gradients that this process gave to be averaged."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """What DistributedDataParallel does with some gradients, counted."""
+        gradients = bucket.buffer()
+        self.bytes += gradients.numel() * gradients.element_size()
+        gradients.div_(size())
+        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda f: f.value()[0])
+
+
+def replicate(model: nn.Module, traffic: Traffic) -> nn.Module:
+    """The model as it trains: backward averages the gradients over the processes.
+
+    Only the gradients of what trains travel, under LoRA those of adapters and embeddings. The
+    weights do not: the processes must have the same ones.
+    """
+    if size() == 1 or is_sharded(model):
+        return model
+    replica = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    replica.register_comm_hook(traffic, Traffic.average)
+    return replica
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Keep in each process a share of every weight, in place, and the whole of a block only while
+    it computes (FSDP2; Zhao et al. 2023, arXiv 2304.11277).
+
+    The processes must have the same weights, and may have them in the machine's memory.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+@contextlib.contextmanager
+def averaging(model: nn.Module, now: bool) -> Iterator[None]:
+    """Within it, backward averages the gradients only if `now`: while they are accumulated, once
+    for all is enough."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(now)
+    with contextlib.nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync():
+        yield
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within it a sharded model has all of its weights, on the CPU, and cannot compute."""
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_sharded(model)
+    ]
+    wholes: dict[int, nn.Parameter] = {}  # tied ones once
+    for module, name, parameter in places:
+        if id(parameter) not in wholes:
+            gathered = whole_tensor(parameter.detach())
+            wholes[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)
+        module._parameters[name] = wholes[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, on the CPU."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+
+
+def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a tensor that all have, as `like` is sharded; all of it if not."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
