@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
+import functools
 import json
 import re
 import sys
@@ -7,12 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start_script, succeeded
+from conftest import ROOT, TEXT, start_script, succeeded
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from bigram import bigram_loss
+from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
+
+from config import Config
+from data import load_corpus
 
 
 def test_bigram_loss_is_that_of_the_smoothed_counts():
@@ -78,3 +83,46 @@ def test_serving_prints_its_ratios(tmp_path):
     assert float(ratio) > 1
     for row in ("switch to another adapter", "combine two, reduced to rank 8", "merge and unmerge"):
         assert re.search(rf"{row} +\d+\.\d ms", output)
+
+
+def test_loop_speed_compares_the_loops_and_their_losses(tmp_path):
+    # A variable that needs a new process: in the launcher's, the processes that the script starts
+    # would return what they found to the launcher's __main__.
+    start = functools.partial(
+        start_script, tmp_path, script="benchmarks/loop_speed.py", OMP_NUM_THREADS="2"
+    )
+    few = ("--steps", "2", "--dtypes", "float32", "--rounds", "1", "--no-memory")
+    output = succeeded(start("--sizes", "nano", *few))
+    number = r"\d+\.\d\d"
+    ratios = dict(re.findall(rf"^   (.+), float32 .*?({number}) \({number} to", output, re.M))
+    assert list(ratios) == ["plain trainer", "ours, full", "ours, LoRA"]
+    assert float(ratios["plain trainer"]) == 1 and float(min(ratios.values())) > 0
+    assert "torch" in output and "threads" in output and "batch 12 x 64" in output
+    whole = succeeded(start("--to-the-end", "nano", "--steps", "1"))
+    losses = re.findall(r"float32 +[\d,]+ +(\d\.\d{4})", whole)
+    assert [float(loss) for loss in losses] == pytest.approx([4.9, 4.9], abs=0.3)
+    wrong = start("--sizes", "huge")
+    assert wrong.returncode == 2 and "nano" in wrong.stderr
+
+
+@pytest.mark.parametrize(("size", "millions"), [("nano", 0.83), ("3.3M", 3.25), ("11M", 10.82)])
+def test_the_plain_trainers_model_is_of_its_size(size, millions):
+    model = PlainGPT(Config.from_environment(SIZES[size]))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_plain_trainers_loss_falls(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    corpus = load_corpus(str(tmp_path / "text.txt"), tmp_path)
+    config = Config(
+        n_embd=32, n_head=2, n_layer=1, block_size=16, batch_size=8, max_steps=40, warmup_steps=2,
+        eval_interval=20, eval_batches=2, learning_rate=1e-2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PlainGPT(config)
+    before = estimated_loss(model, corpus.validation, config)
+    steps, until_evaluated, with_files = train_plain(model, corpus, config, tmp_path / "plain.pt")
+    assert before == pytest.approx(np.log(256), abs=0.1)
+    assert estimated_loss(model, corpus.validation, config) < before - 1.5
+    assert len(steps) == 40 and sum(steps) < until_evaluated < with_files
+    assert torch.load(tmp_path / "plain.pt")["step"] in (20, 40)
