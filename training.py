@@ -97,7 +97,7 @@ def train(run: Run) -> None:
     compile_time = None
     if config.compile:
         model, compile_time = compiled(run, model)
-        traffic.bytes = 0
+        traffic.bytes = 0  # of the batch that compiling took
     timer = hardware.StepTimer(run.device, progress.step_times)
     first_step = progress.step
     windows = validation_windows(
@@ -254,12 +254,11 @@ def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
 def evaluation_at(step: int, run: Run, windows: np.ndarray, progress: Progress) -> dict[str, float]:
     """What an evaluation after `step` steps finds, by the names that EVALUATION has."""
     losses = progress.losses
+    train_loss = distributed.mean(torch.stack(losses).mean().cpu()).item() if losses else math.nan
     val_loss, val_error = evaluate(run, windows)
     return {
         "step": step,
-        "train_loss": distributed.mean(torch.stack(losses).mean().cpu()).item()
-        if losses
-        else math.nan,
+        "train_loss": train_loss,
         "val_loss": val_loss,
         "val_error": val_error,
         "learning_rate": learning_rate(run.config, step),

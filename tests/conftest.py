@@ -61,17 +61,20 @@ def start_script(folder: Path, *arguments: str, script: str = "training.py", **v
     return launch(folder, [str(ROOT / script), *arguments], [variables])[0]
 
 
-def start_group(folder: Path, n: int = 2, **variables: str) -> list[subprocess.CompletedProcess]:
-    """Run training.py in n processes that work together, with the variables that torchrun sets."""
+def start_group(
+    folder: Path, n: int = 2, others: dict[str, str] | None = None, **variables: str
+) -> list[subprocess.CompletedProcess]:
+    """Run training.py in n processes that work together, with the variables that torchrun sets,
+    and with `others` in all but the first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    places = ({"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n))
-    return launch(
-        folder, [str(ROOT / "training.py")], [variables | group | place for place in places]
-    )
+    environments = [variables | group | (others or {} if i > 0 else {}) for i in range(n)]
+    for i, environment in enumerate(environments):
+        environment |= {"RANK": str(i), "LOCAL_RANK": str(i)}
+    return launch(folder, [str(ROOT / "training.py")], environments)
 
 
 def launch(

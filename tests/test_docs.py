@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, TEXT, start_script, succeeded
+from conftest import ROOT, TEXT, start_group, start_script, succeeded
 
 from config import Config, GenerateConfig, help_table
 
@@ -58,6 +58,11 @@ def test_the_commands_run_in_their_order(document, tmp_path):
     for command in commands(document):
         variables, words, target = split(command)
         if words[:3] == ["python", "-m", "pytest"]:
+            continue
+        if words[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]:
+            assert words[3:] == ["training.py"]
+            succeeded(start_group(tmp_path, 2, **BUDGET | variables)[0])
+            ran += 1
             continue
         assert words[0] == "python", command
         if words[1] in ("export.py", "compare.py"):

@@ -1,5 +1,6 @@
 """The script as a user starts it: records, files, determinism, and refusals."""
 
+import json
 import math
 import os
 import re
@@ -247,3 +248,30 @@ def test_the_schedule_warms_up_and_falls_to_its_minimum():
     assert rates[99] == rates[100] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert math.isfinite(learning_rate(Config(max_steps=1, warmup_steps=50), 1))
+
+
+@pytest.mark.parametrize("mode", ["False", "True"])
+def test_computing_activations_again_changes_no_bit(training, tmp_path, mode):
+    variables = {"USE_LORA": mode, "GRAD_ACCUM_STEPS": "2", "LORA_DROPOUT": "0.1"}
+    kept = succeeded(training(**variables))
+    again = succeeded(training(**variables, GRAD_CHECKPOINT="True", OUT_DIR="again"))
+    assert losses(again) == losses(kept)
+    name = "lora.pt" if mode == "True" else "full.pt"
+    tensors = [torch.load(tmp_path / out / name)["tensors"] for out in ("again", "out")]
+    for key, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][key]), key
+
+
+def test_a_compiled_model_trains_alike(training, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    variables = {"USE_LORA": "True", "N_LAYER": "1", "DROPOUT": "0"}
+    plain = succeeded(training(**variables))
+    compiled = succeeded(training(**variables, COMPILE="True"))
+    assert re.search(r"^Compile time: \d+\.\d s, before the training time$", compiled, re.MULTILINE)
+    for a, b in zip(losses(compiled), losses(plain), strict=True):
+        assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4)
+    metrics = (tmp_path / "out" / "lora-metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["summary"]["compile_time"] > 0
+    error = refused(training(**variables, COMPILE="True", CXX="no-such-compiler"))
+    assert "COMPILE=True: torch cannot compile the model" in error

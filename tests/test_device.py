@@ -1,0 +1,49 @@
+"""Devices, threads and timers, as far as a machine without a GPU can show them."""
+
+import time
+
+import pytest
+import torch
+
+import device as hardware
+
+
+def test_a_cpu_times_each_step_and_a_queue_some_together():
+    for name, expected in (("cpu", 5), ("meta", 3)):  # meta stands for a device with a queue
+        times: list[float] = []
+        timer = hardware.StepTimer(torch.device(name), times, together=3)
+        for _ in range(5):
+            timer.begin()
+            time.sleep(0.01)
+            timer.end()
+        assert len(times) == expected
+        time.sleep(0.1)
+        timer.flush()
+        assert len(times) == 5
+    # What is between the last step and the flush counts for a queue, as there it may be its work.
+    assert times[:3] == pytest.approx([0.01] * 3, abs=0.02) and times[4] > 0.05
+
+
+def test_a_gpu_for_each_process_or_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert hardware.choose_device("auto")[0] == torch.device("cuda")
+    assert hardware.choose_device("cuda", 1, 2)[0] == torch.device("cuda", 1)
+    assert chosen == [1]
+    with pytest.raises(hardware.DeviceError, match=r"3 processes need a GPU each, .* finds 2"):
+        hardware.choose_device("auto", 0, 3)
+
+
+def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does
+    hardware.choose_threads(None, 2)
+    hardware.choose_threads(3, 2)
+    hardware.choose_threads(None, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    hardware.choose_threads(None, 2)
+    assert chosen == [4, 3]
