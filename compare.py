@@ -157,6 +157,7 @@ def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
     known = all(re.fullmatch(r"\d{1,18}", size) for size in sizes)
     count = str(math.prod(map(int, sizes))) if known else None
     values["number of validation windows"] = count
+    values["number of processes"] = str(run.processes)
     values |= {"dtype": run.dtype, "device": kind or None, "hardware": hardware[:-1] or None}
     found = {"data": (run.checksum, f"{run.data} ({run.checksum})"), "base": (run.base, base)}
     return found | {name: (value, value) for name, value in values.items()}

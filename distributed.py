@@ -201,18 +201,18 @@ def averaging(model: nn.Module, now: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Within it a sharded model has all of its weights, on the CPU, and cannot compute."""
+    """Within it a sharded model has all of the weights that train, in the first process and on the
+    CPU, and cannot compute."""
     places = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and is_sharded(model)
+        if parameter is not None and parameter.requires_grad and is_sharded(model)
     ]
     wholes: dict[int, nn.Parameter] = {}  # tied ones once
     for module, name, parameter in places:
         if id(parameter) not in wholes:
-            gathered = whole_tensor(parameter.detach())
-            wholes[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)
+            wholes[id(parameter)] = nn.Parameter(whole_tensor(parameter.detach()))
         module._parameters[name] = wholes[id(parameter)]
     try:
         yield
@@ -222,8 +222,12 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded, on the CPU."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    """All of a tensor, on the CPU; of one that is sharded the first process has it, and the others
+    nothing."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu()
+    whole = tensor.full_tensor()
+    return whole.cpu() if is_first() else torch.empty(0)
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:

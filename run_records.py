@@ -7,7 +7,7 @@ metrics.jsonl has one JSON object in a line. The first describes the run:
      "run": {"device": "cpu (Intel Xeon, 2 threads)", "dtype": "bfloat16",
              "data": "python-code", "checksum": "sha256:72bf4d52312c98b7",
              "base": "5fbca86079505ce4", "base_checkpoint": null,  a path, null for random weights
-             "parameters": {"total": 3323392, "trainable": 3323392}}}
+             "parameters": {"total": 3323392, "trainable": 3323392}, "processes": 1}}
 
 then come the evaluations, with losses in nats per token and `elapsed` in seconds:
 
@@ -73,6 +73,7 @@ class Record:
     checksum: str | None = None
     base: str | None = None  # fingerprint of the weights that the run started from
     base_path: str | None = None  # None for random weights
+    processes: int = 1
     total: int | None = None  # parameters
     trainable: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -224,6 +225,7 @@ FACTS = [
     ("checksum", r"   checksum: +(.*)", str),
     ("base_path", r"Base: (.*?) \(fingerprint .*", str),
     ("base", r"Base: .*? \(fingerprint (\w+)\).*", str),
+    ("processes", rf"Processes: {COUNT}, .*", int),
     ("total", rf"   Total parameters: {COUNT}", lambda count: int(count.replace(",", ""))),
     ("trainable", rf"   Trainable \(.*\): {COUNT}", lambda count: int(count.replace(",", ""))),
     ("best_val_loss", f"Best validation loss: {NUMBER}", float),
@@ -298,6 +300,8 @@ def add_metrics(records: list[Record], name: str, line: Any) -> None:
         values = {k: words(run, k) for k in ("device", "dtype", "data", "checksum", "base")}
         values["base_path"] = words(run, "base_checkpoint")
         values |= {k: whole(parameters, k) for k in ("total", "trainable") if k in parameters}
+        if "processes" in run:
+            values["processes"] = whole(run, "processes")
         config = {k: printable(str(v)) for k, v in config.items()}
         records.append(Record(name, config, **values))
     elif not isinstance(line, dict) or not records:

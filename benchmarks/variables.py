@@ -96,7 +96,8 @@ def main() -> None:
             f"MiB, validation loss {last['final_val_loss']:.4f}"
         )
         if "compile_time" in last:
-            line += f", {last['compile_time']:.1f} s to compile"
+            first = rounds[0][i]["compile_time"]
+            line += f", compiled in {first:.1f} s at first and {last['compile_time']:.1f} s at last"
         if "PROCESSES" in sets[i] and args.steps > 1:
             sent = (last["sent"] - summary_of(sets[i], 1)["sent"]) / (args.steps - 1)
             line += f", {sent / 1e6:.2f} MB sent a step"

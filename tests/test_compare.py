@@ -186,6 +186,12 @@ def test_each_difference_of_facts_is_one_warning(files, capsys, pattern, by, war
     assert found.startswith(f"Warning: {warning}") and by.removeprefix("checksum: ") in found
 
 
+def test_runs_in_several_processes_are_told_from_others(files, capsys):
+    Path("b.txt").write_text(files["full"].replace("\nData:", "\nProcesses: 2, each with 2\nData:"))
+    (warning,) = warned(compared(capsys, "full.txt", "b.txt"))
+    assert "number of processes differs: 1 in full.txt; 2 in b.txt" in warning
+
+
 def test_runs_that_agree_give_no_warning(files, capsys):
     other = changed(files["full"], LEARNING_RATE="0.1", SEED="2")
     Path("b.txt").write_text(other)

@@ -273,5 +273,3 @@ def test_a_compiled_model_trains_alike(training, tmp_path):
         assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4)
     metrics = (tmp_path / "out" / "lora-metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["summary"]["compile_time"] > 0
-    error = refused(training(**variables, COMPILE="True", CXX="no-such-compiler"))
-    assert "COMPILE=True: torch cannot compile the model" in error
