@@ -24,10 +24,11 @@ def choose_device(name: str, number: int = 0, processes: int = 1) -> tuple[torch
         there["mps"] = False
     reason = f"DEVICE={name}"
     if name == "auto":
-        name, reason = "cpu", "no cuda or mps device found"
-        for kind, available in reversed(there.items()):
-            if available:
-                name, reason = kind, "the first of cuda, mps and cpu that is there"
+        found = [kind for kind, available in there.items() if available]
+        if found:
+            name, reason = found[0], "the first of cuda, mps and cpu that is there"
+        else:
+            name, reason = "cpu", "no cuda or mps device found"
     elif not there.get(name, True):
         where = "here" if processes == 1 else f"here for {processes} processes"
         raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device {where}")

@@ -51,6 +51,11 @@ class TrainingError(ValueError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
 
 
+BAD_INPUT = (
+    ConfigError, DataError, FileError, TrainingError, hardware.DeviceError, distributed.GroupError
+)  # fmt: skip
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the run was saved; holds the message and the signal's number."""
 
@@ -419,9 +424,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
-    except (ConfigError, DataError, FileError, TrainingError, hardware.DeviceError) as error:
-        return fail(str(error), 2)
-    except distributed.GroupError as error:
+    except BAD_INPUT as error:
         return fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if distributed.is_lost(error):

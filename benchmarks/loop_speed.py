@@ -39,8 +39,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import interleaved, number_printed_by
-from benchmarks.step_time import DTYPES, at_least_one, names_of
+from benchmarks.measure import (
+    add_memory_option,
+    at_least_one,
+    interleaved,
+    names_of,
+    number_printed_by,
+)
+from benchmarks.step_time import DTYPES
 from config import Config
 from data import Corpus, load_corpus, validation_windows, windows_batch
 from run import say, set_up
@@ -385,12 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=at_least_one, help="of a stretch, or with --to-the-end of the run"
     )
-    parser.add_argument(
-        "--memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure peak memory too, each in a process of its own",
-    )
+    add_memory_option(parser)
     parser.add_argument(
         "--to-the-end", choices=SIZES, help="run one size's whole schedule once, in float32"
     )

@@ -1,9 +1,10 @@
-"""What benchmarks share: times of several things in turn, and memory in a process of its own."""
+"""What benchmarks share: times of things in turn, memory in a process of its own, options."""
 
+import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 def interleaved(
@@ -39,3 +40,39 @@ def number_printed_by(command: list[str], what: str) -> float:
             f"{child.stderr.strip()[-2000:]}"
         )
     return float(child.stdout.split()[-1])
+
+
+def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names out of `accepted`, separated by commas, each once."""
+
+    def names(text: str) -> list[str]:
+        chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
+        unknown = [name for name in chosen if name not in accepted]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(map(ascii, unknown))}; accepted: {', '.join(accepted)}"
+            )
+        return chosen
+
+    return names
+
+
+def at_least_one(text: str) -> int:
+    """An argparse type: an integer from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!a} is not an integer of at least 1")
+    return number
+
+
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    """--memory and --no-memory."""
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure peak memory too, each in a process of its own",
+    )

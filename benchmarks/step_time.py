@@ -37,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import number_printed_by
+from benchmarks.measure import add_memory_option, at_least_one, names_of, number_printed_by
 from lora import add_lora, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -557,32 +557,6 @@ def write_text(path: Path, text: str) -> None:
 # The command line
 
 
-def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argparse type: names out of `accepted`, separated by commas, each once."""
-
-    def names(text: str) -> list[str]:
-        chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
-        unknown = [name for name in chosen if name not in accepted]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(map(ascii, unknown))}; accepted: {', '.join(accepted)}"
-            )
-        return chosen
-
-    return names
-
-
-def at_least_one(text: str) -> int:
-    """An argparse type: an integer from 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!a} is not an integer of at least 1")
-    return number
-
-
 def probability(text: str) -> float:
     """An argparse type: a number in [0, 1)."""
     try:
@@ -651,12 +625,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device", type=device_of, default="auto", help="auto, cpu, cuda or mps (default: auto)"
     )
-    parser.add_argument(
-        "--memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure peak memory too, each in a process of its own",
-    )
+    add_memory_option(parser)
     parser.add_argument(
         "--output", type=output_prefix, metavar="PREFIX", help="write PREFIX.json and PREFIX.md"
     )

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
+from benchmarks.measure import at_least_one
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="+", type=parse, help="sets of variables to compare")
     parser.add_argument("--common", type=parse, default={}, help="variables of all sets")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each set (default: 3)")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run (default: 12)")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=3, help="runs of each set (default: 3)"
+    )
+    parser.add_argument(
+        "--steps", type=at_least_one, default=12, help="steps of a run (default: 12)"
+    )
     args = parser.parse_args()
     sets = [args.common | variables for variables in args.sets]
     name = hardware.device_name(torch.device("cpu"))
