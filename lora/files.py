@@ -99,16 +99,10 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
     Nothing but plain data is unpickled. Raises FileError for anything else, and for tensors that
     are not those that were written, or not under their names.
     """
-    try:
+    with _reading(path, OtherKind(f"{path} is not a {kind}, or it is damaged")):
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         digest = fingerprint(_tensors_in(content))
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
-        raise OtherKind(f"{path} is not a {kind}, or it is damaged") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
         what = f"a {found}" if isinstance(found, str) else "some other file"
@@ -129,7 +123,7 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
     header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         safetensors = safetensors_for(path)
-    try:
+    with _reading(path, FileError(f"{path} holds no tensors, or it is damaged")):
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -141,13 +135,21 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor) or not name.isprintable():
                 raise ValueError("no table of tensors by name")
+    return found, header
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
+    """Raise FileError where a file cannot be read, and `otherwise` for whatever else is wrong with
+    it: a damaged or foreign file fails in many ways, all of them alike."""
+    try:
+        yield
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # a damaged or foreign file fails in many ways, all of them alike
-        raise FileError(f"{path} holds no tensors, or it is damaged") from error
-    return found, header
+    except Exception as error:
+        raise otherwise from error
 
 
 def safetensors_for(path: str | os.PathLike) -> Any:
