@@ -15,8 +15,10 @@ from typing import Any, Self
 
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
+PREFIXES += ("TRAIN_EMB",)
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
+LINEARS = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")  # of the model
 
 
 class ConfigError(ValueError):
@@ -42,6 +44,25 @@ def adapter_weights(text: str) -> list[tuple[str, float]]:
             )
         weighted.append((path, value))
     return weighted
+
+
+def lora_targets(text: str) -> list[str] | None:
+    """The layers that LORA_TARGETS=`text` names, as in `query,value`; None for `all`.
+
+    Raises ConfigError for a name that is no linear of the model.
+    """
+    if text.strip().lower() == "all":
+        return None
+    targets = [part.strip() for part in text.split(",")]
+    for target in targets:
+        if target not in LINEARS:
+            near = difflib.get_close_matches(target.lower(), LINEARS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(
+                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model{hint}; accepted: all, "
+                f"or some of {','.join(LINEARS)}"
+            )
+    return list(dict.fromkeys(targets))
 
 
 def option(
@@ -115,6 +136,14 @@ class Config(Settings):
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", above=0)
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
+    lora_targets: str = option(
+        "all",
+        f"layers to adapt: all, or some of {','.join(LINEARS)} [with ADAPTERS, theirs]",
+        check=lora_targets,
+    )
+    train_embeddings: bool = option(
+        True, "under USE_LORA train the embeddings too [with ADAPTERS, if they hold them]"
+    )
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
     eval_only: bool = option(False, "evaluate on all of the validation data; train nothing")
@@ -199,6 +228,10 @@ class Config(Settings):
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
+        if not self.train_embeddings and not self.use_lora:
+            raise ConfigError(
+                "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
+            )
 
     @property
     def output_folder(self) -> str:

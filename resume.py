@@ -20,7 +20,8 @@ FORMAT = "training state"
 VERSION = 1
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
-FIXED = ("use_lora", "lora_rank", "lora_alpha", "seed", *SHAPE[1:])
+FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
+FIXED += SHAPE[1:]
 # And these say where and how it runs, not what it computes.
 FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
 
@@ -104,7 +105,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
             )
-    changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
+    changed = [n for n in now if before.get(n, now[n]) != now[n] and n not in FREE]
     for name in changed:
         if name in FIXED:
             raise FileError(

@@ -15,7 +15,7 @@ from torch import nn
 import device as hardware
 import distributed
 from checkpoint import SHAPE, VARIANTS, Checkpoint, load_base
-from config import Config, ConfigError, adapter_weights, option_fields
+from config import LINEARS, Config, ConfigError, adapter_weights, lora_targets, option_fields
 from data import (
     Corpus,
     DataError,
@@ -33,6 +33,7 @@ from lora import (
     FileError,
     base_state,
     lora_layers,
+    read_adapter,
     read_adapters,
     store_base,
     switch_adapter,
@@ -113,6 +114,7 @@ def set_up(config: Config) -> Run:
     config = dataclasses.replace(config, **known)
     tokenizer = None if base is None else base.tokenizer
     corpus = None if config.merge else open_corpus(config, tokenizer)
+    targets, train_embeddings = parts_to_train(config)
     model = BigramLanguageModelLoRA(
         **shape,
         device="cpu" if config.fsdp else device,  # whose memory may hold no more than a share
@@ -121,10 +123,15 @@ def set_up(config: Config) -> Run:
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        lora_targets=targets,
+        train_embeddings=train_embeddings,
     )
     if base is not None:
         load_base(model, base)
     model.grad_checkpoint = config.grad_checkpoint
+    if trains(config) and config.use_lora:
+        parts = {"lora_targets": describe_targets(model), "train_embeddings": train_embeddings}
+        config = dataclasses.replace(config, **parts)
     base_id = fingerprint(base_state(model))
     adapters: list[str] = []
     if config.adapters is not None:
@@ -302,6 +309,48 @@ def put_on_adapters(
     return lines, adapter.metadata
 
 
+def parts_to_train(config: Config) -> tuple[list[str] | None, bool]:
+    """The layers to adapt, None for all, and whether the embeddings train: what the variables say,
+    or where they say nothing what ADAPTERS have that are trained further.
+
+    Raises ConfigError where ADAPTERS have more than that. A run that trains nothing takes all, and
+    what its adapters lack is the base's.
+    """
+    if not (trains(config) and config.use_lora):
+        return None, True
+    targets, train_embeddings = lora_targets(config.lora_targets), config.train_embeddings
+    if config.adapters is None:
+        return targets, train_embeddings
+    found = [adapter_from_gpt2(read_adapter(path)) for path, _ in adapter_weights(config.adapters)]
+    layers = list(dict.fromkeys(name for adapter in found for name in adapter.alpha))
+    if "LORA_TARGETS" not in config.explicit:
+        targets = layers
+    for name in layers if targets is not None else ():
+        if name not in targets and name.rpartition(".")[2] not in targets:
+            raise ConfigError(
+                f"LORA_TARGETS={config.lora_targets} lacks {name}, of which there is an adapter in "
+                f"ADAPTERS={config.adapters}"
+            )
+    holds_embeddings = any(adapter.extras for adapter in found)
+    if "TRAIN_EMBEDDINGS" not in config.explicit:
+        train_embeddings = holds_embeddings
+    elif holds_embeddings and not train_embeddings:
+        raise ConfigError(
+            f"TRAIN_EMBEDDINGS=False, but ADAPTERS={config.adapters} hold trained embeddings"
+        )
+    return targets, train_embeddings
+
+
+def describe_targets(model: nn.Module) -> str:
+    """LORA_TARGETS that adapts the layers that are adapted in `model`."""
+    layers = lora_layers(model)
+    kinds = [kind for kind in LINEARS if any(name.endswith(kind) for name in layers)]
+    frozen = {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is nn.Linear}
+    if frozen & set(kinds):  # such as an adapter of PEFT's of some blocks alone
+        return ",".join(layers)
+    return "all" if len(kinds) == len(LINEARS) else ",".join(kinds)
+
+
 def check_processes(config: Config) -> None:
     """Raise ConfigError for settings that do not fit the number of processes."""
     n = distributed.size()
@@ -352,16 +401,18 @@ def describe_parameters(config: Config, model: BigramLanguageModelLoRA) -> list[
             f"   Total parameters: {info['total']:,}",
             f"   Trainable (all): {info['trainable']:,}",
         ]
+    embeddings = info["trainable"] - info["lora"]
     return [
         "Using LoRA for efficient fine-tuning",
         f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
         f"dropout: {config.lora_dropout}",
+        *([] if (layers := describe_targets(model)) == "all" else [f"   LoRA layers: {layers}"]),
         "Parameter Statistics:",
         f"   Total parameters: {info['total']:,}",
         f"   Trainable (LoRA): {info['trainable']:,}",
         f"   Frozen (base): {info['frozen']:,}",
         f"   LoRA percentage: {info['lora_percentage']:.2f}%",
-        f"   Of the trainable: adapters {info['lora']:,}, embeddings {info['embedding']:,}",
+        f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
         f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
     ]
 

@@ -92,7 +92,12 @@ class Record:
             return None
         if self.config["USE_LORA"] != "True":
             return "full"
-        return f"LoRA rank {self.config.get('LORA_RANK', '?')}"
+        layers = self.config.get("LORA_TARGETS", "all")
+        of = "" if layers == "all" else f" of {layers}"
+        frozen = self.config.get("TRAIN_EMBEDDINGS") == "False"
+        return f"LoRA rank {self.config.get('LORA_RANK', '?')}{of}" + (
+            ", embeddings frozen" if frozen else ""
+        )
 
     @property
     def is_finished(self) -> bool:

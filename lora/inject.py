@@ -93,14 +93,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
-    """Keep in `dtype` the frozen weights that steps of `tokens` tokens would never merge.
+    """Keep in `dtype` the frozen weights of linears that steps of `tokens` tokens never merge.
 
     Under autocast such a weight is cast to `dtype` in every step: this does it once, gives the same
     numbers and takes half the memory. Weights that are merged stay as they are, since the sum with
     the adapter must be rounded only once.
     """
-    for layer in lora_layers(model).values():
-        if layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
+    modules = list(model.modules())
+    linears = [m for m in modules if type(m) is nn.Linear or isinstance(m, LoRALinear)]
+    others = {id(p) for m in set(modules) - set(linears) for p in m.parameters(recurse=False)}
+    for layer in linears:
+        if layer.weight.requires_grad or id(layer.weight) in others:
+            continue  # such as a head's that is the embedding's too
+        adapted = isinstance(layer, LoRALinear)
+        if not adapted or layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
             layer.weight.data = layer.weight.data.to(dtype)
 
 

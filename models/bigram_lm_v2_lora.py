@@ -21,14 +21,16 @@ GELUS = ("exact", "tanh")
 class BigramLanguageModelLoRA(nn.Module):
     """A decoder-only transformer over `vocab_size` tokens and up to `block_size` of context.
 
-    With `use_lora=True` every attention, MLP and lm_head linear is a `LoRALinear`, all base
-    weights are frozen, and adapters and embeddings train.
+    With `use_lora=True` every attention, MLP and lm_head linear, or those that `lora_targets` names
+    (see `lora.add_lora`), is a `LoRALinear`, all base weights are frozen, and adapters train, with
+    the embeddings unless `train_embeddings` is False.
 
     Two options are there for GPT-2's published weights: `gelu`, "exact" or "tanh", and `tied_head`,
     by which the head's weight is that of the token embedding. With LoRA, where the head is frozen
     and the embedding trains, they are two tensors that start as one.
 
-    Raises ValueError when `n_embd` is not divisible by `n_head`, or for an unknown `gelu`.
+    Raises ValueError when `n_embd` is not divisible by `n_head`, for an unknown `gelu`, and for a
+    target that is no linear of the model.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class BigramLanguageModelLoRA(nn.Module):
         lora_rank: int = 8,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.0,
+        lora_targets: Sequence[str] | str | None = None,
+        train_embeddings: bool = True,
         gelu: str = "exact",
         tied_head: bool = False,
     ) -> None:
@@ -68,9 +72,9 @@ class BigramLanguageModelLoRA(nn.Module):
             self.lm_head.weight = nn.Parameter(weight.detach().clone()) if use_lora else weight
         self.use_lora = use_lora
         if use_lora:
-            add_lora(self, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+            add_lora(self, lora_rank, lora_alpha, lora_dropout, lora_targets)
             for table in self.embedding_tables():
-                table.weight.requires_grad_(True)
+                table.weight.requires_grad_(train_embeddings)
         self.to(device)
 
     def reset_parameters(self) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from config import Config, ConfigError, help_table, option_fields
+from config import Config, ConfigError, help_table, lora_targets, option_fields
 
 
 def read(**environment: str) -> Config:
@@ -55,6 +55,10 @@ def test_test_mode_has_an_output_folder_of_its_own():
         ("LORA_ALPHA", "0"),
         ("LORA_ALPHA", "nan"),
         ("LORA_ALPHA", "inf"),
+        ("LORA_TARGETS", ""),
+        ("LORA_TARGETS", "query,,value"),
+        ("LORA_TARGETS", "all,query"),
+        ("TRAIN_EMBEDDINGS", "False"),  # every parameter trains without USE_LORA
         ("LORA_DROPOUT", "1.0"),
         ("LORA_DROPOUT", "-0.1"),
         ("DEVICE", "tpu"),
@@ -89,6 +93,8 @@ def test_a_minimum_above_the_peak_is_refused():
     [
         ("LORA_RNAK", "LORA_RANK"),
         ("LORA_R", "LORA_RANK"),
+        ("LORA_TARGET", "LORA_TARGETS"),
+        ("TRAIN_EMBEDDING", "TRAIN_EMBEDDINGS"),
         ("LORA_TYPE_OF_THING", "LORA_"),
         ("LORA_LEARNING_RATE", "LEARNING_RATE"),
         ("GRAD_ACCUM", "GRAD_ACCUM_STEPS"),
@@ -106,6 +112,13 @@ def test_a_minimum_above_the_peak_is_refused():
 def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):
     with pytest.raises(ConfigError, match=f"{misspelt} .*did you mean ({meant})"):
         read(**{misspelt: "1"})
+
+
+def test_layers_are_named_and_a_misspelt_one_is_answered():
+    assert lora_targets(read().lora_targets) is None and lora_targets("All") is None
+    assert lora_targets("value, query,value") == ["value", "query"]
+    with pytest.raises(ConfigError, match=r"'querry' is no layer .*did you mean query.*fc_in"):
+        read(LORA_TARGETS="querry,value")
 
 
 def test_other_programs_variables_are_left_alone():

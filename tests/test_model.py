@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora import LoRALinear, lora_layers
+from lora import LoRALinear, lora_layers, store_base
 from lora.dropout import dropout
 from models import transformer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -57,6 +57,47 @@ def test_every_linear_is_adapted_and_only_adapters_and_embeddings_train():
     for name, parameter in model.named_parameters():
         trains = name.endswith(("lora_A", "lora_B")) or "embedding_table" in name
         assert parameter.requires_grad == trains, name
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["lm_head"], "fc_in"])
+@pytest.mark.parametrize("train_embeddings", [True, False])
+def test_layers_and_embeddings_to_train_can_be_chosen(targets, train_embeddings):
+    model = make(use_lora=True, lora_targets=targets, train_embeddings=train_embeddings)
+    named = [targets] if isinstance(targets, str) else targets
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == set(named)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tables = {name for name in trained if "embedding_table" in name}
+    assert len(tables) == (2 if train_embeddings else 0)
+    assert trained - tables == {
+        f"{name}.{part}" for name in lora_layers(model) for part in ("lora_A", "lora_B")
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_never_merged_are_kept_in_bfloat16_and_change_nothing(tied):
+    """Frozen linears too that have no adapter, unless the embedding, which trains, is the same."""
+    before, after = (
+        make((256, 64, 16, 2, 2), use_lora=True, lora_targets=["query"], tied_head=tied)
+        for _ in range(2)
+    )
+    if tied:
+        for model in (before, after):
+            model.lm_head.weight = model.token_embedding_table.weight
+    store_base(after, torch.bfloat16, tokens=32)
+    kept = {name for name, m in after.named_modules() if getattr(m, "weight", None) is not None
+            and m.weight.dtype == torch.bfloat16}  # fmt: skip
+    assert {"blocks.0.attn.key", "blocks.1.mlp.fc_out"} < kept
+    assert ("lm_head" in kept) != tied and "token_embedding_table" not in kept
+    idx = torch.randint(256, (2, 16))
+    losses = []
+    for model in (before, after):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = model(idx, idx)
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses)
+    for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
 
 
 def test_an_adapted_model_starts_as_its_base_to_the_bit():

@@ -174,6 +174,8 @@ def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
 REFUSED = {
     "another seed": ({"SEED": "2"}, "SEED=1337"),
     "another rank": ({"LORA_RANK": "4"}, "LORA_RANK=8"),
+    "other layers": ({"LORA_TARGETS": "query"}, "LORA_TARGETS=all"),
+    "embeddings that do not train": ({"TRAIN_EMBEDDINGS": "False"}, "TRAIN_EMBEDDINGS=True"),
     "another alpha": ({"LORA_ALPHA": "4"}, "LORA_ALPHA=16.0"),
     "other data": ({"DATA": "other.txt"}, "other DATA"),
     "another base": ({"BASE_CHECKPOINT": "other/full.pt"}, "another base"),

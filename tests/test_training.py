@@ -92,6 +92,38 @@ def test_lora_statistics_are_those_of_the_shapes(training):
     assert "Note: there is no base in out" in record
 
 
+def test_layers_and_embeddings_can_be_chosen(training, tmp_path):
+    succeeded(training())
+    chosen = {"USE_LORA": "True", "LORA_TARGETS": "value,query", "TRAIN_EMBEDDINGS": "False"}
+    record = succeeded(training(**chosen, OUT_DIR="small", BASE_CHECKPOINT="out/full.pt"))
+    adapters = 2 * 2 * 8 * (32 + 32)  # layers, blocks, rank, sides
+    for line in (
+        "LORA_TARGETS: query,value *",
+        "LoRA layers: query,value",
+        f"Trainable (LoRA): {adapters:,}",
+        f"adapters {adapters:,}, embeddings 0",
+    ):
+        assert line in record
+    adapter = torch.load(tmp_path / "small" / "lora.pt", weights_only=True)
+    assert len(adapter["tensors"]) == 2 * 2 * 2
+    assert adapter["metadata"]["targets"] == ["query", "value"]
+
+    # Trained further it stays what it is, unless more is asked for; less is refused.
+    further = {"USE_LORA": "True", "ADAPTERS": "small/lora.pt", "OUT_DIR": "further"}
+    further |= {"BASE_CHECKPOINT": "out/full.pt"}
+    record = succeeded(training(**further))
+    assert "LoRA layers: query,value" in record and "embeddings 0" in record
+    again = succeeded(training(**further | {"RESUME": "True", "MAX_STEPS": "9"}))
+    assert "Resuming further/lora-resume.pt at step 6" in again
+    more = succeeded(training(**further, LORA_TARGETS="all", TRAIN_EMBEDDINGS="True"))
+    assert "LoRA layers" not in more and f"embeddings {(256 + 32) * 32:,}" in more
+    assert losses(more)[0] == losses(record)[0]  # what is new changes nothing yet
+    assert "blocks.0.attn.value" in refused(training(**further, LORA_TARGETS="query"))
+    further["ADAPTERS"] = "further/lora.pt"  # has them now
+    further["OUT_DIR"] = "last"
+    assert "TRAIN_EMBEDDINGS=False" in refused(training(**further, TRAIN_EMBEDDINGS="False"))
+
+
 def test_two_runs_print_the_same_losses(training):
     first, second = succeeded(training()), succeeded(training(OUT_DIR="other"))
     assert len(losses(first)) == 3 and losses(first) == losses(second)
