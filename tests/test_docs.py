@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import ROOT, TEXT, start_group, start_script, succeeded
 
+from benchmarks.parameters import table
 from config import Config, GenerateConfig, help_table
 
 DOCUMENTS = ["README.md", "LORA_USAGE.md"]
@@ -127,6 +128,11 @@ def test_the_guides_parameter_counts_are_those_of_the_script(tmp_path):
     record = succeeded(start_script(tmp_path, **variables))
     (statistics,) = (b for b in blocks("LORA_USAGE.md", "text") if "Parameter Statistics" in b)
     assert statistics in record
+
+
+@pytest.mark.parametrize("train_embeddings", [True, False])
+def test_the_guides_tables_of_parameters_are_those_of_the_models(train_embeddings):
+    assert f"\n\n{table(train_embeddings)}\n\n" in (ROOT / "LORA_USAGE.md").read_text()
 
 
 def test_every_linked_file_exists():
