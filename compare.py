@@ -26,7 +26,9 @@ FORMATS = (".png", ".pdf", ".svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
 # Alike in a fair test.
-VARIABLES = ("MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE", "LOSS_ON_PROMPT")
+VARIABLES = (
+    "MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE", "DROPOUT", "LOSS_ON_PROMPT"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 LINEARS = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")  # of the model
 
+# What changes defaults, the later one first of all.
+MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "test": "TEST_MODE"}
+
 
 class ConfigError(ValueError):
     """A variable that cannot be used: names the variable, what was found, what is accepted."""
@@ -69,6 +72,7 @@ def option(
     default: Any,
     help: str,
     *,
+    base: Any = None,
     lora: Any = None,
     test: Any = None,
     at_least: float | None = None,
@@ -79,9 +83,9 @@ def option(
     check: Callable[[str], Any] | None = None,
     verbatim: bool = False,
 ) -> Any:
-    """A field: its default, the default under USE_LORA or TEST_MODE where that differs, the range
-    or the words that it accepts, a check that raises ConfigError, whether spaces around a value
-    count, and its line in `--help`."""
+    """A field: its default, that with BASE_CHECKPOINT, USE_LORA or TEST_MODE if it differs, the
+    range or the words that it accepts, a check that raises ConfigError, whether spaces around a
+    value count, and its line in `--help`."""
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -100,14 +104,11 @@ class Settings:
         for name in environment:
             _refuse_misspelt(name, known)
         given = {n: _parse(n, environment[n], f) for n, f in options.items() if n in environment}
-        use_lora, test_mode = given.get("USE_LORA", False), given.get("TEST_MODE", False)
+        modes = [mode for mode, variable in MODES.items() if given.get(variable)]
 
         def default(field: dataclasses.Field) -> Any:
-            if test_mode and field.metadata["test"] is not None:
-                return field.metadata["test"]
-            if use_lora and field.metadata["lora"] is not None:
-                return field.metadata["lora"]
-            return field.default
+            found = [field.metadata[mode] for mode in modes if field.metadata[mode] is not None]
+            return found[-1] if found else field.default
 
         values = {f.name: given.get(n, default(f)) for n, f in options.items()}
         config = cls(**values, explicit=frozenset(given))
@@ -136,6 +137,9 @@ class Config(Settings):
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", above=0)
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
+    lora_plus_ratio: float = option(
+        8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0
+    )
     lora_targets: str = option(
         "all",
         f"layers to adapt: all, or some of {','.join(LINEARS)} [with ADAPTERS, theirs]",
@@ -190,13 +194,15 @@ class Config(Settings):
     n_head: int = option(4, "attention heads; with a base, the base's", at_least=1)
     n_layer: int = option(4, "transformer blocks; with a base, the base's", at_least=1)
     block_size: int = option(128, "context in tokens; with a base, the base's or fewer", at_least=1)
-    dropout: float = option(0.2, "dropout of the model while training", at_least=0, below=1)
+    dropout: float = option(
+        0.2, "dropout of the model while training", base=0.0, lora=0.0, at_least=0, below=1
+    )
 
     # Optimization
     batch_size: int = option(32, "sequences in a batch, of all processes", at_least=1)
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
     max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
-    learning_rate: float = option(3e-3, "peak learning rate", lora=1e-2, above=0)
+    learning_rate: float = option(3e-3, "peak learning rate", base=1e-3, lora=2e-3, above=0)
     min_learning_rate: float | None = option(
         None, "learning rate at the last step [LEARNING_RATE / 10]", at_least=0
     )
@@ -285,7 +291,7 @@ def help_table(kind: type[Settings]) -> list[tuple[str, str, str]]:
     rows = []
     for field in option_fields(kind):
         default = "" if field.default is None else str(field.default).replace("\n", "\\n")
-        for mode, variable in (("lora", "USE_LORA"), ("test", "TEST_MODE")):
+        for mode, variable in MODES.items():
             if field.metadata[mode] is not None:
                 default += f" ({variable}: {field.metadata[mode]})"
         text = field.metadata["help"]

@@ -17,7 +17,7 @@ from lora.files import FileError, check_tensors, read_file, write_file
 from run import Run, identity, say
 
 FORMAT = "training state"
-VERSION = 1
+VERSION = 2
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
 FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
@@ -105,7 +105,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
             )
-    changed = [n for n in now if before.get(n, now[n]) != now[n] and n not in FREE]
+    changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
     for name in changed:
         if name in FIXED:
             raise FileError(

@@ -88,8 +88,8 @@ def train(run: Run) -> None:
     """The loop: steps, evaluations, files, and the closing summary."""
     config = run.config
     hardware.allow_tf32(run.device)
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(config, parameters)
+    optimizer = make_optimizer(config, run.model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     progress = resume(run, optimizer) if config.resume else Progress()
     distributed.check_agreement({"the step to go on from": progress.step})
     traffic = distributed.Traffic()
@@ -166,7 +166,7 @@ def train(run: Run) -> None:
             if config.grad_clip > 0:
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = learning_rate(config, step) * group["ratio"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.losses.append(loss)
@@ -280,15 +280,29 @@ def learning_rate(config: Config, step: int) -> float:
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
+    """Fused AdamW of what trains; weight decay on matrices only.
+
+    The adapters' B, which start at zero, learn LORA_PLUS_RATIO times as fast as the rest (LoRA+,
+    Hayou et al. 2024).
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((name.endswith("lora_B"), p.dim() >= 2), []).append(p)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": group,
+                "ratio": config.lora_plus_ratio if is_B else 1.0,
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+            }
+            for (is_B, is_matrix), group in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )
 
 
 def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:

@@ -62,9 +62,10 @@ SIZES = {
         "N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12", "DROPOUT": "0",
         "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "100", "MAX_STEPS": "2000", "EVAL_INTERVAL": "250",
     },
-    "3.3M": {},
+    "3.3M": {"DROPOUT": "0.2"},
     "11M": {
         "N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256", "BATCH_SIZE": "16",
+        "DROPOUT": "0.2",
     },
 }  # fmt: skip
 STRETCH = {"nano": 125, "3.3M": 20, "11M": 10}  # steps

@@ -29,7 +29,12 @@ def test_false_is_spelled_in_many_ways(word):
 
 
 def test_defaults_depend_on_the_mode_and_explicit_values_win():
-    assert read(USE_LORA="1").learning_rate != read().learning_rate
+    rates = [read().learning_rate, read(BASE_CHECKPOINT="x").learning_rate]
+    rates.append(read(USE_LORA="1").learning_rate)
+    assert len(set(rates)) == 3
+    assert read(USE_LORA="1", BASE_CHECKPOINT="x").learning_rate == rates[-1]
+    assert read(USE_LORA="1").dropout == read(BASE_CHECKPOINT="x").dropout == 0.0
+    assert read(USE_LORA="0").learning_rate == rates[0]
     assert read(TEST_MODE="1").max_steps < read().max_steps
     assert read(TEST_MODE="1", MAX_STEPS="77").max_steps == 77
     assert read(MAX_STEPS="77").explicit == {"MAX_STEPS"}

@@ -171,6 +171,15 @@ def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
     )
 
 
+def test_what_may_change_between_two_parts_is_said(lora_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    changes = {"LORA_PLUS_RATIO": "1", "WEIGHT_DECAY": "0.1", "MAX_STEPS": "9"}
+    record = succeeded(start_script(folder, **LORA | {"RESUME": "True"} | changes))
+    for change in ("LORA_PLUS_RATIO 8.0 -> 1.0", "WEIGHT_DECAY 0.0 -> 0.1", "MAX_STEPS 6 -> 9"):
+        assert change in record
+
+
 REFUSED = {
     "another seed": ({"SEED": "2"}, "SEED=1337"),
     "another rank": ({"LORA_RANK": "4"}, "LORA_RANK=8"),

@@ -131,6 +131,21 @@ def test_two_runs_print_the_same_losses(training):
     assert losses(succeeded(training(SEED="2"))) != losses(first)
 
 
+def test_the_matrices_B_learn_faster_by_the_ratio(training, tmp_path):
+    """Adam's first step changes whatever has a gradient by the learning rate."""
+    succeeded(training())
+    one = {"USE_LORA": "1", "MAX_STEPS": "1", "LEARNING_RATE": "1e-3", "GRAD_CLIP": "0"}
+    base = torch.load(tmp_path / "out" / "full.pt", weights_only=True)["tensors"]
+    for variables, ratio in (({}, 8), ({"LORA_PLUS_RATIO": "2.5"}, 2.5)):
+        succeeded(training(**one, **variables))
+        tensors = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)["tensors"]
+        B = tensors["blocks.0.mlp.fc_in.lora_B"].abs()
+        table = "token_embedding_table.weight"
+        embedding = (tensors[table] - base[table]).abs()
+        assert B.median().item() == pytest.approx(1e-3 * ratio, rel=0.01)
+        assert embedding.max().item() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_accumulated_gradients_train_like_one_batch_of_that_size(training):
     """Dropout off: the only difference is which windows make up a step."""
     record = succeeded(training(GRAD_ACCUM_STEPS="3", DROPOUT="0", MAX_STEPS="30"))
