@@ -1,9 +1,13 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
+import dataclasses
 import functools
 import json
+import math
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from conftest import ROOT, TEXT, start_script, succeeded
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import quality
 from bigram import bigram_loss
 from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
@@ -135,3 +140,61 @@ def test_variables_compares_sets_of_them(tmp_path):
     assert [name for name, *_ in lines] == ["(none)", *sets[1:]]
     assert lines[0][1] == "1.00"
     assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) > 0.01
+
+
+def known_study(loss: Callable[[str, str, float], float]) -> quality.Study:
+    """The study, with everything that it plans already run and its losses given by `loss`."""
+    study = quality.Study(quality.METHODS, quality.STUDY, Path(), {})
+    while missing := quality.plan(study):
+        for task in missing:
+            found = loss(task.method, task.corpus, task.rate) if task.rate else 3.0
+            time = 0.8 if task.method == quality.MAIN else 1.0
+            study.results[task] = {"loss": found, "old_loss": 2.0, "step_time": time}
+    return study
+
+
+def test_the_study_finds_each_methods_best_learning_rate():
+    best = dict(
+        zip(quality.METHODS, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 6.4e-2, 2.5e-4), strict=False)
+    )
+    study = known_study(lambda method, _, rate: abs(math.log(rate / best.get(method, 4e-3))))
+    for name in study.methods:
+        for corpus in study.budget.runs:
+            if name in study.methods_on(corpus):
+                missing, found = quality.search(study, name, corpus)
+                assert missing == [] and found.rate == best.get(name, 4e-3)
+                for seed in study.budget.seeds:
+                    assert dataclasses.replace(found, seed=seed) in study.results
+    # A start far away walks there, and looks nowhere beyond the worse neighbour.
+    assert list(quality.losses_by_rate(study, "rank 16, embeddings frozen", quality.NEW)) == [
+        1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2
+    ]  # fmt: skip
+    in_time = [task for task in study.results if task.method == quality.IN_TIME]
+    assert {(t.corpus, t.steps) for t in in_time} == {(quality.NEW, 80), (quality.SMALL, 160)}
+    assert {task.rate for task in in_time} == {1e-3} and len(in_time) == 6
+
+
+def test_the_study_runs_goes_on_and_reports(tmp_path):
+    start = functools.partial(
+        start_script, tmp_path, "--quick", "--output", "study",
+        script="benchmarks/quality.py", OMP_NUM_THREADS="2",  # in a process of its own, as above
+    )  # fmt: skip
+    output = succeeded(start())
+    table = re.findall(r"^\| (full|rank 16.*?|base) \| ([\d,]+) \|.*? \| (\d\.\d{4})", output, re.M)
+    assert [name for name, *_ in table] == [
+        "base", "full", "rank 16", "rank 16, query and value", "base", "full", "rank 16"
+    ]  # fmt: skip
+    assert output.count("| full, in the time of rank 16 |") == 2 and "none missing" in output
+    folder = tmp_path / "study-quick"
+    assert (folder / "report.md").read_text() + "\n" == output
+    assert (folder / "report.png").stat().st_size > 10_000
+
+    # Killed while it wrote: what is known stays, what was lost is run again, to the same losses.
+    whole = quality.read_results(folder, quality.QUICK)
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])
+    assert len(re.findall(r"to come: ", start().stderr)) == 2
+    again = quality.read_results(folder, quality.QUICK)
+    assert {t: r["loss"] for t, r in again.items()} == {t: r["loss"] for t, r in whole.items()}
+    with pytest.raises(SystemExit, match="another study"):
+        quality.read_results(folder, quality.STUDY)

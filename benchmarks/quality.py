@@ -1,0 +1,475 @@
+"""What LoRA learns and forgets beside full fine-tuning: the study behind the defaults.
+
+    python benchmarks/quality.py            under two hours on 2 cores; the same command goes on
+    python benchmarks/quality.py --grid     also every rank with every alpha and dropout
+    python benchmarks/quality.py --quick    the same in small, to see that it works
+
+A base is trained on python-code and adapted by every method of METHODS, at equal tokens, to
+python-docs and to the first 100 KB of it. Each method looks for its own learning rate among RATES,
+with the first seed, until the best one lies between two worse ones; the other seeds are run there.
+One more method is full fine-tuning in the time that LoRA takes, by fewer steps.
+
+Each run is training.py's own code in a process of its own with one thread, as many runs at once as
+there are cores. What they find is added to results.jsonl in the output folder, which a later start
+reads; report.md and, with matplotlib, report.png are made of it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import device as hardware
+from config import Config, option_fields
+from data import load_corpus, validation_windows
+from run import set_up
+from training import evaluate, train
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+OLD, NEW, SMALL = "python-code", "python-docs", "100 KB of python-docs"
+SMALL_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: its variables, the learning rate where its search begins, and whether it
+    is tried on the small corpus too."""
+
+    variables: dict[str, str]
+    rate: float
+    small: bool = False
+
+
+def lora(rank: int, alpha: int, rate: float = 2e-3, small: bool = False, **more: str) -> Method:
+    sizes = {"USE_LORA": "True", "LORA_RANK": str(rank), "LORA_ALPHA": str(alpha)}
+    return Method(sizes | more, rate, small)
+
+
+BASE, FULL, MAIN = "base", "full", "rank 16"
+IN_TIME = "full, in the time of rank 16"
+METHODS = {
+    FULL: Method({"DROPOUT": "0"}, 1e-3, small=True),
+    MAIN: lora(16, 32, small=True),
+    "rank 16, B as fast as A": lora(16, 32, 4e-3, LORA_PLUS_RATIO="1"),
+    "rank 16, embeddings frozen": lora(16, 32, TRAIN_EMBEDDINGS="False"),
+    "rank 16, query and value": lora(16, 32, LORA_TARGETS="query,value"),
+    "rank 16, DROPOUT=0.2": lora(16, 32, DROPOUT="0.2"),
+    "full, DROPOUT=0.2": Method({"DROPOUT": "0.2"}, 1e-3),
+    "rank 4": lora(4, 8, small=True),
+    "rank 32": lora(32, 64),
+    "rank 16, LORA_DROPOUT=0.1": lora(16, 32, small=True, LORA_DROPOUT="0.1"),
+    "rank 8": lora(8, 16),
+    "rank 16, alpha = rank": lora(16, 16),
+    "rank 16, alpha = 4 rank": lora(16, 64),
+}
+GRID = {
+    f"rank {rank}, alpha = {factor} rank, dropout {dropout}": lora(
+        rank, factor * rank, small=True, LORA_DROPOUT=str(dropout)
+    )
+    for rank in (4, 8, 16, 32)
+    for factor in (1, 2, 4)
+    for dropout in (0.0, 0.1)
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is run: variables of the base's training, variables of the runs on each corpus,
+    seeds, and the learning rates to search."""
+
+    base: dict[str, str]
+    runs: dict[str, dict[str, str]]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
+def run_variables(steps: int, batch: int, eval_batches: int, warmup: int) -> dict[str, str]:
+    return {
+        "MAX_STEPS": str(steps), "EVAL_INTERVAL": str(steps),
+        "WARMUP_STEPS": str(warmup), "BATCH_SIZE": str(batch), "EVAL_BATCHES": str(eval_batches),
+    }  # fmt: skip
+
+
+STUDY = Budget(
+    {"MAX_STEPS": "1000", "EVAL_INTERVAL": "250"},
+    {NEW: run_variables(100, 16, 16, 10), SMALL: run_variables(200, 8, 32, 20)},
+    (1, 2, 3),
+    RATES,
+)
+QUICK = Budget(
+    run_variables(20, 8, 2, 2) | {"N_EMBD": "32", "N_LAYER": "1", "BLOCK_SIZE": "32"},
+    {NEW: run_variables(4, 8, 2, 1), SMALL: run_variables(4, 4, 4, 1)},
+    (1, 2),
+    RATES[2:5],
+)
+QUICK_METHODS = (FULL, MAIN, "rank 16, query and value")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: a method's name, a corpus, a learning rate, a seed, and how many steps."""
+
+    method: str
+    corpus: str
+    rate: float
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, where, and what is known so far."""
+
+    methods: dict[str, Method]
+    budget: Budget
+    folder: Path
+    results: dict[Task, dict[str, float]]
+
+    def methods_on(self, corpus: str) -> dict[str, Method]:
+        return {n: m for n, m in self.methods.items() if m.small or corpus != SMALL}
+
+    def base_loss(self, corpus: str) -> dict[str, float] | None:
+        return self.results.get(Task(BASE, corpus, 0.0, 0, 0))
+
+    def tasks_by_rate(self, name: str, corpus: str) -> list[Task]:
+        """The runs of the first seed."""
+        seed, steps = self.budget.seeds[0], int(self.budget.runs[corpus]["MAX_STEPS"])
+        return [Task(name, corpus, rate, seed, steps) for rate in self.budget.rates]
+
+    def same_with_all_seeds(self, task: Task) -> list[Task]:
+        return [dataclasses.replace(task, seed=seed) for seed in self.budget.seeds]
+
+
+# What is to be run
+
+
+def plan(study: Study) -> list[Task]:
+    """The runs that are known to be missing; what they find may ask for more."""
+    tasks = [Task(BASE, corpus, 0.0, 0, 0) for corpus in study.budget.runs]
+    for name in study.methods:
+        for corpus in study.budget.runs:
+            if name not in study.methods_on(corpus):
+                continue
+            missing, best = search(study, name, corpus)
+            tasks += missing if best is None else study.same_with_all_seeds(best)
+            if name == FULL and best is not None:
+                tasks += in_the_time_of_lora(study, best)
+    return [task for task in dict.fromkeys(tasks) if task not in study.results]
+
+
+def search(study: Study, name: str, corpus: str) -> tuple[list[Task], Task | None]:
+    """The runs that the search for a learning rate needs next, or the best one when it is found:
+    one whose rate lies between two worse ones, or at an end of the rates."""
+    tasks = study.tasks_by_rate(name, corpus)
+    known = [i for i, task in enumerate(tasks) if task in study.results]
+    if not known:
+        start = study.budget.rates.index(study.methods[name].rate)
+        return tasks[max(0, start - 1) : start + 2], None
+    best = min(known, key=lambda i: study.results[tasks[i]]["loss"])
+    beside = [i for i in (best - 1, best + 1) if 0 <= i < len(tasks) and i not in known]
+    return [tasks[i] for i in beside], None if beside else tasks[best]
+
+
+def in_the_time_of_lora(study: Study, full: Task) -> list[Task]:
+    """Runs like `full` of as many steps as it takes in the time that MAIN takes for as many."""
+    times: dict[str, list[float]] = {FULL: [], MAIN: []}
+    former = [t for t in study.results if (t.method, t.corpus) == (IN_TIME, full.corpus)]
+    for task, result in study.results.items():
+        if task.corpus == full.corpus and task.method in times:
+            times[task.method].append(result["step_time"])
+    if min(map(len, times.values())) < len(study.budget.seeds) + 2:
+        return []  # not measured often enough yet
+    ratio = statistics.median(times[MAIN]) / statistics.median(times[FULL])
+    steps = former[0].steps if former else max(1, round(full.steps * ratio))
+    return study.same_with_all_seeds(dataclasses.replace(full, method=IN_TIME, steps=steps))
+
+
+# Running it
+
+
+def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
+    """Train as `task` says, in this process, and measure what was learned and forgotten."""
+    with tempfile.TemporaryDirectory() as out:
+        method = (METHODS | GRID).get(task.method, METHODS[FULL])
+        variables = budget.runs[task.corpus] | method.variables | {
+            "OUT_DIR": out, "BASE_CHECKPOINT": str(folder / "base" / "full.pt"),
+            "DATA": data_of(task.corpus, folder), "SEED": str(task.seed),
+            "NUM_THREADS": "1", "PROGRESS": "False",
+        }  # fmt: skip
+        if task.method != BASE:
+            variables |= {"LEARNING_RATE": str(task.rate), "MAX_STEPS": str(task.steps)}
+        with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            run = set_up(Config.from_environment(variables))
+            torch.set_num_threads(1)
+            if task.method != BASE:
+                train(run)
+
+        def loss_on(corpus: Any) -> float:
+            n, length = run.config.eval_batches * run.config.batch_size, run.config.block_size
+            windows = validation_windows(corpus.validation, n, length)
+            return evaluate(dataclasses.replace(run, corpus=corpus), windows)[0]
+
+        old_loss = loss_on(load_corpus(OLD, ROOT / "data"))
+        if task.method == BASE:
+            return {"loss": loss_on(run.corpus), "old_loss": old_loss}
+        summary = json.loads(run.files.metrics.read_text().splitlines()[-1])["summary"]
+        return {
+            "loss": summary["final_val_loss"],
+            "old_loss": old_loss,
+            "step_time": summary["median_step_time"],
+            "time": summary["training_time"],
+            "peak": summary["peak_memory"],
+            "file": run.files.last.stat().st_size / 2**20,
+            "trainable": run.model.get_parameter_info()["trainable"],
+        }
+
+
+def data_of(corpus: str, folder: Path) -> str:
+    return corpus if corpus != SMALL else str(folder / "small.txt")
+
+
+def prepare(budget: Budget, folder: Path) -> None:
+    """Make the small corpus and train the base, or go on with it, with all threads."""
+    corpus = load_corpus(NEW, ROOT / "data")
+    (folder / "small.txt").write_bytes(bytes(corpus.train[:SMALL_BYTES]))
+    variables = budget.base | {"DATA": OLD, "OUT_DIR": str(folder / "base"), "RESUME": "True"}
+    ours = {field.name.upper() for field in option_fields(Config)}
+    others = {name: value for name, value in os.environ.items() if name not in ours}
+    with open(folder / "base.txt", "a") as log:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "training.py")],
+            env=others | variables | {"SAMPLE_TOKENS": "0"},
+            stdout=log,
+            check=False,
+        )
+    if done.returncode != 0:
+        sys.exit(done.returncode)  # it has said why
+
+
+def run_missing(study: Study, processes: int) -> None:
+    """Run what is missing, and add what is found to the results and to their file."""
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":  # which imports once what every run needs
+        context.set_forkserver_preload(["training", "torch._dynamo"])
+    running: dict[Future, Task] = {}
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
+        while True:
+            missing = [t for t in plan(study) if t not in running.values()]
+            for task in missing[: processes - len(running)]:
+                running[pool.submit(run_task, task, study.budget, study.folder)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                study.results[task] = result = future.result()
+                with open(study.folder / "results.jsonl", "a") as file:
+                    line = {"task": dataclasses.asdict(task), "result": result}
+                    file.write(json.dumps(line) + "\n")
+                (study.folder / "report.md").write_text(report(study))
+                print(
+                    f"{len(study.results)} runs, at least {len(plan(study))} to come: "
+                    f"{task.method}, {task.corpus}, rate {task.rate:g}, seed {task.seed}: "
+                    f"{result['loss']:.4f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def read_results(folder: Path, budget: Budget) -> dict[Task, dict[str, float]]:
+    """What earlier starts of the same study found. Exits when the folder has another's."""
+    path = folder / "results.jsonl"
+    head = {"study": json.loads(json.dumps(dataclasses.asdict(budget)))}
+    if not path.exists():
+        path.write_text(json.dumps(head) + "\n")
+    text = path.read_text()
+    if not text.endswith("\n"):  # a kill may cut a line
+        path.write_text(text + "\n")
+    first, *lines = text.splitlines()
+    if json.loads(first) != head:
+        sys.exit(f"error: {path} has the results of another study; choose another --output")
+    found = [json.loads(line) for line in lines if line.endswith("}}")]
+    return {Task(**each["task"]): each["result"] for each in found}
+
+
+# What it found
+
+
+def report(study: Study) -> str:
+    """A table for each corpus, and the losses by learning rate, in Markdown."""
+    budget, missing = study.budget, len(plan(study))
+    lines = [
+        f"# LoRA beside full fine-tuning: base on {OLD}, {budget.base['MAX_STEPS']} steps",
+        "",
+        f"{len(study.results)} runs, {f'{missing} or more' if missing else 'none'} missing; "
+        f"float32, {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}, "
+        f"{os.cpu_count()} runs at once with one thread each. Losses in nats per byte, the mean "
+        "over seeds +- their standard deviation; each method at its best learning rate.",
+    ]
+    for corpus, variables in budget.runs.items():
+        lines += [
+            "",
+            f"## {corpus}: {variables['MAX_STEPS']} steps of {variables['BATCH_SIZE']}",
+            "",
+        ]
+        lines += corpus_table(study, corpus)
+        lines += ["", "Loss of the first seed by learning rate:", ""]
+        lines += rates_table(study, corpus)
+    return "\n".join(lines) + "\n"
+
+
+def found_at_best(study: Study, corpus: str) -> dict[str, dict[Task, dict[str, float]]]:
+    """By method, the runs at its best learning rate, of those methods whose search has ended."""
+    found, results = {}, study.results
+    for name in study.methods_on(corpus):
+        _, best = search(study, name, corpus)
+        if best is not None:
+            tasks = study.same_with_all_seeds(best)
+            found[name] = {task: results[task] for task in tasks if task in results}
+    in_time = {t: r for t, r in results.items() if (t.method, t.corpus) == (IN_TIME, corpus)}
+    return found | ({IN_TIME: in_time} if in_time else {})
+
+
+def corpus_table(study: Study, corpus: str) -> list[str]:
+    base, found = study.base_loss(corpus), found_at_best(study, corpus)
+    head = (
+        "method", "trainable", "rate", "seeds", "loss", "to full", "forgotten", "steps",
+        "step ms", "time s", "peak MiB", "file MiB",
+    )  # fmt: skip
+    rows = [head, ("---",) * len(head)]
+    if base is not None:
+        rows.append(("base", "0", "", "", f"{base['loss']:.4f}", *[""] * (len(head) - 5)))
+    for name, runs in found.items():
+        task = next(iter(runs))
+
+        def column(key: str, minus: float = 0.0, runs: dict = runs) -> list[float]:
+            return [result[key] - minus for result in runs.values()]
+
+        differences = [
+            result["loss"] - full["loss"]
+            for task, result in runs.items()
+            for other, full in found.get(FULL, {}).items()
+            if task.seed == other.seed
+        ]
+        rows.append(
+            (
+                name,
+                f"{column('trainable')[0]:,.0f}",
+                f"{task.rate:g}",
+                str(len(runs)),
+                spread(column("loss"), ".4f"),
+                spread(differences, "+.4f"),
+                spread(column("old_loss", base["old_loss"]), "+.4f") if base else "",
+                str(task.steps),
+                f"{statistics.median(column('step_time')) * 1000:.0f}",
+                spread(column("time"), ".0f"),
+                f"{statistics.median(column('peak')):.0f}",
+                f"{column('file')[0]:.2f}",
+            )
+        )
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean of the values, and with several of them their standard deviation."""
+    if not values:
+        return ""
+    mean = format(statistics.mean(values), form)
+    deviation = f" +- {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return mean + deviation
+
+
+def rates_table(study: Study, corpus: str) -> list[str]:
+    rates = study.budget.rates
+    rows = [("method", *(f"{rate:g}" for rate in rates)), ("---",) * (len(rates) + 1)]
+    for name in study.methods_on(corpus):
+        losses = losses_by_rate(study, name, corpus)
+        cells = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
+        if losses:
+            best = min(losses, key=losses.__getitem__)
+            cells[best] = f"**{cells[best]}**"
+        rows.append((name, *(cells.get(rate, "") for rate in rates)))
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def losses_by_rate(study: Study, name: str, corpus: str) -> dict[float, float]:
+    """The first seed's losses by learning rate, in the order of the rates."""
+    tasks = study.tasks_by_rate(name, corpus)
+    return {t.rate: study.results[t]["loss"] for t in tasks if t in study.results}
+
+
+def draw(study: Study, path: Path) -> None:
+    """Loss by learning rate, and what was learned beside what was forgotten, for each corpus."""
+    from matplotlib.figure import Figure
+
+    corpora = study.budget.runs
+    figure = Figure(figsize=(12, 5 * len(corpora)), layout="constrained")
+    axes = figure.subplots(len(corpora), 2, squeeze=False)
+    for (left, right), corpus in zip(axes, corpora, strict=True):
+        base = study.base_loss(corpus)
+        colours = {}
+        for name in study.methods_on(corpus):
+            losses = losses_by_rate(study, name, corpus)
+            (line,) = left.plot(list(losses), list(losses.values()), "o-", label=name)
+            colours[name] = line.get_color()
+        left.set(title=corpus, xscale="log", xlabel="learning rate", ylabel="nats per byte")
+        left.legend(fontsize="small")
+        for name, runs in found_at_best(study, corpus).items():
+            x = [result["old_loss"] - base["old_loss"] for result in runs.values()]
+            y = [result["loss"] for result in runs.values()]
+            right.scatter(x, y, label=name, color=colours.get(name, "black"))
+        right.set(xlabel=f"forgotten: rise of the loss on {OLD}", ylabel=f"loss on {corpus}")
+        right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Run what is missing and write the report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny study, to see that it works")
+    parser.add_argument("--grid", action="store_true", help="every rank, alpha and dropout too")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quality"), help="its folder (default: quality)"
+    )
+    args = parser.parse_args()
+    methods, budget = METHODS | (GRID if args.grid else {}), STUDY
+    folder = args.output.absolute()
+    if args.quick:
+        methods, budget = {name: METHODS[name] for name in QUICK_METHODS}, QUICK
+        folder = folder.with_name(folder.name + "-quick")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = str(ROOT)  # where the runs' processes find training.py
+    study = Study(methods, budget, folder, read_results(folder, budget))
+    try:
+        if plan(study):
+            prepare(budget, folder)
+            run_missing(study, os.cpu_count() or 1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    text = report(study)
+    (folder / "report.md").write_text(text)
+    print(text)
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(study, folder / "report.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
