@@ -187,16 +187,18 @@ def search(study: Study, name: str, corpus: str) -> tuple[list[Task], Task | Non
 
 
 def in_the_time_of_lora(study: Study, full: Task) -> list[Task]:
-    """Runs like `full` of as many steps as it takes in the time that MAIN takes for as many."""
-    times: dict[str, list[float]] = {FULL: [], MAIN: []}
-    former = [t for t in study.results if (t.method, t.corpus) == (IN_TIME, full.corpus)]
-    for task, result in study.results.items():
-        if task.corpus == full.corpus and task.method in times:
-            times[task.method].append(result["step_time"])
-    if min(map(len, times.values())) < len(study.budget.seeds) + 2:
-        return []  # not measured often enough yet
-    ratio = statistics.median(times[MAIN]) / statistics.median(times[FULL])
-    steps = former[0].steps if former else max(1, round(full.steps * ratio))
+    """Runs like `full` of as many steps as it takes in the time that MAIN takes for as many; none
+    until it is known how long both take."""
+    _, lora = search(study, MAIN, full.corpus)
+    if lora is None:
+        return []
+    timed = [study.same_with_all_seeds(task) for task in (lora, full)]
+    if not all(task in study.results for tasks in timed for task in tasks):
+        return []
+    ours, theirs = (
+        statistics.median(study.results[task]["step_time"] for task in tasks) for tasks in timed
+    )
+    steps = max(1, round(full.steps * ours / theirs))
     return study.same_with_all_seeds(dataclasses.replace(full, method=IN_TIME, steps=steps))
 
 

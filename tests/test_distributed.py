@@ -120,12 +120,13 @@ def test_bad_groups_are_refused(folder):
             assert process.returncode == 2 and process.stderr.startswith("error")
             assert words in process.stderr and process.stderr.count("\n") == 1
     (folder / "other.txt").write_text(TEXT + "and then some more")
+    alike = {"DROPOUT": "0.1", "LEARNING_RATE": "1e-3"}  # whose defaults depend on the base
     for others, words in (
         ({"SEED": "2"}, "seed is 1337 in the first and 2 in number 1"),
         ({"DATA": "other.txt"}, "checksum is sha256:"),
         ({"BASE_CHECKPOINT": "base/full.pt"}, "base is "),
     ):
-        for process in start_group(folder, others=others, **TINY):
+        for process in start_group(folder, others=others, **TINY | alike):
             assert process.returncode == 2 and process.stderr.count("\n") == 1
             assert "the processes disagree: " in process.stderr and words in process.stderr
     alone = start_script(folder, **TINY | {"FSDP": "True"})

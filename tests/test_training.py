@@ -259,7 +259,7 @@ def test_test_mode_takes_seconds(tmp_path):
     for mode in ("False", "True"):
         started = time.monotonic()
         record = succeeded(start_script(tmp_path, TEST_MODE="True", USE_LORA=mode))
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 30  # while other tests run too
         assert "name:     python-code" in record
     assert (tmp_path / "out-test" / "lora.pt").exists()
 
