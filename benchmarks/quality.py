@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,17 +49,20 @@ SMALL_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: its variables, the learning rate where its search begins, and whether it
-    is tried on the small corpus too."""
+    """A way to fine-tune: its variables, the learning rate where its search begins, whether it is
+    tried on the small corpus too, and the part of the change that is kept after training."""
 
     variables: dict[str, str]
     rate: float
     small: bool = False
+    kept: float = 1.0
 
 
-def lora(rank: int, alpha: int, rate: float = 2e-3, small: bool = False, **more: str) -> Method:
+def lora(
+    rank: int, alpha: int, rate: float = 2e-3, small: bool = False, kept: float = 1.0, **more: str
+) -> Method:
     sizes = {"USE_LORA": "True", "LORA_RANK": str(rank), "LORA_ALPHA": str(alpha)}
-    return Method(sizes | more, rate, small)
+    return Method(sizes | more, rate, small, kept)
 
 
 BASE, FULL, MAIN = "base", "full", "rank 16"
@@ -77,6 +81,8 @@ METHODS = {
     "rank 8": lora(8, 16),
     "rank 16, alpha = rank": lora(16, 16),
     "rank 16, alpha = 4 rank": lora(16, 64),
+    "rank 16, at weight 0.7": lora(16, 32, kept=0.7),
+    "full, 0.7 of the change": Method({"DROPOUT": "0"}, 2e-3, kept=0.7),
 }
 GRID = {
     f"rank {rank}, alpha = {factor} rank, dropout {dropout}": lora(
@@ -220,26 +226,46 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
             run = set_up(Config.from_environment(variables))
             torch.set_num_threads(1)
             if task.method != BASE:
+                before = {name: p.detach().clone() for name, p in trained_parameters(run.model)}
                 train(run)
+                keep_part(run.model, before, method.kept)
 
         def loss_on(corpus: Any) -> float:
             n, length = run.config.eval_batches * run.config.batch_size, run.config.block_size
             windows = validation_windows(corpus.validation, n, length)
             return evaluate(dataclasses.replace(run, corpus=corpus), windows)[0]
 
-        old_loss = loss_on(load_corpus(OLD, ROOT / "data"))
+        losses = {
+            "loss": loss_on(run.corpus),
+            "old_loss": loss_on(load_corpus(OLD, ROOT / "data")),
+        }
         if task.method == BASE:
-            return {"loss": loss_on(run.corpus), "old_loss": old_loss}
+            return losses
         summary = json.loads(run.files.metrics.read_text().splitlines()[-1])["summary"]
-        return {
-            "loss": summary["final_val_loss"],
-            "old_loss": old_loss,
+        return losses | {
             "step_time": summary["median_step_time"],
             "time": summary["training_time"],
             "peak": summary["peak_memory"],
             "file": run.files.last.stat().st_size / 2**20,
             "trainable": run.model.get_parameter_info()["trainable"],
         }
+
+
+@torch.no_grad()
+def keep_part(model: nn.Module, before: dict[str, Tensor], kept: float) -> None:
+    """Take what was trained back towards `before`, to this part of the change (Wortsman et al.
+    2022).
+
+    Of an adapter that is what its weight in ADAPTERS does: it scales B, which began at zero, and
+    the change of the embeddings.
+    """
+    for name, parameter in trained_parameters(model):
+        if not name.endswith("lora_A"):
+            parameter.lerp_(before[name], 1.0 - kept)
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def data_of(corpus: str, folder: Path) -> str:
@@ -338,14 +364,17 @@ def report(study: Study) -> str:
 
 def found_at_best(study: Study, corpus: str) -> dict[str, dict[Task, dict[str, float]]]:
     """By method, the runs at its best learning rate, of those methods whose search has ended."""
-    found, results = {}, study.results
+    planned = {}
     for name in study.methods_on(corpus):
         _, best = search(study, name, corpus)
         if best is not None:
-            tasks = study.same_with_all_seeds(best)
-            found[name] = {task: results[task] for task in tasks if task in results}
-    in_time = {t: r for t, r in results.items() if (t.method, t.corpus) == (IN_TIME, corpus)}
-    return found | ({IN_TIME: in_time} if in_time else {})
+            planned[name] = study.same_with_all_seeds(best)
+            if name == FULL:
+                planned[IN_TIME] = in_the_time_of_lora(study, best)
+    known = {
+        n: {t: study.results[t] for t in ts if t in study.results} for n, ts in planned.items()
+    }
+    return {name: runs for name, runs in known.items() if runs}
 
 
 def corpus_table(study: Study, corpus: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -23,6 +24,8 @@ from step_time import Settings, Size, build_model, training_step
 
 from config import Config
 from data import load_corpus
+from lora import combine_adapters, switch_adapter, take_adapter
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
 def test_bigram_loss_is_that_of_the_smoothed_counts():
@@ -173,6 +176,22 @@ def test_the_study_finds_each_methods_best_learning_rate():
     in_time = [task for task in study.results if task.method == quality.IN_TIME]
     assert {(t.corpus, t.steps) for t in in_time} == {(quality.NEW, 80), (quality.SMALL, 160)}
     assert {task.rate for task in in_time} == {1e-3} and len(in_time) == 6
+
+
+def test_a_part_of_an_adapters_change_is_its_weight_in_adapters():
+    model = BigramLanguageModelLoRA(64, 16, 8, "cpu", 0.0, 2, 1, use_lora=True)
+    bare = take_adapter(model, "base")
+    before = {name: p.detach().clone() for name, p in quality.trained_parameters(model)}
+    for _, p in quality.trained_parameters(model):
+        p.data.add_(torch.randn_like(p), alpha=0.1)
+    idx = torch.randint(64, (4, 8))
+    switched = copy.deepcopy(model)
+    switch_adapter(switched, combine_adapters([(take_adapter(model, "base"), 0.7)], bare))
+    quality.keep_part(model, before, 0.7)
+    for one in (model, switched):
+        one.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], switched(idx)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_study_runs_goes_on_and_reports(tmp_path):
