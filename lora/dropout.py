@@ -15,29 +15,37 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return _Dropout.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
-def draw_mask(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, float]:
-    """A mask like `x` of 0 with probability `p` and else 1, and the probability of a 1.
+def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, float]:
+    """Random numbers of the shape of `x`, the lowest of them that keeps its element, and the
+    probability of that, 1 - p.
 
-    On a CPU it takes `bits` random bits an element, 8 or 16, where torch's own function draws a
-    number for each, so that `p` is rounded to a multiple of 2**-bits, above 0 and below 1. They
-    come from torch's default generator, so seeds and resuming hold.
+    They are a mask in its smallest form (see `mask_of`). On a CPU they have `bits` bits, 8 or 16,
+    where torch's own function draws a float for each element, so that `p` is rounded to a multiple
+    of 2**-bits, above 0 and below 1. They come from torch's default generator, so seeds and
+    resuming hold.
     """
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.device.type != "cpu":
-        return mask.bernoulli_(1.0 - p), 1.0 - p
+        ones = torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
+        return ones, 1, 1.0 - p
     per_number = 64 // bits
     numbers = torch.empty(-(-x.numel() // per_number), dtype=torch.int64).random_(-(2**63), None)
     values = numbers.view(torch.int8 if bits == 8 else torch.int16)[: x.numel()].view(x.shape)
     dropped = min(max(round(p * 2**bits), 1), 2**bits - 1)  # of the 2**bits values
-    torch.ge(values, dropped - 2 ** (bits - 1), out=mask)
-    return mask, 1.0 - dropped / 2**bits
+    return values, dropped - 2 ** (bits - 1), 1.0 - dropped / 2**bits
+
+
+def mask_of(numbers: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
+    """1 where a number keeps its element, and 0 elsewhere, in `dtype`."""
+    if numbers.device.type != "cpu":
+        return numbers.to(dtype)
+    return torch.ge(numbers, lowest, out=torch.empty(numbers.shape, dtype=dtype))
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        mask, kept = draw_mask(x, p)
-        mask.mul_(1.0 / kept)
+        numbers, lowest, kept = draw_numbers(x, p)
+        mask = mask_of(numbers, lowest, x.dtype).mul_(1.0 / kept)
         ctx.save_for_backward(mask)
         return x * mask
 

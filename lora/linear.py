@@ -10,7 +10,8 @@ small products and keeps intermediate results. Here it takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, with dropout its mask, and M or W where it was cast for the step.
+Only x is kept for backward, and M or W where it was cast for the step; with dropout what is left of
+x, and a byte an element for the mask.
 """
 
 import math
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora.dropout import draw_mask, dropout
+from lora.dropout import draw_numbers, dropout, mask_of
 
 # On a CPU a float32 product of a rank-wide matrix is faster as a batch of products over this many
 # tokens each.
@@ -141,8 +142,8 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
-    mask, kept = draw_mask(x, p, bits=8) if p > 0.0 else (None, 1.0)
-    return _TwoPaths.apply(x, first.scaling / kept, bias, mask, *W, *A, *B)
+    numbers, lowest, kept = draw_numbers(x, p, bits=8) if p > 0.0 else (None, 0, 1.0)
+    return _TwoPaths.apply(x, first.scaling / kept, bias, numbers, lowest, *W, *A, *B)
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
@@ -203,8 +204,9 @@ class _Merged(torch.autograd.Function):
 class _TwoPaths(torch.autograd.Function):
     """The same with base and adapter apart.
 
-    `mask`, if any, holds 0 for the elements that are dropped from the adapters' input and 1 for the
-    others, whose scale is in `scaling`.
+    Elements whose number in `numbers`, if any, is below `lowest` are dropped from the adapters'
+    input; the scale of the others is in `scaling`. The base's path needs no x for backward, so
+    that what is kept is the adapters' input.
     """
 
     @staticmethod
@@ -213,36 +215,42 @@ class _TwoPaths(torch.autograd.Function):
         x: Tensor,
         scaling: float,
         bias: Tensor | None,
-        mask: Tensor | None,
+        numbers: Tensor | None,
+        lowest: int,
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
         cast = _stack(W).to(x.dtype)
         y = F.linear(x, cast, bias)
-        h = F.linear(x if mask is None else x * mask, _stack(A).to(x.dtype))
+        if numbers is not None:
+            x = mask_of(numbers, lowest, x.dtype).mul_(x)
+        h = F.linear(x, _stack(A).to(x.dtype))
         _rows(y).addmm_(_rows(h), _block_diagonal(B, x.dtype).t(), alpha=scaling)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, mask, cast if x.dtype != W[0].dtype else None, *parameters)
+        ctx.scaling, ctx.lowest = scaling, lowest
+        ctx.save_for_backward(x, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, cast, *parameters = ctx.saved_tensors
+        x, numbers, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
         g = _rows(grad)
-        rows = _rows(x if mask is None else x * mask)
-        dA, dB, gB = _adapter_gradients(rows, g, A, B, ctx.scaling)
+        dA, dB, gB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ (_stack(W) if cast is None else cast)
             down = _stack(A).to(x.dtype)
-            if mask is None:
+            if numbers is None:
                 dx.addmm_(gB, down)
             else:
-                dx.addcmul_(gB @ down, _rows(mask))
+                # In slices, whose product and mask stay in the CPU's cache and take little memory.
+                size = 2 * CHUNK if x.device.type == "cpu" else len(dx)
+                slices = (t.split(size) for t in (dx, gB, _rows(numbers)))
+                for dx_slice, gB_slice, part in zip(*slices, strict=True):
+                    dx_slice.addcmul_(gB_slice @ down, mask_of(part, ctx.lowest, x.dtype))
             dx = dx.view(x.shape)
-        return dx, None, None, None, *(None for _ in W), *dA, *dB
+        return dx, None, None, None, None, *(None for _ in W), *dA, *dB
 
 
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:

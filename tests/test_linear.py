@@ -15,7 +15,7 @@ from torch import nn
 from lora import LoRALinear, grouped_linear
 from lora import dropout as dropout_module
 from lora import linear as module
-from lora.dropout import draw_mask
+from lora.dropout import draw_numbers, mask_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -211,15 +211,15 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     masks = []
 
     def draw(x, p, bits=16):
-        mask, kept = real(x, p, bits)
+        numbers, lowest, kept = real(x, p, bits)
         assert kept == pytest.approx(0.7, abs=2**-bits)
-        masks.append(mask.double() / kept)
-        return mask, kept
+        masks.append(mask_of(numbers, lowest, torch.float64) / kept)
+        return numbers, lowest, kept
 
-    real = dropout_module.draw_mask
+    real = dropout_module.draw_numbers
     with (
-        patch.object(dropout_module, "draw_mask", draw),
-        patch.object(module, "draw_mask", draw),
+        patch.object(dropout_module, "draw_numbers", draw),
+        patch.object(module, "draw_numbers", draw),
         torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
     ):
         y = layer(x)
@@ -245,7 +245,8 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
 def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
     torch.manual_seed(0)
     x = torch.empty(1000, 1001)
-    mask, kept = draw_mask(x, p, bits=8)
+    numbers, lowest, kept = draw_numbers(x, p, bits=8)
+    mask = mask_of(numbers, lowest, torch.float32)
     assert kept == pytest.approx(min(max(1 - p, 1 / 256), 255 / 256), abs=1 / 512)
     deviation = math.sqrt(kept * (1 - kept) / x.numel())
     assert abs(mask.mean().item() - kept) < 4 * deviation
