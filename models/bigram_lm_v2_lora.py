@@ -26,8 +26,8 @@ class BigramLanguageModelLoRA(nn.Module):
     the embeddings unless `train_embeddings` is False.
 
     Two options are there for GPT-2's published weights: `gelu`, "exact" or "tanh", and `tied_head`,
-    by which the head's weight is that of the token embedding. With LoRA, where the head is frozen
-    and the embedding trains, they are two tensors that start as one.
+    by which the head's weight is that of the token embedding. Where LoRA freezes the head and
+    trains the embedding, they are two tensors that start as one.
 
     Raises ValueError when `n_embd` is not divisible by `n_head`, for an unknown `gelu`, and for a
     target that is no linear of the model.
@@ -69,7 +69,9 @@ class BigramLanguageModelLoRA(nn.Module):
         self.reset_parameters()
         if tied_head:
             weight = self.token_embedding_table.weight
-            self.lm_head.weight = nn.Parameter(weight.detach().clone()) if use_lora else weight
+            if use_lora and train_embeddings:
+                weight = nn.Parameter(weight.detach().clone())
+            self.lm_head.weight = weight
         self.use_lora = use_lora
         if use_lora:
             add_lora(self, lora_rank, lora_alpha, lora_dropout, lora_targets)

@@ -9,10 +9,22 @@ import tokenizers
 import torch
 import transformers
 from conftest import TEXT, refused, start_script, succeeded
+from torch import nn
 
 from checkpoint import load_base, read_checkpoint
 from huggingface import adapter_from_gpt2, adapter_to_gpt2, read_base, read_gpt2, write_gpt2
-from lora import FileError, base_state, read_adapter, switch_adapter, take_adapter, write_peft
+from lora import (
+    FileError,
+    base_state,
+    load_adapter,
+    lora_layers,
+    merge_adapter,
+    read_adapter,
+    save_adapter,
+    switch_adapter,
+    take_adapter,
+    write_peft,
+)
 from lora.files import fingerprint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import check_vocabulary
@@ -155,6 +167,29 @@ def test_a_tied_head_counts_once_stays_tied_in_full_fine_tuning_and_is_apart_und
                     p -= p.grad
     same = torch.equal(full.lm_head.weight, full.token_embedding_table.weight)
     assert same and not torch.equal(lora.lm_head.weight, lora.token_embedding_table.weight)
+
+
+def test_a_tied_head_is_no_copy_where_the_embedding_is_frozen_too(folder, tmp_path):
+    """And an adapter that was trained so fits a model that has a copy: their bases are one."""
+    checkpoint = read_base(folder)
+    torch.manual_seed(3)
+    frozen = ours(checkpoint, use_lora=True, train_embeddings=False)
+    assert frozen.lm_head.weight is frozen.token_embedding_table.weight
+    info = frozen.get_parameter_info()
+    assert info["total"] == gpt2().num_parameters() + info["lora"]
+    base = fingerprint(base_state(frozen))
+    copied = ours(checkpoint, use_lora=True)
+    assert base == fingerprint(base_state(copied))
+    for layer in lora_layers(frozen).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(tmp_path / "lora.pt", frozen, base, {})
+    load_adapter(tmp_path / "lora.pt", copied, base)
+    idx = tokens(SHAPES[0])[:, :8]
+    expected = frozen(idx)[0]
+    torch.testing.assert_close(copied(idx)[0], expected, rtol=0, atol=0)
+    merge_adapter(frozen)
+    torch.testing.assert_close(frozen(idx)[0], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(frozen.lm_head.weight, frozen.token_embedding_table.weight)
 
 
 def trained(checkpoint) -> BigramLanguageModelLoRA:
