@@ -179,6 +179,7 @@ def test_the_study_finds_each_methods_best_learning_rate():
 
 
 def test_a_part_of_an_adapters_change_is_its_weight_in_adapters():
+    torch.manual_seed(0)
     model = BigramLanguageModelLoRA(64, 16, 8, "cpu", 0.0, 2, 1, use_lora=True)
     bare = take_adapter(model, "base")
     before = {name: p.detach().clone() for name, p in quality.trained_parameters(model)}

@@ -62,7 +62,7 @@ def test_the_commands_run_in_their_order(document, tmp_path):
             continue
         if words[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]:
             assert words[3:] == ["training.py"]
-            succeeded(start_group(tmp_path, 2, **BUDGET | variables)[0])
+            succeeded(start_group(tmp_path, 2, **variables | BUDGET)[0])
             ran += 1
             continue
         assert words[0] == "python", command
@@ -74,7 +74,7 @@ def test_the_commands_run_in_their_order(document, tmp_path):
         elif words[1] == "generate.py":
             process = start_script(tmp_path, script=words[1], MAX_NEW_TOKENS="5", **variables)
         else:
-            process = start_script(tmp_path, *words[2:], script=words[1], **BUDGET | variables)
+            process = start_script(tmp_path, *words[2:], script=words[1], **variables | BUDGET)
         record = succeeded(process)
         if target is not None:
             (tmp_path / target).write_text(record)
