@@ -199,7 +199,7 @@ class Config(Settings):
     )
 
     # Optimization
-    batch_size: int = option(32, "sequences in a batch, of all processes", at_least=1)
+    batch_size: int = option(32, "sequences in a batch, of all processes", at_least=1, test=8)
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
     max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
     learning_rate: float = option(3e-3, "peak learning rate", base=1e-3, lora=2e-3, above=0)
