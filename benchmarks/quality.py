@@ -174,10 +174,9 @@ def plan(study: Study) -> list[Task]:
         for corpus in study.budget.runs:
             if name not in study.methods_on(corpus):
                 continue
-            missing, best = search(study, name, corpus)
-            tasks += missing if best is None else study.same_with_all_seeds(best)
-            if name == FULL and best is not None:
-                tasks += in_the_time_of_lora(study, best)
+            tasks += search(study, name, corpus)[0]
+            for runs in at_best(study, name, corpus).values():
+                tasks += runs
     return [task for task in dict.fromkeys(tasks) if task not in study.results]
 
 
@@ -192,6 +191,16 @@ def search(study: Study, name: str, corpus: str) -> tuple[list[Task], Task | Non
     best = min(known, key=lambda i: study.results[tasks[i]]["loss"])
     beside = [i for i in (best - 1, best + 1) if 0 <= i < len(tasks) and i not in known]
     return [tasks[i] for i in beside], None if beside else tasks[best]
+
+
+def at_best(study: Study, name: str, corpus: str) -> dict[str, list[Task]]:
+    """The runs of all seeds at the method's best learning rate, once that is found, by name: for
+    full fine-tuning also those in the time of LoRA."""
+    _, best = search(study, name, corpus)
+    if best is None:
+        return {}
+    runs = {name: study.same_with_all_seeds(best)}
+    return runs | {IN_TIME: in_the_time_of_lora(study, best)} if name == FULL else runs
 
 
 def in_the_time_of_lora(study: Study, full: Task) -> list[Task]:
@@ -237,14 +246,13 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
             windows = validation_windows(corpus.validation, n, length)
             return evaluate(dataclasses.replace(run, corpus=corpus), windows)[0]
 
-        losses = {
-            "loss": loss_on(run.corpus),
-            "old_loss": loss_on(load_corpus(OLD, ROOT / "data")),
-        }
+        old_loss = loss_on(load_corpus(OLD, ROOT / "data"))
         if task.method == BASE:
-            return losses
+            return {"loss": loss_on(run.corpus), "old_loss": old_loss}
         summary = json.loads(run.files.metrics.read_text().splitlines()[-1])["summary"]
-        return losses | {
+        return {
+            "loss": summary["final_val_loss"] if method.kept == 1.0 else loss_on(run.corpus),
+            "old_loss": old_loss,
             "step_time": summary["median_step_time"],
             "time": summary["training_time"],
             "peak": summary["peak_memory"],
@@ -366,17 +374,12 @@ def report(study: Study) -> str:
 
 def found_at_best(study: Study, corpus: str) -> dict[str, dict[Task, dict[str, float]]]:
     """By method, the runs at its best learning rate, of those methods whose search has ended."""
-    planned = {}
+    found = {}
     for name in study.methods_on(corpus):
-        _, best = search(study, name, corpus)
-        if best is not None:
-            planned[name] = study.same_with_all_seeds(best)
-            if name == FULL:
-                planned[IN_TIME] = in_the_time_of_lora(study, best)
-    known = {
-        n: {t: study.results[t] for t in ts if t in study.results} for n, ts in planned.items()
-    }
-    return {name: runs for name, runs in known.items() if runs}
+        for row, tasks in at_best(study, name, corpus).items():
+            runs = {task: study.results[task] for task in tasks if task in study.results}
+            found |= {row: runs} if runs else {}
+    return found
 
 
 def corpus_table(study: Study, corpus: str) -> list[str]:
