@@ -35,8 +35,11 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times) * 1000
 
 
-def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+def fused_attention(qkv: torch.Tensor, p: float) -> torch.Tensor:
+    """torch's, on qkv (B, T, 3, H, D): (B, T, H * D)."""
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    return y.transpose(1, 2).flatten(2)
 
 
 def with_backward(function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
@@ -55,7 +58,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(32, 128, 1024, dtype=dtype)
         residual = torch.randn(32, 128, 256, dtype=dtype)
-        q, k, v = (torch.randn(32, 4, 128, 64, dtype=dtype) for _ in range(3))
+        qkv = torch.randn(32, 128, 3, 4, 64, dtype=dtype)
         rows = {
             "GELU, tanh approximation": with_backward(
                 lambda x: F.gelu(x, approximate="tanh"), hidden
@@ -63,13 +66,13 @@ def main() -> None:
             "GELU, exact": with_backward(F.gelu, hidden),
             "dropout 0.2, torch's": with_backward(lambda x: F.dropout(x, 0.2), residual),
             "dropout 0.2, ours": with_backward(lambda x: dropout(x, 0.2, True), residual),
-            "attention, torch's": with_backward(lambda *t: fused_attention(*t, 0.0), q, k, v),
-            "attention, plain": with_backward(lambda *t: plain_attention(*t, 0.0), q, k, v),
+            "attention, torch's": with_backward(lambda t: fused_attention(t, 0.0), qkv),
+            "attention, plain": with_backward(lambda t: plain_attention(t, 0.0), qkv),
             "attention with dropout 0.2, torch's": with_backward(
-                lambda *t: fused_attention(*t, 0.2), q, k, v
+                lambda t: fused_attention(t, 0.2), qkv
             ),
             "attention with dropout 0.2, plain and ours": with_backward(
-                lambda *t: plain_attention(*t, 0.2), q, k, v
+                lambda t: plain_attention(t, 0.2), qkv
             ),
         }
         print(f"{str(dtype).removeprefix('torch.')}, forward and backward, ms:")

@@ -10,8 +10,8 @@ small products and keeps intermediate results. Here it takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, and M or W where it was cast for the step; with dropout what is left of
-x, and a byte an element for the mask.
+Only x is kept for backward, and M or W where it was cast for the step or M is small; with dropout
+what is left of x, and a byte an element for the mask.
 """
 
 import math
@@ -29,6 +29,10 @@ from lora.dropout import draw_numbers, dropout, mask_of
 CHUNK = 512
 
 FEW_TOKENS = 16
+
+# A merged weight of up to this many numbers is kept for backward: the time to make it again is
+# worth more than its memory.
+SMALL_WEIGHT = 2**16
 
 
 class LoRALinear(nn.Module):
@@ -100,9 +104,11 @@ class LoRALinear(nn.Module):
         )
 
 
-def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """`[layer(x) for layer in layers]`, as one product where the layers are alike and x has more
-    than a few tokens, for stacking costs a pass over the weights.
+def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """The outputs of `layers` on x (..., in_features) side by side: (..., sum of out_features).
+
+    They are one product where the layers are alike and x has more than a few tokens, for stacking
+    costs a pass over the weights.
 
     Alike are plain linears with biases, and LoRALinears of one width, rank, scaling and dropout.
     The latter share the dropout's mask too, since they share its input. Forward hooks of layers
@@ -110,11 +116,11 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """
     first = layers[0]
     if x.numel() < FEW_TOKENS * x.shape[-1]:
-        return [layer(x) for layer in layers]
+        return torch.cat([layer(x) for layer in layers], -1)
     if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        return F.linear(x, weight, bias).split([layer.weight.shape[0] for layer in layers], -1)
+        return F.linear(x, weight, bias)
     if all(
         type(layer) is LoRALinear
         and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
@@ -122,8 +128,8 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
         and layer.out_features == first.out_features
         for layer in layers
     ):
-        return _adapted(x, layers).split([layer.out_features for layer in layers], -1)
-    return [layer(x) for layer in layers]
+        return _adapted(x, layers)
+    return torch.cat([layer(x) for layer in layers], -1)
 
 
 def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
@@ -137,7 +143,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     b = [layer.bias for layer in layers if layer.bias is not None]
     A = [layer.lora_A for layer in layers]
     B = [layer.lora_B for layer in layers]
-    bias = _stack(b).to(x.dtype) if b else None
+    bias = _cat(b, 0).to(x.dtype) if b else None
     if any(t.requires_grad for t in W + b):
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
@@ -171,9 +177,9 @@ def _by_autograd(
     x: Tensor, s: float, bias: Tensor | None, p: float, W: Tensors, A: Tensors, B: Tensors
 ) -> Tensor:
     """Two paths in autograd's own operations, for a base that was made trainable after all."""
-    h = F.linear(dropout(x, p, training=True), _stack(A).to(x.dtype))
+    h = F.linear(dropout(x, p, training=True), _cat(A).to(x.dtype))
     adapters = F.linear(h, torch.block_diag(*B).to(x.dtype))
-    return F.linear(x, _stack(W).to(x.dtype), bias) + s * adapters
+    return F.linear(x, _cat(W).to(x.dtype), bias) + s * adapters
 
 
 class _Merged(torch.autograd.Function):
@@ -184,8 +190,9 @@ class _Merged(torch.autograd.Function):
         W, A, B = _in_three(parameters)
         M = _merge(W, A, B, scaling).to(x.dtype)
         ctx.scaling = scaling
-        # A merged weight is kept only where it was cast; else it is made again, as memory is dear.
-        ctx.save_for_backward(x, M if x.dtype != W[0].dtype else None, *parameters)
+        # A large one that was not cast is made again in backward, as memory is dear.
+        kept = x.dtype != W[0].dtype or W[0].numel() <= SMALL_WEIGHT
+        ctx.save_for_backward(x, M if kept else None, *parameters)
         return F.linear(x, M, bias)
 
     @staticmethod
@@ -220,12 +227,14 @@ class _TwoPaths(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        cast = _stack(W).to(x.dtype)
+        cast = _cat(W).to(x.dtype)
         y = F.linear(x, cast, bias)
         if numbers is not None:
             x = mask_of(numbers, lowest, x.dtype).mul_(x)
-        h = F.linear(x, _stack(A).to(x.dtype))
-        _rows(y).addmm_(_rows(h), _block_diagonal(B, x.dtype).t(), alpha=scaling)
+        h = F.linear(_rows(x), _cat(A).to(x.dtype))  # (T, n * rank)
+        ys, hs = _rows(y).split(B[0].shape[0], 1), h.split(A[0].shape[0], 1)
+        for y_layer, h_layer, up in zip(ys, hs, B, strict=True):
+            y_layer.addmm_(h_layer, up.to(x.dtype).t(), alpha=scaling)
         ctx.scaling, ctx.lowest = scaling, lowest
         ctx.save_for_backward(x, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
         return y
@@ -239,8 +248,9 @@ class _TwoPaths(torch.autograd.Function):
         dA, dB, gB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (_stack(W) if cast is None else cast)
-            down = _stack(A).to(x.dtype)
+            dx = g @ (_cat(W) if cast is None else cast)
+            down = _cat(A).to(x.dtype)
+            gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
             if numbers is None:
                 dx.addmm_(gB, down)
             else:
@@ -256,51 +266,43 @@ class _TwoPaths(torch.autograd.Function):
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:
     """W + s B A of all layers, stacked, added up in W's dtype.
 
-    `out=` keeps autocast from adding up in its own dtype, which would swallow small updates.
+    In place, which keeps autocast from adding up in its own dtype and swallowing small updates.
     """
-    W = _stack(W)
-    return torch.addmm(W, _block_diagonal(B, W.dtype), _stack(A), alpha=s, out=torch.empty_like(W))
+    M = torch.stack(tuple(W))  # (n, out, in)
+    return M.baddbmm_(_batch(B), _batch(A), alpha=s).flatten(0, 1)
 
 
 def _adapter_gradients(
     x: Tensor, g: Tensor, A: Tensors, B: Tensors, s: float
 ) -> tuple[Tensors, Tensors, Tensor]:
-    """dA and dB of each layer, and s g B (T, n * rank), from x (T, in) and g (T, n * out).
+    """dA and dB of each layer, and s B^T g^T, from x (T, in) and g (T, n * out).
 
-    In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g.
+    In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g. Where
+    they are products of CHUNK tokens each, s B^T g^T is (T / CHUNK, n * rank, CHUNK), else
+    (n * rank, T).
     """
-    down = (_stack(A) * s).to(x.dtype)  # (n * rank, in)
-    up = (_block_diagonal(B, B[0].dtype) * s).to(x.dtype).t()  # (n * rank, n * out)
-    T = x.shape[0]
-    if x.device.type == "cpu" and x.dtype == torch.float32 and T >= 2 * CHUNK and T % CHUNK == 0:
-        x, g = (t.unflatten(0, (T // CHUNK, CHUNK)) for t in (x, g))
-        down, up = (t.expand(T // CHUNK, *t.shape) for t in (down, up))
-        gB = up.bmm(g.mT)  # (T / CHUNK, n * rank, CHUNK)
-        dA, dB = gB.bmm(x).sum(0), down.bmm(x.mT).bmm(g).sum(0)
-        gB = gB.mT.reshape(T, -1)
-    else:
-        gB = up @ g.t()
-        dA, dB = gB @ x, down @ x.t() @ g
-        gB = gB.t()
-    return dA.split(A[0].shape[0]), _diagonal_blocks(dB.t(), len(B)), gB
+    n, (out, rank), T = len(B), B[0].shape, len(x)
+    down, ups = _cat(A).to(x.dtype), [up.to(x.dtype).t() for up in B]
+    chunks = T // CHUNK
+    in_chunks = chunks > 1 and T % CHUNK == 0
+    if in_chunks and x.device.type == "cpu" and x.dtype == torch.float32:
+        x, g = (t.unflatten(0, (chunks, CHUNK)) for t in (x, g))
+        down, *ups = (t.expand(chunks, *t.shape) for t in (down, *ups))
+    gs = g.split(out, -1) if n > 1 else [g]
+    gB = _cat([scaled_product(s, up, g_layer.mT) for up, g_layer in zip(ups, gs, strict=True)])
+    h = scaled_product(s, down, x.mT)  # as gB
+    hs = h.split(rank, -2) if n > 1 else [h]
+    dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in zip(hs, gs, strict=True)]
+    if x.dim() == 3:
+        dA, dB = dA.sum(0), [t.sum(0) for t in dB]
+    return dA.split(rank) if n > 1 else [dA], [t.t() for t in dB], gB
 
 
-def _block_diagonal(B: Tensors, dtype: torch.dtype) -> Tensor:
-    """All B in one (n * out, n * rank), so that n layers are computed as one."""
-    n, (out, rank) = len(B), B[0].shape
-    if n == 1:
-        return B[0].to(dtype)
-    blocks = B[0].new_zeros(n, out, n, rank, dtype=dtype)
-    blocks.diagonal(dim1=0, dim2=2).copy_(torch.stack(tuple(B), -1))
-    return blocks.view(n * out, n * rank)
-
-
-def _diagonal_blocks(t: Tensor, n: int) -> Tensors:
-    """The inverse: n blocks (out, rank) from t (n * out, n * rank)."""
-    if n == 1:
-        return [t]
-    blocks = t.unflatten(1, (n, -1)).unflatten(0, (n, -1))
-    return blocks.diagonal(dim1=0, dim2=2).unbind(-1)
+def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:
+    """s a b, of matrices or of batches of them, in one operation."""
+    product = a.new_empty(*a.shape[:-1], b.shape[-1])
+    multiply = product.addmm_ if a.dim() == 2 else product.baddbmm_
+    return multiply(a, b, beta=0, alpha=s)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -308,9 +310,14 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _stack(tensors: Tensors) -> Tensor:
-    """One below the other; a single one as it is, for it needs no copy."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _cat(tensors: Tensors, dim: int = -2) -> Tensor:
+    """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _batch(tensors: Tensors) -> Tensor:
+    """(n, ...); of a single one a view, for it needs no copy."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def _in_three(parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:

@@ -256,21 +256,21 @@ def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_group_gives_what_its_layers_give(dtype):
+@pytest.mark.parametrize("tokens", [50, module.CHUNK])
+@pytest.mark.parametrize("which", FORMS)
+def test_a_group_gives_what_its_layers_give(which, tokens, dtype):
     torch.manual_seed(0)
-    layers = [make(out, 24, rank=4) for out in (40, 40, 40)]
-    x = torch.randn(3, 50, 24)
+    layers = [make(40, 24, rank=4) for _ in range(3)]
+    x = torch.randn(3, tokens, 24)
     gradients = []
-    for run in (grouped_linear, lambda x, layers: [layer(x) for layer in layers]):
+    for run in (grouped_linear, lambda x, layers: torch.cat([layer(x) for layer in layers], -1)):
         for layer in layers:
             layer.zero_grad()
         leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            ys = run(leaf, layers)
-        sum((y.float() * (i + 1)).square().sum() for i, y in enumerate(ys)).backward()
-        gradients.append(
-            [*ys, leaf.grad, *(p.grad for la in layers for p in (la.lora_A, la.lora_B))]
-        )
+        with form(which), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = run(leaf, layers)
+        (y.float() * torch.arange(120)).square().mean().backward()
+        gradients.append([y, leaf.grad, *(p.grad for la in layers for p in (la.lora_A, la.lora_B))])
     for a, b in zip(*gradients, strict=True):
         assert relative_error(a, b.double()) < TOLERANCE[dtype]
 
@@ -283,8 +283,8 @@ def test_a_group_of_unlike_layers_falls_back_to_each():
         [make(), nn.Linear(5, 4)],
         [nn.Linear(5, 4), nn.Linear(5, 4)],
     ):
-        for y, layer in zip(grouped_linear(x, layers), layers, strict=True):
-            torch.testing.assert_close(y, layer(x))
+        expected = torch.cat([layer(x) for layer in layers], -1)
+        torch.testing.assert_close(grouped_linear(x, layers), expected)
 
 
 def test_small_updates_survive_bfloat16():
@@ -311,18 +311,19 @@ def test_the_merged_weight_is_rounded_once():
 
 
 @pytest.mark.parametrize("which", FORMS)
-def test_only_the_input_is_kept_for_backward(which):
+@pytest.mark.parametrize("n_in", [32, module.SMALL_WEIGHT // 64 + 1])
+def test_only_the_input_and_a_small_merged_weight_are_kept_for_backward(which, n_in):
     """Beside parameters."""
     kept = []
-    layer, x = make(64, 32, bias=False), torch.randn(100, 32, requires_grad=True)
+    layer, x = make(64, n_in, bias=False), torch.randn(100, n_in, requires_grad=True)
     with (
         form(which),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         layer(x)
     known = {p.data_ptr() for p in (*layer.parameters(), x)}
-    extra = [t.numel() for t in kept if t.data_ptr() not in known]
-    assert extra == []
+    extra = [t.shape for t in kept if t.data_ptr() not in known]
+    assert extra == ([layer.weight.shape] if which == "merged" and n_in == 32 else [])
     assert x.data_ptr() in {t.data_ptr() for t in kept}
 
 

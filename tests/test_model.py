@@ -8,7 +8,7 @@ import torch
 from lora import LoRALinear, lora_layers, store_base
 from lora.dropout import dropout
 from models import transformer
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, segments_mask
 from models.transformer import causal_attention
 
 SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
@@ -233,43 +233,64 @@ def test_dropout_is_seeded_differentiable_and_off_in_eval():
     assert dropout(x, 0.0, training=True) is x
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 64, 16), (1, 1, 300, 8)])
+def exact_attention(qkv, kept, mask=None):
+    """dropout(softmax(q k^T / sqrt(D) + mask)) v of qkv (B, T, 3, H, D), by autograd; `kept`
+    (B, H, T, T) is what the dropout multiplies the weights by."""
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    T, D = q.shape[2:]
+    if mask is None:
+        mask = torch.full((T, T), -math.inf, dtype=qkv.dtype).triu(1)
+    weights = (q @ k.mT / math.sqrt(D) + mask).softmax(-1)
+    return (weights * kept @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 64, 2, 16), (2, 100, 1, 8), (1, 300, 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_agrees_with_float64(shape, dtype):
-    """Both forms, values and gradients, against softmax(q k^T / sqrt(D)) v in float64."""
+    """Both forms, with and without segments, values and gradients."""
     torch.manual_seed(0)
-    q, k, v, g = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
-
-    def exact(q, k, v):
-        scores = q @ k.mT / math.sqrt(shape[-1])
-        mask = torch.ones(shape[2], shape[2]).tril() == 0
-        return scores.masked_fill(mask, -math.inf).softmax(-1) @ v
-
+    B, T, H, D = shape
+    qkv, g = torch.randn(B, T, 3, H, D).double(), torch.randn(B, T, H * D).double()
+    segments = torch.randint(2, (B, T)).cumsum(1)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    results = []
-    for function, kind in (
-        (exact, torch.float64),
-        (lambda *qkv: transformer.causal_attention(*qkv, 0.0, True), dtype),
-        (lambda *qkv: transformer.plain_attention(*qkv, 0.0), dtype),
-    ):
-        inputs = [t.to(kind, copy=True).requires_grad_() for t in (q, k, v)]
-        y = function(*inputs)
-        y.backward(g.to(kind))
-        results.append([t.double() for t in (y.detach(), *(i.grad for i in inputs))])
-    for found in results[1:]:
-        for a, b in zip(found, results[0], strict=True):
-            assert (a - b).norm() / b.norm() < tolerance
+    for mask in (None, segments_mask(segments, torch.float64)):
+        results = []
+        for function, kind in (
+            (lambda qkv, mask: exact_attention(qkv, 1.0, mask), torch.float64),
+            (lambda qkv, mask: transformer.causal_attention(qkv, 0.0, True, mask), dtype),
+            (lambda qkv, mask: transformer.plain_attention(qkv, 0.0, mask), dtype),
+        ):
+            leaf = qkv.to(kind, copy=True).requires_grad_()
+            y = function(leaf, None if mask is None else mask.to(kind))
+            y.backward(g.to(kind))
+            results.append((y.detach().double(), leaf.grad.double()))
+        for found in results[1:]:
+            for a, b in zip(found, results[0], strict=True):
+                assert (a - b).norm() / b.norm() < tolerance
 
 
-def test_attention_dropout_drops_whole_weights():
-    """With one-hot values the output is the row of dropped attention weights itself."""
+@pytest.mark.parametrize("T", [32, 150])
+def test_attention_dropout_drops_whole_weights(T):
+    """With one-hot values the output is the dropped weights themselves, and it and the gradients
+    are those of these weights."""
     torch.manual_seed(0)
-    T = 32
-    q = k = torch.zeros(1, 1, T, T)  # uniform attention: every weight of row i is 1 / (i + 1)
-    v = torch.eye(T).view(1, 1, T, T)
-    weights = transformer.plain_attention(q, k, v, 0.25)[0, 0]
-    row = weights[-1] * T * 0.75
-    assert set(row.round(decimals=4).tolist()) == {0.0, 1.0}
+    qkv = torch.zeros(2, T, 3, 1, T)  # uniform attention: every weight of row i is 1 / (i + 1)
+    qkv[:, :, 2, 0] = torch.eye(T)
+    kept = transformer.plain_attention(qkv, 0.25) * torch.arange(1, T + 1)[:, None]  # (B, T, T)
+    seen = torch.ones(T, T).tril() == 1
+    assert set((kept * 0.75).round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    assert not kept[:, ~seen].any()
+    deviation = math.sqrt(0.25 * 0.75 / (2 * seen.sum()))
+    assert abs(kept[:, seen].mean().item() * 0.75 - 0.75) < 4 * deviation
+
+    leaf = torch.randn_like(qkv).requires_grad_()
+    torch.manual_seed(0)
+    found = transformer.plain_attention(leaf, 0.25)
+    expected = exact_attention(leaf, kept[:, None])
+    g = torch.randn_like(found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(y, leaf, g) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_linear_is_importable_from_lora():
@@ -298,7 +319,7 @@ def test_cached_logits_are_those_without_a_cache(use_lora):
 def test_a_context_of_one_token_has_dropout_too(dtype):
     """With one key its weight is 1: dropped, or scaled by 1 / (1 - p)."""
     torch.manual_seed(0)
-    q = torch.ones(200, 2, 1, 4, dtype=dtype)
-    y = causal_attention(q, q, q, 0.5, training=True)
+    qkv = torch.ones(200, 1, 3, 2, 4, dtype=dtype)
+    y = causal_attention(qkv, 0.5, training=True)
     assert y.unique().tolist() == [0.0, 2.0]
-    assert torch.equal(causal_attention(q, q, q, 0.5, training=False), q)
+    assert causal_attention(qkv, 0.5, training=False).unique().tolist() == [1.0]
