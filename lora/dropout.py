@@ -27,9 +27,12 @@ def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, floa
     if x.device.type != "cpu":
         ones = torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
         return ones, 1, 1.0 - p
-    per_number = 64 // bits
-    numbers = torch.empty(-(-x.numel() // per_number), dtype=torch.int64).random_(-(2**63), None)
-    values = numbers.view(torch.int8 if bits == 8 else torch.int16)[: x.numel()].view(x.shape)
+    per_draw = 64 // bits
+    numbers = torch.empty(
+        -(-x.numel() // per_draw) * per_draw, dtype=torch.int8 if bits == 8 else torch.int16
+    )
+    numbers.view(torch.int64).random_(-(2**63), None)
+    values = numbers[: x.numel()].view(x.shape)
     dropped = min(max(round(p * 2**bits), 1), 2**bits - 1)  # of the 2**bits values
     return values, dropped - 2 ** (bits - 1), 1.0 - dropped / 2**bits
 
