@@ -65,6 +65,9 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     Trained weights and the optimizer's state are float32 in any case.
     """
     if name != "auto":
+        found, reason = choose_dtype("auto", device)
+        if name == "bfloat16" and found != torch.bfloat16 and device.type == "cpu":
+            return torch.bfloat16, f"DTYPE={name}, though {reason}: far slower than float32"
         return getattr(torch, name), f"DTYPE={name}"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -3,6 +3,7 @@
     python benchmarks/variables.py "" GRAD_CHECKPOINT=True COMPILE=True
     python benchmarks/variables.py --common "USE_LORA=True" "" "PROCESSES=2" "PROCESSES=2 FSDP=True"
     python benchmarks/variables.py --rounds 1 --steps 1000 DTYPE=float32 DTYPE=bfloat16
+    python benchmarks/variables.py --emulate-bfloat16 --rounds 1 DTYPE=float32 DTYPE=bfloat16
 
 Each argument is a set of variables, "" for none, and PROCESSES=n stands for torchrun with n. The
 first set is what the others are compared with. Each run is training.py as a user starts it, in a
@@ -11,6 +12,8 @@ those within a round. Of the losses and of memory, which is the first process's,
 
 Bytes are those that all processes together sent over the loopback in a step: the difference between
 this run and one of a single step. Nothing else may use it meanwhile.
+
+--emulate-bfloat16 is for a CPU without it, to see the losses (emulated_bfloat16.py).
 """
 
 import argparse
@@ -34,7 +37,7 @@ from benchmarks.measure import at_least_one
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def summary_of(variables: dict[str, str], steps: int) -> dict[str, Any]:
+def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, Any]:
     """The summary that a run of so many steps leaves, and the bytes that it sent."""
     processes = int(variables.get("PROCESSES", 1))
     command = [sys.executable]
@@ -45,7 +48,7 @@ def summary_of(variables: dict[str, str], steps: int) -> dict[str, Any]:
         environment |= {"MAX_STEPS": str(steps), "SAMPLE_TOKENS": "0", "OUT_DIR": folder}
         before = bytes_sent()
         done = subprocess.run(
-            [*command, str(ROOT / "training.py")],
+            [*command, str(ROOT / script)],
             env=os.environ | environment,
             capture_output=True,
             text=True,
@@ -84,12 +87,18 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=at_least_one, default=12, help="steps of a run (default: 12)"
     )
+    parser.add_argument(
+        "--emulate-bfloat16", action="store_true", help="make its products by way of float32"
+    )
     args = parser.parse_args()
+    script = "benchmarks/emulated_bfloat16.py" if args.emulate_bfloat16 else "training.py"
     sets = [args.common | variables for variables in args.sets]
     name = hardware.device_name(torch.device("cpu"))
     common = " ".join(f"{n}={v}" for n, v in args.common.items()) or "the defaults"
     print(f"{args.rounds} runs of {args.steps} steps each, {common}; {name}, {torch.__version__}")
-    rounds = [[summary_of(each, args.steps) for each in sets] for _ in range(args.rounds)]
+    if args.emulate_bfloat16:
+        print("products of bfloat16 are made in float32 and rounded: its times tell nothing")
+    rounds = [[summary_of(script, each, args.steps) for each in sets] for _ in range(args.rounds)]
     for i, variables in enumerate(args.sets):
         times = [r[i]["median_step_time"] for r in rounds]
         ratios = [r[i]["median_step_time"] / r[0]["median_step_time"] for r in rounds]
@@ -104,7 +113,7 @@ def main() -> None:
             first = rounds[0][i]["compile_time"]
             line += f", compiled in {first:.1f} s at first and {last['compile_time']:.1f} s at last"
         if "PROCESSES" in sets[i] and args.steps > 1:
-            sent = (last["sent"] - summary_of(sets[i], 1)["sent"]) / (args.steps - 1)
+            sent = (last["sent"] - summary_of(script, sets[i], 1)["sent"]) / (args.steps - 1)
             line += f", {sent / 1e6:.2f} MB sent a step"
         print(line, flush=True)
 

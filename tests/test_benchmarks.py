@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, start_script, succeeded
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 from bigram import bigram_loss
+from emulated_bfloat16 import EmulatedBfloat16
 from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
 
 from config import Config
 from data import load_corpus
-from lora import combine_adapters, switch_adapter, take_adapter
+from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
@@ -144,6 +147,45 @@ def test_variables_compares_sets_of_them(tmp_path):
     assert lines[0][1] == "1.00"
     # Of the loopback, which other tests use at the same time: any number.
     assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) != 0
+
+
+def test_emulated_bfloat16_is_float32_rounded_once():
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(shape).bfloat16() for shape in ((6, 40), (40, 5), (6, 5)))
+    exact = torch.addmm(c.float(), a.float(), b.float(), alpha=0.3).bfloat16()
+    with EmulatedBfloat16():
+        assert torch.equal(a @ b, (a.float() @ b.float()).bfloat16())
+        assert torch.equal(torch.addmm(c, a, b, alpha=0.3), exact)
+        batch = a.expand(3, 6, 40) @ b
+        assert batch.dtype == torch.bfloat16 and torch.equal(batch[2], a @ b)
+        assert torch.equal(c.addmm_(a, b, alpha=0.3), exact) and torch.equal(c, exact)
+        assert torch.equal(a.float() @ b.float(), a.float() @ b.float())
+
+
+def test_emulated_bfloat16_trains_as_torchs_own_does():
+    """The gradients agree within bfloat16's rounding, and torch is given products of float32."""
+    model = BigramLanguageModelLoRA(256, 32, 16, "cpu", 0.1, 2, 1, use_lora=True)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+    idx = torch.randint(256, (4, 16))
+    found, dtypes = [], []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if re.fullmatch(r"(add)?mm_?|(badd)?bmm_?", func.overloadpacket.__name__):
+                dtypes[-1].add(args[-1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    for mode in (contextlib.nullcontext(), EmulatedBfloat16()):
+        dtypes.append(set())
+        torch.manual_seed(0)
+        with Recorder(), mode, torch.autocast("cpu", torch.bfloat16):
+            model(idx, idx)[1].backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert torch.bfloat16 in dtypes[0] and dtypes[1] == {torch.float32}
+    for native, emulated in zip(*found, strict=True):
+        assert (native - emulated).norm() <= 1e-2 * native.norm()
 
 
 def known_study(loss: Callable[[str, str, float], float]) -> quality.Study:

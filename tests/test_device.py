@@ -1,5 +1,6 @@
 """Devices, threads and timers, as far as a machine without a GPU can show them."""
 
+import re
 import time
 
 import pytest
@@ -47,3 +48,20 @@ def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     hardware.choose_threads(None, 2)
     assert chosen == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "dtype", "reason"),
+    [
+        ("amx_bf16", "auto", torch.bfloat16, "multiplies it natively with AMX"),
+        ("avx512_bf16", "auto", torch.bfloat16, "multiplies it natively with AVX512-BF16"),
+        ("avx2", "auto", torch.float32, "the CPU has no native bfloat16"),
+        ("amx_bf16", "bfloat16", torch.bfloat16, "^DTYPE=bfloat16$"),
+        ("avx2", "bfloat16", torch.bfloat16, "no native bfloat16: far slower than float32"),
+        ("amx_bf16", "float32", torch.float32, "^DTYPE=float32$"),
+    ],
+)
+def test_the_dtype_is_the_cpus_own_unless_told_otherwise(monkeypatch, flag, name, dtype, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    found, why = hardware.choose_dtype(name, torch.device("cpu"))
+    assert found == dtype and re.search(reason, why)
