@@ -24,9 +24,13 @@ from torch.autograd.function import once_differentiable
 
 from lora.dropout import draw_numbers, dropout, mask_of
 
-# On a CPU a float32 product of a rank-wide matrix is faster as a batch of products over this many
-# tokens each.
-CHUNK = 512
+# On a CPU a float32 product of a rank-wide matrix is faster as a batch of this many products, each
+# over its part of the tokens, where these are enough.
+PARTS = 8
+ENOUGH_TOKENS = 512
+
+# A mask is made for this many tokens at a time, to stay in a CPU's cache and take little memory.
+SLICE = 1024
 
 FEW_TOKENS = 16
 
@@ -254,8 +258,7 @@ class _TwoPaths(torch.autograd.Function):
             if numbers is None:
                 dx.addmm_(gB, down)
             else:
-                # In slices, whose product and mask stay in the CPU's cache and take little memory.
-                size = 2 * CHUNK if x.device.type == "cpu" else len(dx)
+                size = SLICE if x.device.type == "cpu" else len(dx)
                 slices = (t.split(size) for t in (dx, gB, _rows(numbers)))
                 for dx_slice, gB_slice, part in zip(*slices, strict=True):
                     dx_slice.addcmul_(gB_slice @ down, mask_of(part, ctx.lowest, x.dtype))
@@ -277,17 +280,15 @@ def _adapter_gradients(
 ) -> tuple[Tensors, Tensors, Tensor]:
     """dA and dB of each layer, and s B^T g^T, from x (T, in) and g (T, n * out).
 
-    In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g. Where
-    they are products of CHUNK tokens each, s B^T g^T is (T / CHUNK, n * rank, CHUNK), else
-    (n * rank, T).
+    In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g. In
+    PARTS products s B^T g^T is (PARTS, n * rank, T / PARTS), else (n * rank, T).
     """
     n, (out, rank), T = len(B), B[0].shape, len(x)
     down, ups = _cat(A).to(x.dtype), [up.to(x.dtype).t() for up in B]
-    chunks = T // CHUNK
-    in_chunks = chunks > 1 and T % CHUNK == 0
-    if in_chunks and x.device.type == "cpu" and x.dtype == torch.float32:
-        x, g = (t.unflatten(0, (chunks, CHUNK)) for t in (x, g))
-        down, *ups = (t.expand(chunks, *t.shape) for t in (down, *ups))
+    in_parts = T >= ENOUGH_TOKENS and T % PARTS == 0
+    if in_parts and x.device.type == "cpu" and x.dtype == torch.float32:
+        x, g = (t.unflatten(0, (PARTS, -1)) for t in (x, g))
+        down, *ups = (t.expand(PARTS, *t.shape) for t in (down, *ups))
     gs = g.split(out, -1) if n > 1 else [g]
     gB = _cat([scaled_product(s, up, g_layer.mT) for up, g_layer in zip(ups, gs, strict=True)])
     h = scaled_product(s, down, x.mT)  # as gB

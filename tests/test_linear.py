@@ -107,7 +107,7 @@ def test_values_and_gradients_agree_with_float64(
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("shape", [(1024, 64, 96), (2048, 256, 512), (1030, 48, 48), (16, 256, 96)])
 def test_every_form_of_the_products_agrees_with_float64(mode, shape):
-    """Shapes on both sides of each rule of lora/linear.py: chunked or not, merged or two paths."""
+    """Shapes on both sides of each rule of lora/linear.py: in parts or not, merged or two paths."""
     torch.manual_seed(0)
     tokens, in_features, out_features = shape
     kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
@@ -256,7 +256,7 @@ def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [50, module.CHUNK])
+@pytest.mark.parametrize("tokens", [50, module.ENOUGH_TOKENS])
 @pytest.mark.parametrize("which", FORMS)
 def test_a_group_gives_what_its_layers_give(which, tokens, dtype):
     torch.manual_seed(0)
