@@ -28,6 +28,7 @@ def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, floa
         ones = torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
         return ones, 1, 1.0 - p
     per_draw = 64 // bits
+    # In their own dtype, since torch.compile cannot hand a view of int64 to backward.
     numbers = torch.empty(
         -(-x.numel() // per_draw) * per_draw, dtype=torch.int8 if bits == 8 else torch.int16
     )

@@ -147,7 +147,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     b = [layer.bias for layer in layers if layer.bias is not None]
     A = [layer.lora_A for layer in layers]
     B = [layer.lora_B for layer in layers]
-    bias = _cat(b, 0).to(x.dtype) if b else None
+    bias = concatenated(b, 0).to(x.dtype) if b else None
     if any(t.requires_grad for t in W + b):
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
@@ -181,9 +181,9 @@ def _by_autograd(
     x: Tensor, s: float, bias: Tensor | None, p: float, W: Tensors, A: Tensors, B: Tensors
 ) -> Tensor:
     """Two paths in autograd's own operations, for a base that was made trainable after all."""
-    h = F.linear(dropout(x, p, training=True), _cat(A).to(x.dtype))
+    h = F.linear(dropout(x, p, training=True), concatenated(A).to(x.dtype))
     adapters = F.linear(h, torch.block_diag(*B).to(x.dtype))
-    return F.linear(x, _cat(W).to(x.dtype), bias) + s * adapters
+    return F.linear(x, concatenated(W).to(x.dtype), bias) + s * adapters
 
 
 class _Merged(torch.autograd.Function):
@@ -231,11 +231,11 @@ class _TwoPaths(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        cast = _cat(W).to(x.dtype)
+        cast = concatenated(W).to(x.dtype)
         y = F.linear(x, cast, bias)
         if numbers is not None:
             x = mask_of(numbers, lowest, x.dtype).mul_(x)
-        h = F.linear(_rows(x), _cat(A).to(x.dtype))  # (T, n * rank)
+        h = F.linear(_rows(x), concatenated(A).to(x.dtype))  # (T, n * rank)
         ys, hs = _rows(y).split(B[0].shape[0], 1), h.split(A[0].shape[0], 1)
         for y_layer, h_layer, up in zip(ys, hs, B, strict=True):
             y_layer.addmm_(h_layer, up.to(x.dtype).t(), alpha=scaling)
@@ -252,8 +252,8 @@ class _TwoPaths(torch.autograd.Function):
         dA, dB, gB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (_cat(W) if cast is None else cast)
-            down = _cat(A).to(x.dtype)
+            dx = g @ (concatenated(W) if cast is None else cast)
+            down = concatenated(A).to(x.dtype)
             gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
             if numbers is None:
                 dx.addmm_(gB, down)
@@ -271,7 +271,7 @@ def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:
 
     In place, which keeps autocast from adding up in its own dtype and swallowing small updates.
     """
-    M = torch.stack(tuple(W))  # (n, out, in)
+    M = torch.stack(W)  # (n, out, in)
     return M.baddbmm_(_batch(B), _batch(A), alpha=s).flatten(0, 1)
 
 
@@ -284,13 +284,15 @@ def _adapter_gradients(
     PARTS products s B^T g^T is (PARTS, n * rank, T / PARTS), else (n * rank, T).
     """
     n, (out, rank), T = len(B), B[0].shape, len(x)
-    down, ups = _cat(A).to(x.dtype), [up.to(x.dtype).t() for up in B]
+    down, ups = concatenated(A).to(x.dtype), [up.to(x.dtype).t() for up in B]
     in_parts = T >= ENOUGH_TOKENS and T % PARTS == 0
     if in_parts and x.device.type == "cpu" and x.dtype == torch.float32:
         x, g = (t.unflatten(0, (PARTS, -1)) for t in (x, g))
         down, *ups = (t.expand(PARTS, *t.shape) for t in (down, *ups))
     gs = g.split(out, -1) if n > 1 else [g]
-    gB = _cat([scaled_product(s, up, g_layer.mT) for up, g_layer in zip(ups, gs, strict=True)])
+    gB = concatenated(
+        [scaled_product(s, up, g_layer.mT) for up, g_layer in zip(ups, gs, strict=True)]
+    )
     h = scaled_product(s, down, x.mT)  # as gB
     hs = h.split(rank, -2) if n > 1 else [h]
     dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in zip(hs, gs, strict=True)]
@@ -311,14 +313,14 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _cat(tensors: Tensors, dim: int = -2) -> Tensor:
+def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
     """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _batch(tensors: Tensors) -> Tensor:
     """(n, ...); of a single one a view, for it needs no copy."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _in_three(parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:

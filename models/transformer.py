@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora import grouped_linear
 from lora.dropout import draw_numbers, dropout, mask_of
-from lora.linear import scaled_product
+from lora.linear import concatenated, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
 # up to this context length.
@@ -103,7 +103,7 @@ class _PlainAttention(torch.autograd.Function):
             outputs.append(scaled_product(1 / ctx.kept, dropped, v[:, :end]))
             saved += [weights, numbers]
         ctx.save_for_backward(packed, *saved)
-        y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]  # (B * H, T, D)
+        y = concatenated(outputs)  # (B * H, T, D)
         return y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
@@ -134,7 +134,7 @@ class _PlainAttention(torch.autograd.Function):
             else:
                 dk[:, :end] += dk_part
                 dv[:, :end] += dv_part
-        dq = torch.cat(d_queries[::-1], 1)
+        dq = concatenated(d_queries[::-1])
         d_qkv = [t.view(B, -1, T, D).transpose(1, 2) for t in (dq, dk, dv)]  # (B, T, H, D) each
         return torch.stack(d_qkv, 2), None, None
 
