@@ -50,12 +50,16 @@ def place() -> tuple[int, int]:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes; nothing for one that was started alone. Raises GroupError."""
+    """Meet the other processes, all of them; nothing for one that was started alone. Raises
+    GroupError."""
     if not started_together():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
+        # The first keeps the list by which all find each other. It returns from the line above
+        # before the others have, and may end at once for its own reason; they'd report that loss.
+        dist.all_reduce(torch.zeros(1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GroupError(f"the processes cannot meet: {reason}") from error
