@@ -38,18 +38,18 @@ def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, floa
     return values, dropped - 2 ** (bits - 1), 1.0 - dropped / 2**bits
 
 
-def mask_of(numbers: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
-    """1 where a number keeps its element, and 0 elsewhere, in `dtype`."""
+def mask_of(numbers: Tensor, lowest: int, out: Tensor) -> Tensor:
+    """Fill `out`, and return it, with 1 where a number keeps its element, and 0 elsewhere."""
     if numbers.device.type != "cpu":
-        return numbers.to(dtype)
-    return torch.ge(numbers, lowest, out=torch.empty(numbers.shape, dtype=dtype))
+        return out.copy_(numbers)
+    return torch.ge(numbers, lowest, out=out)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         numbers, lowest, kept = draw_numbers(x, p)
-        mask = mask_of(numbers, lowest, x.dtype).mul_(1.0 / kept)
+        mask = mask_of(numbers, lowest, out=x.new_empty(x.shape)).mul_(1.0 / kept)
         ctx.save_for_backward(mask)
         return x * mask
 

@@ -29,7 +29,8 @@ from lora.dropout import draw_numbers, dropout, mask_of
 PARTS = 8
 ENOUGH_TOKENS = 512
 
-# A mask is made for this many tokens at a time, to stay in a CPU's cache and take little memory.
+# With dropout a CPU computes for this many tokens at a time: a mask takes little memory, and what
+# one operation has written is in the cache for the next.
 SLICE = 1024
 
 FEW_TOKENS = 16
@@ -152,7 +153,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
-    numbers, lowest, kept = draw_numbers(x, p, bits=8) if p > 0.0 else (None, 0, 1.0)
+    numbers, lowest, kept = draw_numbers(_rows(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
     return _TwoPaths.apply(x, first.scaling / kept, bias, numbers, lowest, *W, *A, *B)
 
 
@@ -231,17 +232,24 @@ class _TwoPaths(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        cast = concatenated(W).to(x.dtype)
-        y = F.linear(x, cast, bias)
-        if numbers is not None:
-            x = mask_of(numbers, lowest, x.dtype).mul_(x)
-        h = F.linear(_rows(x), concatenated(A).to(x.dtype))  # (T, n * rank)
-        ys, hs = _rows(y).split(B[0].shape[0], 1), h.split(A[0].shape[0], 1)
-        for y_layer, h_layer, up in zip(ys, hs, B, strict=True):
-            y_layer.addmm_(h_layer, up.to(x.dtype).t(), alpha=scaling)
-        ctx.scaling, ctx.lowest = scaling, lowest
-        ctx.save_for_backward(x, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
-        return y
+        cast, down = (concatenated(t).to(x.dtype) for t in (W, A))
+        ups = [up.to(x.dtype).t() for up in B]
+        out, rank = B[0].shape
+        rows = _rows(x)
+        kept = rows if numbers is None else torch.empty_like(rows)
+        y = rows.new_empty(len(rows), len(cast))
+        biases = (y.new_zeros(len(cast)) if bias is None else bias).split(out)
+        for part in _slices(rows, numbers):
+            if numbers is not None:
+                mask_of(numbers[part], lowest, out=kept[part]).mul_(rows[part])
+            h = scaled_product(scaling, kept[part], down.t())  # (tokens, n * rank)
+            layers = zip(biases, h.split(rank, 1), ups, y[part].split(out, 1), strict=True)
+            for bias_layer, h_layer, up, y_layer in layers:
+                torch.addmm(bias_layer, h_layer, up, out=y_layer)
+            y[part].addmm_(rows[part], cast.t())
+        ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
+        ctx.save_for_backward(kept, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
+        return y.view(*x.shape[:-1], len(cast))
 
     @staticmethod
     @once_differentiable
@@ -249,21 +257,27 @@ class _TwoPaths(torch.autograd.Function):
         x, numbers, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
         g = _rows(grad)
-        dA, dB, gB = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
+        dA, dB, gB = _adapter_gradients(x, g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (concatenated(W) if cast is None else cast)
-            down = concatenated(A).to(x.dtype)
+            cast, down = concatenated(W) if cast is None else cast, concatenated(A).to(x.dtype)
             gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
-            if numbers is None:
-                dx.addmm_(gB, down)
-            else:
-                size = SLICE if x.device.type == "cpu" else len(dx)
-                slices = (t.split(size) for t in (dx, gB, _rows(numbers)))
-                for dx_slice, gB_slice, part in zip(*slices, strict=True):
-                    dx_slice.addcmul_(gB_slice @ down, mask_of(part, ctx.lowest, x.dtype))
-            dx = dx.view(x.shape)
+            dx = torch.empty_like(x)
+            for part in _slices(x, numbers):
+                if numbers is None:
+                    torch.mm(gB[part], down, out=dx[part])
+                else:
+                    mask_of(numbers[part], ctx.lowest, out=dx[part]).mul_(gB[part] @ down)
+                dx[part].addmm_(g[part], cast)
+            dx = dx.view(ctx.shape)
         return dx, None, None, None, None, *(None for _ in W), *dA, *dB
+
+
+def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
+    """Which tokens of rows (T, features) to compute with at a time."""
+    small = numbers is not None and rows.device.type == "cpu"
+    size = SLICE if small else max(1, len(rows))
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:

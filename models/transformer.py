@@ -99,7 +99,7 @@ class _PlainAttention(torch.autograd.Function):
             numbers, dropped = None, weights
             if dropout_p > 0.0:
                 numbers, ctx.lowest, ctx.kept = draw_numbers(weights, dropout_p)
-                dropped = mask_of(numbers, ctx.lowest, weights.dtype).mul_(weights)
+                dropped = mask_of(numbers, ctx.lowest, out=torch.empty_like(weights)).mul_(weights)
             outputs.append(scaled_product(1 / ctx.kept, dropped, v[:, :end]))
             saved += [weights, numbers]
         ctx.save_for_backward(packed, *saved)
@@ -122,7 +122,7 @@ class _PlainAttention(torch.autograd.Function):
             d_weights = g[:, start:end] @ v[:, :end].mT
             dropped = weights
             if numbers is not None:
-                dropped = mask_of(numbers, ctx.lowest, weights.dtype)
+                dropped = mask_of(numbers, ctx.lowest, out=torch.empty_like(weights))
                 d_weights.mul_(dropped)
                 dropped.mul_(weights)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
