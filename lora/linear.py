@@ -35,9 +35,10 @@ SLICE = 1024
 
 FEW_TOKENS = 16
 
-# A merged weight of up to this many numbers is kept for backward: the time to make it again is
-# worth more than its memory.
+# A merged weight of up to this many numbers is kept for backward of up to so many tokens, where the
+# time to make it again counts more than its memory.
 SMALL_WEIGHT = 2**16
+SMALL_BATCH = 1024
 
 
 class LoRALinear(nn.Module):
@@ -196,7 +197,8 @@ class _Merged(torch.autograd.Function):
         M = _merge(W, A, B, scaling).to(x.dtype)
         ctx.scaling = scaling
         # A large one that was not cast is made again in backward, as memory is dear.
-        kept = x.dtype != W[0].dtype or W[0].numel() <= SMALL_WEIGHT
+        small = W[0].numel() <= SMALL_WEIGHT and x.numel() <= SMALL_BATCH * x.shape[-1]
+        kept = small or x.dtype != W[0].dtype
         ctx.save_for_backward(x, M if kept else None, *parameters)
         return F.linear(x, M, bias)
 
