@@ -213,7 +213,7 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     def draw(x, p, bits=16):
         numbers, lowest, kept = real(x, p, bits)
         assert kept == pytest.approx(0.7, abs=2**-bits)
-        masks.append(mask_of(numbers, lowest, torch.empty(numbers.shape, dtype=torch.float64)) / kept)
+        masks.append(mask_of(numbers, lowest, out=numbers.double()) / kept)
         return numbers, lowest, kept
 
     real = dropout_module.draw_numbers
@@ -247,7 +247,7 @@ def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
     torch.manual_seed(0)
     x = torch.empty(1000, 1001)
     numbers, lowest, kept = draw_numbers(x, p, bits=8)
-    mask = mask_of(numbers, lowest, torch.empty(numbers.shape))
+    mask = mask_of(numbers, lowest, out=numbers.float())
     assert kept == pytest.approx(min(max(1 - p, 1 / 256), 255 / 256), abs=1 / 512)
     deviation = math.sqrt(kept * (1 - kept) / x.numel())
     assert abs(mask.mean().item() - kept) < 4 * deviation
