@@ -39,9 +39,11 @@ class EmulatedBfloat16(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         packet, first = func.overloadpacket, args[0] if args else None
         is_bfloat16 = isinstance(first, Tensor) and first.dtype == torch.bfloat16
-        if is_bfloat16 and "out" not in kwargs:
+        if is_bfloat16:
             if packet in PRODUCTS:
-                return func(*map(as_float32, args), **kwargs).bfloat16()
+                out = kwargs.pop("out", None)
+                product = packet(*map(as_float32, args), **kwargs)
+                return product.bfloat16() if out is None else out.copy_(product)
             if packet in IN_PLACE:
                 return first.copy_(IN_PLACE[packet](*map(as_float32, args), **kwargs))
         return func(*args, **kwargs)

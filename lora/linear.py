@@ -237,21 +237,21 @@ class _TwoPaths(torch.autograd.Function):
         cast, down = (concatenated(t).to(x.dtype) for t in (W, A))
         ups = [up.to(x.dtype).t() for up in B]
         out, rank = B[0].shape
-        rows = _rows(x)
+        y = x.new_empty(*x.shape[:-1], len(cast))
+        rows, outputs = _rows(x), _rows(y)
         kept = rows if numbers is None else torch.empty_like(rows)
-        y = rows.new_empty(len(rows), len(cast))
         biases = (y.new_zeros(len(cast)) if bias is None else bias).split(out)
         for part in _slices(rows, numbers):
             if numbers is not None:
                 mask_of(numbers[part], lowest, out=kept[part]).mul_(rows[part])
             h = scaled_product(scaling, kept[part], down.t())  # (tokens, n * rank)
-            layers = zip(biases, h.split(rank, 1), ups, y[part].split(out, 1), strict=True)
+            layers = zip(biases, h.split(rank, 1), ups, outputs[part].split(out, 1), strict=True)
             for bias_layer, h_layer, up, y_layer in layers:
                 torch.addmm(bias_layer, h_layer, up, out=y_layer)
-            y[part].addmm_(rows[part], cast.t())
+            outputs[part].addmm_(rows[part], cast.t())
         ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
         ctx.save_for_backward(kept, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
-        return y.view(*x.shape[:-1], len(cast))
+        return y
 
     @staticmethod
     @once_differentiable

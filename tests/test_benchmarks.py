@@ -158,6 +158,8 @@ def test_emulated_bfloat16_is_float32_rounded_once():
         assert torch.equal(torch.addmm(c, a, b, alpha=0.3), exact)
         batch = a.expand(3, 6, 40) @ b
         assert batch.dtype == torch.bfloat16 and torch.equal(batch[2], a @ b)
+        out = torch.empty_like(c)
+        assert torch.addmm(c, a, b, alpha=0.3, out=out) is out and torch.equal(out, exact)
         assert torch.equal(c.addmm_(a, b, alpha=0.3), exact) and torch.equal(c, exact)
         assert torch.equal(a.float() @ b.float(), a.float() @ b.float())
 
