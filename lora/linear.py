@@ -10,8 +10,8 @@ small products and keeps intermediate results. Here it takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, and M or W where it was cast for the step or M is small; with dropout
-what is left of x, and a byte an element for the mask.
+Only x is kept for backward, and M or W where it was cast for the step, or M where it and the batch
+are small; with dropout what is left of x, and a byte an element for the mask.
 """
 
 import math
