@@ -57,8 +57,9 @@ def join(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
-        # The first keeps the list by which all find each other. It returns from the line above
-        # before the others have, and may end at once for its own reason; they'd report that loss.
+        # The first process keeps the store by which all find each other, and may be through before
+        # the others have read it: if it then stopped, they would report that loss and not its
+        # reason. So all wait.
         dist.all_reduce(torch.zeros(1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -14,13 +14,13 @@ Only x is kept for backward, and M or W where it was cast for the step, or M whe
 are small; with dropout what is left of x, and a byte an element for the mask.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lora.dropout import draw_numbers, dropout, mask_of
 
@@ -29,14 +29,15 @@ from lora.dropout import draw_numbers, dropout, mask_of
 PARTS = 8
 ENOUGH_TOKENS = 512
 
-# With dropout a CPU computes for this many tokens at a time: a mask takes little memory, and what
-# one operation has written is in the cache for the next.
+# With dropout a CPU computes for up to this many tokens at a time: a mask takes little memory, and
+# what one operation has written is in the cache for the next.
 SLICE = 1024
 
+# Below this many tokens, stacking the weights of a group takes longer than it saves.
 FEW_TOKENS = 16
 
-# A merged weight of up to this many numbers is kept for backward of up to so many tokens, where the
-# time to make it again counts more than its memory.
+# Merged weights of up to this many numbers a layer are kept for backward of up to so many tokens,
+# where the time to make them again counts more than their memory.
 SMALL_WEIGHT = 2**16
 SMALL_BATCH = 1024
 
@@ -52,7 +53,8 @@ class LoRALinear(nn.Module):
         linear: the layer to adapt.
         rank: columns of B and rows of A, at least 1.
         alpha: the adapter is scaled by alpha / rank.
-        dropout: probability of dropping an element of the adapter's input while training.
+        dropout: probability of dropping an element of the adapter's input while training, on a CPU
+            rounded to a multiple of 1/256, and at least that if not 0.
 
     Raises ValueError for a rank below 1 or a dropout outside [0, 1).
     """
@@ -116,7 +118,8 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     They are one product where the layers are alike and x has more than a few tokens, for stacking
     costs a pass over the weights.
 
-    Alike are plain linears with biases, and LoRALinears of one width, rank, scaling and dropout.
+    Alike are plain linears with biases, and LoRALinears of one mode, width, rank, scaling and
+    dropout.
     The latter share the dropout's mask too, since they share its input. Forward hooks of layers
     that are alike do not run.
     """
@@ -130,6 +133,7 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     if all(
         type(layer) is LoRALinear
         and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
+        and layer.training == first.training
         and (layer.bias is None) == (first.bias is None)
         and layer.out_features == first.out_features
         for layer in layers
@@ -139,8 +143,10 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
 
 
 def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
-    """The outputs, side by side, of LoRALinears that share x, rank, scaling and dropout."""
-    if torch.is_autocast_enabled(x.device.type):
+    """The outputs, side by side, of LoRALinears that share x, mode, rank, scaling and dropout."""
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; LoRALinear takes floating-point numbers")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     first = layers[0]
     tokens = x.numel() // max(1, first.in_features)
@@ -154,8 +160,8 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
-    numbers, lowest, kept = draw_numbers(_rows(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
-    return _TwoPaths.apply(x, first.scaling / kept, bias, numbers, lowest, *W, *A, *B)
+    numbers, lowest, keep_rate = draw_numbers(_rows(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
+    return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, *W, *A, *B)
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
@@ -188,6 +194,25 @@ def _by_autograd(
     return F.linear(x, concatenated(W).to(x.dtype), bias) + s * adapters
 
 
+def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward function that raises when its gradients are to be differentiated again.
+
+    torch's once_differentiable lets create_graph=True pass where the incoming gradient is constant,
+    as a sum's is, and second derivatives would silently lack this function's part.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradients of LoRALinear and of attention on a CPU cannot be differentiated "
+                "again, as create_graph=True asks"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _Merged(torch.autograd.Function):
     """n LoRA linears on one input, outputs side by side; `parameters` are n W, n A and n B."""
 
@@ -198,12 +223,12 @@ class _Merged(torch.autograd.Function):
         ctx.scaling = scaling
         # A large one that was not cast is made again in backward, as memory is dear.
         small = W[0].numel() <= SMALL_WEIGHT and x.numel() <= SMALL_BATCH * x.shape[-1]
-        kept = small or x.dtype != W[0].dtype
-        ctx.save_for_backward(x, M if kept else None, *parameters)
+        keeps_M = small or x.dtype != W[0].dtype
+        ctx.save_for_backward(x, M if keeps_M else None, *parameters)
         return F.linear(x, M, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, M, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
@@ -234,35 +259,38 @@ class _TwoPaths(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        cast, down = (concatenated(t).to(x.dtype) for t in (W, A))
+        wide, down = (concatenated(t).to(x.dtype) for t in (W, A))
         ups = [up.to(x.dtype).t() for up in B]
         out, rank = B[0].shape
-        y = x.new_empty(*x.shape[:-1], len(cast))
+        y = x.new_empty(*x.shape[:-1], len(wide))
         rows, outputs = _rows(x), _rows(y)
-        kept = rows if numbers is None else torch.empty_like(rows)
-        biases = (y.new_zeros(len(cast)) if bias is None else bias).split(out)
+        adapter_input = rows if numbers is None else torch.empty_like(rows)
+        biases = (y.new_zeros(len(wide)) if bias is None else bias).split(out)
         for part in _slices(rows, numbers):
             if numbers is not None:
-                mask_of(numbers[part], lowest, out=kept[part]).mul_(rows[part])
-            h = scaled_product(scaling, kept[part], down.t())  # (tokens, n * rank)
+                mask_of(numbers[part], lowest, out=adapter_input[part]).mul_(rows[part])
+            h = scaled_product(scaling, adapter_input[part], down.t())  # (tokens, n * rank)
+            # The adapter first: where B is zero this is the bias, and the base adds onto it as
+            # F.linear does, to the bit.
             layers = zip(biases, h.split(rank, 1), ups, outputs[part].split(out, 1), strict=True)
             for bias_layer, h_layer, up, y_layer in layers:
                 torch.addmm(bias_layer, h_layer, up, out=y_layer)
-            outputs[part].addmm_(rows[part], cast.t())
+            outputs[part].addmm_(rows[part], wide.t())
         ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
-        ctx.save_for_backward(kept, numbers, cast if x.dtype != W[0].dtype else None, *parameters)
+        cast = wide if x.dtype != W[0].dtype else None
+        ctx.save_for_backward(x if numbers is None else adapter_input, numbers, cast, *parameters)
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, numbers, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
-        g = _rows(grad)
+        x, g = _rows(x), _rows(grad)
         dA, dB, gB = _adapter_gradients(x, g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            cast, down = concatenated(W) if cast is None else cast, concatenated(A).to(x.dtype)
+            wide, down = concatenated(W) if cast is None else cast, concatenated(A).to(x.dtype)
             gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
             dx = torch.empty_like(x)
             for part in _slices(x, numbers):
@@ -270,16 +298,21 @@ class _TwoPaths(torch.autograd.Function):
                     torch.mm(gB[part], down, out=dx[part])
                 else:
                     mask_of(numbers[part], ctx.lowest, out=dx[part]).mul_(gB[part] @ down)
-                dx[part].addmm_(g[part], cast)
+                dx[part].addmm_(g[part], wide)
             dx = dx.view(ctx.shape)
         return dx, None, None, None, None, *(None for _ in W), *dA, *dB
 
 
 def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
-    """Which tokens of rows (T, features) to compute with at a time."""
-    small = numbers is not None and rows.device.type == "cpu"
-    size = SLICE if small else max(1, len(rows))
-    return [slice(start, start + size) for start in range(0, len(rows), size)]
+    """Which tokens of rows (T, features) to compute with at a time.
+
+    Of about equal sizes, since a product of few tokens takes other ways and rounds otherwise than
+    that of the base, whose output the layer's is to the bit before the first step.
+    """
+    in_cache = numbers is not None and rows.device.type == "cpu"
+    count = math.ceil(len(rows) / SLICE) if in_cache else min(1, len(rows))
+    size = math.ceil(len(rows) / max(1, count))
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:

@@ -5,11 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lora import grouped_linear
 from lora.dropout import draw_numbers, dropout, mask_of
-from lora.linear import concatenated, scaled_product
+from lora.linear import concatenated, differentiable_once, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
 # up to this context length.
@@ -51,7 +50,8 @@ def causal_attention(
     """Causal scaled dot-product attention, from queries, keys and values side by side in
     qkv (B, T, 3, H, D): (B, T, H * D).
 
-    `mask` (B, 1, T, T) is 0 where a query sees a key and else -inf; None lets it see all before it.
+    `mask` (B, 1, T, T), of what is causal, is 0 where a query sees a key and else -inf; None lets
+    it see all before it.
     With a `cache`, keys and values join those in it: all of them are seen by a single query.
     """
     B, T, _, H, D = qkv.shape
@@ -107,7 +107,7 @@ class _PlainAttention(torch.autograd.Function):
         return y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         packed, *saved = ctx.saved_tensors
         q, k, v = packed

@@ -192,11 +192,28 @@ def test_gradcheck_passes_in_float64(which):
 
 @pytest.mark.parametrize("which", ["merged", "two paths"])
 def test_double_backward_is_refused_clearly(which):
+    """Also where the incoming gradient is constant, for which torch would leave out a part."""
     layer, x = make(), torch.randn(4, 5, requires_grad=True)
-    with form(which):
-        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for loss in (torch.sum, lambda y: y.square().sum()):
+        with form(which), pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(loss(layer(x)), x, create_graph=True)
+
+
+def test_dtypes_of_the_input_are_taken_as_a_linear_takes_them():
+    layer = make()
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        layer(torch.ones(3, 5, dtype=torch.int64))
+    layer, x = make(dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+        assert relative_error(layer(x), reference(layer, x, torch.ones(3, 7))["y"]) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [module.SLICE, module.SLICE + 1, 2 * module.SLICE + 3])
+def test_with_dropout_too_it_starts_as_its_base_to_the_bit(tokens):
+    linears, x = [nn.Linear(128, 128) for _ in range(3)], torch.randn(tokens, 128)
+    layers = [LoRALinear(linear, dropout=0.1) for linear in linears]
+    assert torch.equal(layers[0](x), linears[0](x))
+    assert torch.equal(grouped_linear(x, layers), grouped_linear(x, linears))
 
 
 @pytest.mark.parametrize("which", ["two paths", "trainable base"])
@@ -277,7 +294,7 @@ def test_a_group_gives_what_its_layers_give(which, tokens, dtype):
 
 
 def test_a_group_of_unlike_layers_falls_back_to_each():
-    x = torch.randn(2, 5)
+    x = torch.randn(module.FEW_TOKENS, 5)
     for layers in (
         [make(rank=2), make(rank=3)],
         [make(7), make(8)],
@@ -286,6 +303,10 @@ def test_a_group_of_unlike_layers_falls_back_to_each():
     ):
         expected = torch.cat([layer(x) for layer in layers], -1)
         torch.testing.assert_close(grouped_linear(x, layers), expected)
+    layers = [make(), make().eval()]  # of which the second drops nothing
+    for layer in layers:
+        layer.dropout = 0.5
+    torch.testing.assert_close(grouped_linear(x, layers)[:, 7:], layers[1](x))
 
 
 def test_small_updates_survive_bfloat16():
