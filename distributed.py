@@ -50,8 +50,7 @@ def place() -> tuple[int, int]:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, all of them; nothing for one that was started alone. Raises
-    GroupError."""
+    """Meet the other processes; nothing for one that was started alone. Raises GroupError."""
     if not started_together():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -60,7 +59,7 @@ def join(device: torch.device) -> None:
         # The first process keeps the store by which all find each other, and may be through before
         # the others have read it: if it then stopped, they would report that loss and not its
         # reason. So all wait.
-        dist.all_reduce(torch.zeros(1))
+        total(torch.zeros(1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GroupError(f"the processes cannot meet: {reason}") from error

@@ -119,9 +119,8 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     costs a pass over the weights.
 
     Alike are plain linears with biases, and LoRALinears of one mode, width, rank, scaling and
-    dropout.
-    The latter share the dropout's mask too, since they share its input. Forward hooks of layers
-    that are alike do not run.
+    dropout. The latter share the dropout's mask too, since they share its input. Forward hooks of
+    layers that are alike do not run.
     """
     first = layers[0]
     if x.numel() < FEW_TOKENS * x.shape[-1]:
@@ -309,10 +308,10 @@ def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
     Of about equal sizes, since a product of few tokens takes other ways and rounds otherwise than
     that of the base, whose output the layer's is to the bit before the first step.
     """
-    in_cache = numbers is not None and rows.device.type == "cpu"
-    count = math.ceil(len(rows) / SLICE) if in_cache else min(1, len(rows))
-    size = math.ceil(len(rows) / max(1, count))
-    return [slice(i * size, (i + 1) * size) for i in range(count)]
+    size = max(1, len(rows))
+    if numbers is not None and rows.device.type == "cpu":
+        size = math.ceil(size / math.ceil(size / SLICE))
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:

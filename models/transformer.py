@@ -50,9 +50,9 @@ def causal_attention(
     """Causal scaled dot-product attention, from queries, keys and values side by side in
     qkv (B, T, 3, H, D): (B, T, H * D).
 
-    `mask` (B, 1, T, T), of what is causal, is 0 where a query sees a key and else -inf; None lets
-    it see all before it.
-    With a `cache`, keys and values join those in it: all of them are seen by a single query.
+    `mask` (B, 1, T, T) is 0 where a query sees a key, none of them after it, and else -inf; None
+    lets it see all before it. With a `cache`, keys and values join those in it: all of them are
+    seen by a single query.
     """
     B, T, _, H, D = qkv.shape
     dropout_p = dropout_p if training else 0.0
