@@ -145,8 +145,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     """The outputs, side by side, of LoRALinears that share x, mode, rank, scaling and dropout."""
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; LoRALinear takes floating-point numbers")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = as_autocast(x)
     first = layers[0]
     tokens = x.numel() // max(1, first.in_features)
     p = first.dropout if first.training else 0.0
@@ -161,6 +160,15 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
     numbers, lowest, keep_rate = draw_numbers(_rows(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
     return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, *W, *A, *B)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where that is on; it leaves float64 alone."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)  # not on meta, for one
+    if available and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
 from lora.dropout import dropout as apply_dropout
+from lora.linear import as_autocast
 from models.transformer import Block, KeyValueCache
 
 GELUS = ("exact", "tanh")
@@ -121,9 +122,7 @@ class BigramLanguageModelLoRA(nn.Module):
             positions = self.position_embedding_table.weight[start:T]  # (T, C)
         else:
             positions = self.position_embedding_table(segments_positions(segments))  # (B, T, C)
-        x = self.token_embedding_table(idx) + positions  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast(self.token_embedding_table(idx) + positions)  # (B, T, C)
         mask = None if segments is None else segments_mask(segments, x.dtype)  # (B, 1, T, T)
         x = apply_dropout(x, self.dropout, self.training)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):

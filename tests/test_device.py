@@ -5,8 +5,12 @@ import time
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import device as hardware
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
 def test_a_cpu_times_each_step_and_a_queue_some_together():
@@ -23,6 +27,34 @@ def test_a_cpu_times_each_step_and_a_queue_some_together():
         assert len(times) == 5
     # What is between the last step and the flush counts for a queue, as there it may be its work.
     assert times[:3] == pytest.approx([0.01] * 3, abs=0.02) and times[4] > 0.05
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Within it, an operation on a tensor of a CPU fails, except on a single number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.is_meta, func
+        return result
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_lora": True}, {"use_lora": True, "lora_dropout": 0.1}])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_what_a_step_computes_is_on_the_models_device(lora, packed, grad_checkpoint):
+    # meta goes the ways of cuda and mps, for whatever is no CPU does, and computes nothing.
+    model = BigramLanguageModelLoRA(
+        vocab_size=256, n_embd=32, block_size=16, device="meta", dropout=0.2, n_head=2, n_layer=2,
+        **lora,
+    )  # fmt: skip
+    model.grad_checkpoint = grad_checkpoint
+    idx = torch.zeros(4, 16, dtype=torch.long, device="meta")
+    with OnlyMeta():
+        _, loss = model(idx, idx, idx if packed else None)
+        loss.backward()
+        assert model.generate(idx[:, :3], 4, top_k=5, top_p=0.5).shape == (4, 7)
+    assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad)
 
 
 def test_a_gpu_for_each_process_or_an_error(monkeypatch):
