@@ -2,13 +2,15 @@
 
     python benchmarks/variables.py "" GRAD_CHECKPOINT=True COMPILE=True
     python benchmarks/variables.py --common "USE_LORA=True" "" "PROCESSES=2" "PROCESSES=2 FSDP=True"
-    python benchmarks/variables.py --rounds 1 --steps 1000 DTYPE=float32 DTYPE=bfloat16
-    python benchmarks/variables.py --emulate-bfloat16 --rounds 1 DTYPE=float32 DTYPE=bfloat16
+    python benchmarks/variables.py --rounds 4 --steps 1000 DTYPE=float32 DTYPE=bfloat16
+    python benchmarks/variables.py --emulate-bfloat16 --rounds 4 DTYPE=float32 DTYPE=bfloat16
 
 Each argument is a set of variables, "" for none, and PROCESSES=n stands for torchrun with n. The
 first set is what the others are compared with. Each run is training.py as a user starts it, in a
 process and an output folder of its own; a round runs every set once, and ratios are medians of
-those within a round. Of the losses and of memory, which is the first process's, the last run tells.
+those within a round. Each round has a SEED of its own, counted up from the first; losses are means,
+with the mean difference from the first set's and its range. Memory, the first process's, is that of
+the last run.
 
 Bytes are those that all processes together sent over the loopback in a step: the difference between
 this run and one of a single step. Nothing else may use it meanwhile.
@@ -24,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
 from benchmarks.measure import at_least_one
+from config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,8 +61,26 @@ def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, 
             errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
             sys.exit(f"error: {shlex.join(command)}: {(errors or [done.stderr[-2000:]])[0]}")
         sent = bytes_sent() - before
-        (metrics,) = Path(folder).glob("*-metrics.jsonl")
+        metrics = next(Path(folder).glob("*-metrics.jsonl"), None)
+        if metrics is None:
+            sys.exit("error: a run of these variables trains nothing or has an OUT_DIR of its own")
         return json.loads(metrics.read_text().splitlines()[-1])["summary"] | {"sent": sent}
+
+
+def of_round(variables: dict[str, str], number: int) -> dict[str, str]:
+    """The variables of a set in a round, with its seed; one that is no number the run refuses."""
+    seed = variables.get("SEED", str(Config.seed))
+    return variables | {"SEED": str(int(seed) + number) if seed.isdecimal() else seed}
+
+
+def compared(losses: Sequence[tuple[float, float]]) -> str:
+    """The losses of a set's rounds, each beside the first set's, in words."""
+    mean = statistics.mean(loss for loss, _ in losses)
+    differences = [loss - first for loss, first in losses]
+    return (
+        f"{mean:.4f}, {statistics.mean(differences):+.4f} from the first's "
+        f"({min(differences):+.4f} to {max(differences):+.4f})"
+    )
 
 
 def bytes_sent() -> int:
@@ -98,16 +120,20 @@ def main() -> None:
     print(f"{args.rounds} runs of {args.steps} steps each, {common}; {name}, {torch.__version__}")
     if args.emulate_bfloat16:
         print("products of bfloat16 are made in float32 and rounded: its times tell nothing")
-    rounds = [[summary_of(script, each, args.steps) for each in sets] for _ in range(args.rounds)]
+    rounds = [
+        [summary_of(script, of_round(variables, i), args.steps) for variables in sets]
+        for i in range(args.rounds)
+    ]
     for i, variables in enumerate(args.sets):
         times = [r[i]["median_step_time"] for r in rounds]
         ratios = [r[i]["median_step_time"] / r[0]["median_step_time"] for r in rounds]
+        losses = [(r[i]["final_val_loss"], r[0]["final_val_loss"]) for r in rounds]
         last = rounds[-1][i]
         line = (
             f"{' '.join(f'{n}={v}' for n, v in variables.items()) or '(none)'}: "
             f"step {statistics.median(times) * 1000:.1f} ms, {statistics.median(ratios):.2f} of "
             f"the first ({min(ratios):.2f} to {max(ratios):.2f}), peak {last['peak_memory']:.0f} "
-            f"MiB, validation loss {last['final_val_loss']:.4f}"
+            f"MiB, validation loss {compared(losses)}"
         )
         if "compile_time" in last:
             first = rounds[0][i]["compile_time"]

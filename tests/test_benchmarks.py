@@ -24,6 +24,7 @@ from bigram import bigram_loss
 from emulated_bfloat16 import EmulatedBfloat16
 from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
+from variables import compared, of_round
 
 from config import Config
 from data import load_corpus
@@ -144,9 +145,16 @@ def test_variables_compares_sets_of_them(tmp_path):
         r"^(.*): step .* ms, (\S+) of the first .* validation loss (.*)", output, re.M
     )
     assert [name for name, *_ in lines] == ["(none)", *sets[1:]]
-    assert lines[0][1] == "1.00"
+    assert lines[0][1] == "1.00" and "+0.0000 from the first's (+0.0000 to +0.0000)" in lines[0][2]
     # Of the loopback, which other tests use at the same time: any number.
     assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) != 0
+
+
+def test_variables_gives_each_round_a_seed_and_compares_losses_within_it():
+    assert [of_round({"SEED": "7", "A": "b"}, i)["SEED"] for i in range(3)] == ["7", "8", "9"]
+    assert of_round({}, 1) == {"SEED": "1338"} and of_round({"SEED": "x"}, 1) == {"SEED": "x"}
+    found = compared([(1.5, 1.25), (1.75, 2.0), (2.0, 1.0)])
+    assert found == "1.7500, +0.3333 from the first's (-0.2500 to +1.0000)"
 
 
 def test_emulated_bfloat16_is_float32_rounded_once():
