@@ -33,6 +33,7 @@ from run import (
     format_table,
     put_on_adapters,
     say,
+    write_out,
 )
 
 
@@ -110,7 +111,7 @@ def write_text(
 def show(text: str) -> None:
     """Print text without the control characters that a terminal would obey."""
     safe = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-    print("".join(safe), end="", flush=True)
+    write_out("".join(safe))
 
 
 def tell(*lines: str) -> None:

@@ -49,7 +49,7 @@ MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "
 
 
 class TrainingError(ValueError):
-    """A run that cannot go on, such as one whose loss is no longer a number."""
+    """A run that cannot go on: its loss is no number, or nothing takes its record."""
 
 
 BAD_INPUT = (
@@ -447,7 +447,18 @@ def notes(
 def say(*lines: str) -> None:
     """Print facts to the record, whole lines at once; of several processes the first does."""
     for line in lines if distributed.is_first() else ():
-        print(line, flush=True)
+        write_out(line + "\n")
+
+
+def write_out(text: str) -> None:
+    """Print to stdout at once. Raises TrainingError when that cannot be written: its disk is full,
+    or its reader has gone (`... | head`)."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise TrainingError(f"stdout: {error.strerror}") from error
 
 
 def indent(lines: Iterable[str]) -> list[str]:
@@ -490,12 +501,9 @@ def exit_code_of(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; the files of the last evaluation are as they were", 130)
     except OSError as error:
-        if error.filename is not None:
-            return fail(f"{error.filename}: {error.strerror}", 2)
-        # The record cannot be written: a full disk, or its reader has gone (`... | head`). Python
-        # would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail(f"stdout: {error.strerror}", 2)
+        return fail(
+            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
+        )
     return 0
 
 

@@ -28,8 +28,14 @@ def main(arguments: list[str]) -> int:
             exchange(*arguments)
         else:
             print_table([row for name in arguments or ["."] for row in rows_of(Path(name))])
+        sys.stdout.flush()
     except FileError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Python would try stdout again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: {error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

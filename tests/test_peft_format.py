@@ -1,14 +1,16 @@
 """PEFT's folders: what PEFT reads of ours, what we read of PEFT's, and what is refused."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from conftest import TINY, start_script, succeeded
+from conftest import ROOT, TINY, start_script, succeeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -439,6 +441,16 @@ def test_without_safetensors_the_error_says_what_to_install(folder, monkeypatch)
     for use in (lambda: read_adapter(folder), lambda: write_peft(folder.parent / "new", ADAPTER)):
         with pytest.raises(FileError, match="needs the package safetensors: pip install safetens"):
             use()
+
+
+def test_a_list_that_cannot_be_written_ends_in_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lora", str(tmp_path)],
+            cwd=ROOT, env={"PATH": os.environ["PATH"]},
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr == "error: stdout: No space left on device\n"
 
 
 def test_folders_are_listed_and_exchanged(tmp_path, monkeypatch, capsys):
