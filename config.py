@@ -135,7 +135,9 @@ class Config(Settings):
     # What to train
     use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
-    lora_alpha: float = option(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", above=0)
+    lora_alpha: float = option(
+        16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK [with ADAPTERS, theirs]", above=0
+    )
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
     lora_plus_ratio: float = option(
         8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0

@@ -83,6 +83,7 @@ class Run:
     corpus: Corpus | RecordCorpus | None  # None for MERGE
     base_path: str | None  # None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
+    adapter_facts: dict[str, Any]  # the metadata of ADAPTERS, as far as they agree
     tokenizer: str | None  # the base's own; None where tokens are bytes
     model: BigramLanguageModelLoRA
     files: "OutputFiles"
@@ -134,9 +135,13 @@ def set_up(config: Config) -> Run:
         config = dataclasses.replace(config, **parts)
     base_id = fingerprint(base_state(model))
     adapters: list[str] = []
+    adapter_facts: dict[str, Any] = {}
     if config.adapters is not None:
         rank = config.lora_rank if "LORA_RANK" in config.explicit else None
-        adapters, _ = put_on_adapters(model, base_id, config.adapters, rank, config.any_base)
+        adapters, adapter_facts = put_on_adapters(
+            model, base_id, config.adapters, rank, config.any_base
+        )
+        check_scaling(config, model)
         first = next(iter(lora_layers(model).values()))
         changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
         config = dataclasses.replace(config, **changes)
@@ -156,7 +161,10 @@ def set_up(config: Config) -> Run:
     for note in notes(config, base, model, files):
         say(f"Note: {note}")
     base_path = base.path if base is not None else None
-    run = Run(config, device, dtype, corpus, base_path, base_id, tokenizer, model, files, lock)
+    run = Run(
+        config, device, dtype, corpus, base_path, base_id, adapter_facts, tokenizer, model, files,
+        lock,
+    )  # fmt: skip
     if distributed.size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         distributed.check_agreement(
@@ -341,6 +349,23 @@ def parts_to_train(config: Config) -> tuple[list[str] | None, bool]:
     return targets, train_embeddings
 
 
+def check_scaling(config: Config, model: nn.Module) -> None:
+    """Raise ConfigError for a LORA_ALPHA, or a rank to train, that no adapter in the model has, be
+    it one of ADAPTERS or of a layer that they lack."""
+    layers = lora_layers(model).values()
+    alphas, rank = {layer.alpha for layer in layers}, max(layer.rank for layer in layers)
+    if "LORA_ALPHA" in config.explicit and config.lora_alpha not in alphas:
+        raise ConfigError(
+            f"LORA_ALPHA={config.lora_alpha:g}, but ADAPTERS={config.adapters} have "
+            f"{min(alphas):g}; unset it, or give them weights, as in a.pt:0.5"
+        )
+    if trains(config) and "LORA_RANK" in config.explicit and config.lora_rank > rank:
+        raise ConfigError(
+            f"LORA_RANK={config.lora_rank}, but ADAPTERS={config.adapters} have {rank}, "
+            "which can only be reduced"
+        )
+
+
 def describe_targets(model: nn.Module) -> str:
     """LORA_TARGETS that adapts the layers that are adapted in `model`."""
     layers = lora_layers(model)
@@ -431,9 +456,10 @@ def notes(
     if unused and not config.use_lora:
         found.append(f"{', '.join(unused)} set without USE_LORA=True: no effect")
     if config.use_lora and base is None:
+        test = "TEST_MODE=True " if config.test_mode else ""
         found.append(
             f"there is no base in {config.output_folder}, so the adapters train on random weights, "
-            "which cannot work well; run `python training.py` first or set BASE_CHECKPOINT"
+            f"which cannot work well; run `{test}python training.py` first or set BASE_CHECKPOINT"
         )
     small = [n for n, m in lora_layers(model).items() if config.lora_rank > min(m.weight.shape)]
     if small:

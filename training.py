@@ -427,6 +427,8 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
+    if "prompt_format" in run.adapter_facts:
+        metadata["prompt_format"] = run.adapter_facts["prompt_format"]
     size = save_checkpoint(path, run.model, metadata, run.tokenizer)
     say(f"Wrote {path}: {size / 2**20:.2f} MiB")
 

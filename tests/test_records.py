@@ -269,6 +269,10 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
         tmp_path, PROMPT="two?", ADAPTERS="out/lora.pt:0.5,out/lora.pt:0.5", **ask
     )
     assert succeeded(answered) == "dos\n"
+    merge = {"MERGE": "True", "ADAPTERS": "out/lora.pt", "OUT_DIR": "merged", "NUM_THREADS": "1"}
+    succeeded(start_script(tmp_path, BASE_CHECKPOINT="out/full.pt", **merge))
+    merged = start_script(tmp_path, PROMPT="two?", BASE_CHECKPOINT="merged/merged.pt", **ask)
+    assert succeeded(merged) == "dos\n"  # a merged checkpoint is asked as the adapter is
     evaluated = succeeded(start_script(tmp_path, DATA=".", EVAL_ONLY="True", NUM_THREADS="1"))
     assert "Bytes evaluated: 8" in evaluated
     (tmp_path / "train.jsonl").write_bytes(lines(*pairs) + b"{\n")

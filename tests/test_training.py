@@ -119,6 +119,8 @@ def test_layers_and_embeddings_can_be_chosen(training, tmp_path):
     assert "LoRA layers" not in more and f"embeddings {(256 + 32) * 32:,}" in more
     assert losses(more)[0] == losses(record)[0]  # what is new changes nothing yet
     assert "blocks.0.attn.value" in refused(training(**further, LORA_TARGETS="query"))
+    assert "have 16; unset it" in refused(training(**further, LORA_ALPHA="64"))
+    assert "LORA_RANK=9, but ADAPTERS" in refused(training(**further, LORA_RANK="9"))
     further["ADAPTERS"] = "further/lora.pt"  # has them now
     further["OUT_DIR"] = "last"
     assert "TRAIN_EMBEDDINGS=False" in refused(training(**further, TRAIN_EMBEDDINGS="False"))
