@@ -21,7 +21,7 @@ FALSE_WORDS = ("false", "0", "no", "off")
 LINEARS = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")  # of the model
 
 # What changes defaults, the later one first of all.
-MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "test": "TEST_MODE"}
+MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
 
 class ConfigError(ValueError):
@@ -74,6 +74,7 @@ def option(
     *,
     base: Any = None,
     lora: Any = None,
+    fsdp: Any = None,
     test: Any = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -83,8 +84,8 @@ def option(
     check: Callable[[str], Any] | None = None,
     verbatim: bool = False,
 ) -> Any:
-    """A field: its default, that with BASE_CHECKPOINT, USE_LORA or TEST_MODE if it differs, the
-    range or the words that it accepts, a check that raises ConfigError, whether spaces around a
+    """A field: its default, that with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE if it differs,
+    the range or the words that it accepts, a check that raises ConfigError, whether spaces around a
     value count, and its line in `--help`."""
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
@@ -187,7 +188,7 @@ class Config(Settings):
     )
     compile: bool = option(False, "train through torch.compile")
     grad_checkpoint: bool = option(
-        False, "compute activations again in backward: less memory, more time"
+        False, "compute activations again in backward: less memory, more time", fsdp=True
     )
     fsdp: bool = option(False, "shard weights and optimizer over the processes of torchrun")
 

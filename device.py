@@ -13,14 +13,17 @@ class DeviceError(ValueError):
     """A device that was asked for and is not there."""
 
 
-def choose_device(name: str, number: int = 0, processes: int = 1) -> tuple[torch.device, str]:
+def choose_device(
+    name: str, number: int = 0, processes: int = 1, in_group: bool = False
+) -> tuple[torch.device, str]:
     """The device for DEVICE=`name` (auto, cuda, mps, cpu), and the reason in words.
 
-    Of several processes on this machine, `number` counts from 0, each has a GPU of its own; none
-    has mps. Raises DeviceError for what is not there.
+    Of several processes on this machine, `number` counts from 0, each has a GPU of its own. One
+    that is `in_group`, with others here or elsewhere, cannot have mps, as gloo does not know it.
+    Raises DeviceError for what is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if processes > 1:
+    if in_group or processes > 1:
         there["mps"] = False
     reason = f"DEVICE={name}"
     if name == "auto":
@@ -30,7 +33,7 @@ def choose_device(name: str, number: int = 0, processes: int = 1) -> tuple[torch
         else:
             name, reason = "cpu", "no cuda or mps device found"
     elif not there.get(name, True):
-        where = "here" if processes == 1 else f"here for {processes} processes"
+        where = "for several processes" if in_group or processes > 1 else "here"
         raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device {where}")
     if name != "cuda":
         return torch.device(name), reason
@@ -82,6 +85,11 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "the safe choice on this device"
 
 
+def gpus(device: torch.device) -> list[int]:
+    """The number of this process's GPU, if it is one of CUDA."""
+    return [torch.cuda.current_device()] if device.type == "cuda" else []
+
+
 def device_name(device: torch.device) -> str:
     """The device in words, with what a reader needs to compare timings."""
     if device.type == "cuda":
@@ -108,12 +116,15 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: what torch allocated on CUDA, elsewhere the process's resident set.
+    """Peak memory in MiB: what torch allocated on CUDA; what it holds now on MPS, where it keeps
+    what it freed; elsewhere the process's resident set.
 
     nan where the system does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
     try:
         import resource
     except ImportError:  # Windows
@@ -123,9 +134,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on a CPU torch has no type of its own for it."""
+    """Whether an error says that memory ran out, for which torch has a type of its own on CUDA."""
+    words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
+        any(text in str(error) for text in words)
     )
 
 

@@ -141,13 +141,11 @@ def save_training_state(
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tensors = {name: distributed.whole_tensor(p.detach()) for name, p in trained}
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    states = {name: kind.get_rng_state() for name, kind in generators().items()}
     random = {
-        _generator(device, rank): state
+        _generator(name, rank): state
         for rank, states in enumerate(distributed.gather(states))
-        for device, state in states.items()
+        for name, state in states.items()
     }
     state = TrainingState(
         dict(identity), dict(progress), tensors, _optimizer_tensors(optimizer), random
@@ -189,11 +187,11 @@ def restore_training_state(
     if state.optimizer:  # empty before the first step
         check_tensors(path, state.optimizer, expected)
     try:
-        cpu, cuda = (_generator(device, distributed.rank()) for device in ("cpu", "cuda"))
-        if cpu in state.random or distributed.is_first():  # else there were fewer processes
-            torch.set_rng_state(state.random[cpu])
-        if cuda in state.random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state.random[cuda])
+        for name, kind in generators().items():
+            saved = _generator(name, distributed.rank())
+            # It is not there when there were fewer processes, or another device.
+            if saved in state.random or saved == "cpu":
+                kind.set_rng_state(state.random[saved])
     except (KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{path} is damaged: it holds no state of the random generator") from error
     with torch.no_grad():
@@ -205,6 +203,16 @@ def restore_training_state(
                 moments[i][name] = distributed.share_of(moments[i][name], parameter)
         # Its settings, such as weight decay, are the present run's.
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def generators() -> dict[str, Any]:
+    """What draws random numbers here, and the module with torch's functions for its state."""
+    devices: dict[str, Any] = {"cpu": torch}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.cuda
+    if torch.backends.mps.is_available():
+        devices["mps"] = torch.mps
+    return devices
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -99,7 +99,9 @@ def set_up(config: Config) -> Run:
     torch.manual_seed(config.seed)
     number, processes = distributed.place()
     hardware.choose_threads(config.num_threads, processes)
-    device, device_reason = hardware.choose_device(config.device, number, processes)
+    in_group = distributed.started_together()
+    device, device_reason = hardware.choose_device(config.device, number, processes, in_group)
+    check_checkpointing(config, device)
     distributed.join(device)
     check_processes(config)
     dtype, dtype_reason = hardware.choose_dtype(config.dtype, device)
@@ -389,6 +391,17 @@ def check_processes(config: Config) -> None:
     if config.batch_size % n != 0:
         raise ConfigError(
             f"BATCH_SIZE={config.batch_size} is not divisible by the {n} processes that share it"
+        )
+
+
+def check_checkpointing(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for GRAD_CHECKPOINT with dropout on MPS, whose random numbers torch's
+    checkpoint does not draw again: the gradients would be those of other masks."""
+    dropout = config.dropout or (config.use_lora and config.lora_dropout)
+    if device.type == "mps" and config.grad_checkpoint and dropout and trains(config):
+        raise ConfigError(
+            "GRAD_CHECKPOINT=True is wrong with dropout on mps, as torch draws other masks in "
+            "backward there; set DROPOUT=0 and LORA_DROPOUT=0, or DEVICE=cpu"
         )
 
 

@@ -159,7 +159,7 @@ def train(run: Run) -> None:
                 is_last = micro_step == config.grad_accum_steps - 1
                 with distributed.averaging(model, now=is_last):
                     with run.autocast():
-                        _, micro_loss = model(*batch)
+                        micro_loss = model(*batch)[1]  # and let go of the logits
                     micro_loss = micro_loss * loss_share(run, batch[1]) / config.grad_accum_steps
                     micro_loss.backward()
                 loss += micro_loss.detach()
@@ -170,7 +170,7 @@ def train(run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.losses.append(loss)
-            if step % 10 == 0:
+            if step % 10 == 9:  # when the timer waits for a GPU anyway
                 check_finite(loss.item(), step, config)
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
@@ -226,8 +226,8 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     started = time.perf_counter()
     fast = torch.compile(model)
     try:
-        with torch.random.fork_rng(), run.autocast():
-            _, loss = fast(*next_batch(run, 0, 0))
+        with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
+            loss = fast(*next_batch(run, 0, 0))[1]
         loss.backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]

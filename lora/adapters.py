@@ -305,13 +305,16 @@ def _ranks(adapter: Adapter) -> set[int]:
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The nearest B A of at most `rank`, and the squared norms of what is lost and of the whole."""
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().t())
+    """The nearest B A of at most `rank`, and the squared norms of what is lost and of the whole.
+
+    In float64 and so on the CPU, for MPS has none.
+    """
+    Q_B, R_B = torch.linalg.qr(B.cpu().double())
+    Q_A, R_A = torch.linalg.qr(A.cpu().double().t())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.t())  # B A = Q_B U S Vh Q_A^T
     root = S[:rank].sqrt()
-    new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype)
-    new_B = (Q_B @ U[:, :rank] * root).to(B.dtype)
+    new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype).to(A.device)
+    new_B = (Q_B @ U[:, :rank] * root).to(B.dtype).to(B.device)
     squares = S.square()
     return new_A, new_B, squares[rank:].sum().item(), squares.sum().item()
 

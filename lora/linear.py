@@ -277,12 +277,11 @@ class _TwoPaths(torch.autograd.Function):
             if numbers is not None:
                 mask_of(numbers[part], lowest, out=adapter_input[part]).mul_(rows[part])
             h = scaled_product(scaling, adapter_input[part], down.t())  # (tokens, n * rank)
-            # The adapter first: where B is zero this is the bias, and the base adds onto it as
+            # The adapters first: where B is zero they are the bias, and the base adds onto it as
             # F.linear does, to the bit.
-            layers = zip(biases, h.split(rank, 1), ups, outputs[part].split(out, 1), strict=True)
-            for bias_layer, h_layer, up, y_layer in layers:
-                torch.addmm(bias_layer, h_layer, up, out=y_layer)
-            outputs[part].addmm_(rows[part], wide.t())
+            layers = zip(biases, h.split(rank, 1), ups, strict=True)
+            adapters = [torch.addmm(bias_layer, h_layer, up) for bias_layer, h_layer, up in layers]
+            torch.cat(adapters, 1, out=outputs[part]).addmm_(rows[part], wide.t())
         ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
         cast = wide if x.dtype != W[0].dtype else None
         ctx.save_for_backward(x if numbers is None else adapter_input, numbers, cast, *parameters)

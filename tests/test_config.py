@@ -40,6 +40,13 @@ def test_defaults_depend_on_the_mode_and_explicit_values_win():
     assert read(MAX_STEPS="77").explicit == {"MAX_STEPS"}
 
 
+def test_sharded_weights_go_with_checkpoints():
+    chosen = {"FSDP": "True", "GRAD_CHECKPOINT": "False"}
+    assert Config.from_environment({"FSDP": "True"}).grad_checkpoint
+    assert not Config.from_environment(chosen).grad_checkpoint
+    assert not Config.from_environment({"FSDP": "False"}).grad_checkpoint
+
+
 def test_test_mode_has_an_output_folder_of_its_own():
     assert read().output_folder == "out"
     assert read(TEST_MODE="1").output_folder == "out-test"

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import device as hardware
+from config import Config, ConfigError
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from run import check_checkpointing
 
 
 def test_a_cpu_times_each_step_and_a_queue_some_together():
@@ -30,10 +32,13 @@ def test_a_cpu_times_each_step_and_a_queue_some_together():
 
 
 class OnlyMeta(TorchDispatchMode):
-    """Within it, an operation on a tensor of a CPU fails, except on a single number."""
+    """Within it, an operation on a tensor of a CPU fails, except on a single number; and one into
+    parts of rows, which torch on MPS puts in the wrong place before macOS 26."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        assert "out" not in kwargs or kwargs["out"].is_contiguous(), func
         for leaf in tree_leaves((args, kwargs, result)):
             assert not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.is_meta, func
         return result
@@ -67,6 +72,29 @@ def test_a_gpu_for_each_process_or_an_error(monkeypatch):
     assert chosen == [1]
     with pytest.raises(hardware.DeviceError, match=r"3 processes need a GPU each, .* finds 2"):
         hardware.choose_device("auto", 0, 3)
+
+
+def test_mps_is_for_one_process_and_not_for_checkpoints_with_dropout(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mps, _ = hardware.choose_device("auto")
+    assert mps == torch.device("mps")
+    assert hardware.choose_device("auto", in_group=True)[0] == torch.device("cpu")
+    with pytest.raises(hardware.DeviceError, match="no mps device for several processes"):
+        hardware.choose_device("mps", in_group=True)
+    settings = {"GRAD_CHECKPOINT": "True", "USE_LORA": "True"}  # LoRA has no dropout of itself
+    check_checkpointing(Config.from_environment(settings), mps)
+    for more in ({"DROPOUT": "0.1"}, {"LORA_DROPOUT": "0.1"}):
+        config = Config.from_environment(settings | more)
+        check_checkpointing(config, torch.device("cpu"))
+        with pytest.raises(ConfigError, match="GRAD_CHECKPOINT=True is wrong with dropout on mps"):
+            check_checkpointing(config, mps)
+
+
+def test_each_device_has_its_words_for_too_little_memory():
+    for words in ("MPS backend out of memory (MPS allocated: 1 GiB)", "DefaultCPUAllocator: can't "
+                  "allocate memory: you tried to allocate 8 bytes"):  # fmt: skip
+        assert hardware.is_out_of_memory(RuntimeError(words))
+    assert not hardware.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):

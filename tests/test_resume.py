@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
 from test_training import losses
 
+from resume import read_training_state, restore_training_state, save_training_state
+
 BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
 
 
@@ -233,6 +235,20 @@ def test_damaged_states_are_refused(lora_folder, tmp_path):
     assert "a LoRA adapter, not a training state" in refused(
         start_script(folder, **LORA | {"RESUME": "True"})
     )
+
+
+def test_the_generator_of_a_gpu_goes_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    restored = []
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = tmp_path / "resume.pt"
+    save_training_state(path, model, optimizer, {}, {})
+    expected = torch.rand(3)
+    restore_training_state(path, read_training_state(path), model, optimizer)
+    assert torch.equal(torch.rand(3), expected) and [t.tolist() for t in restored] == [[7]]
 
 
 def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
