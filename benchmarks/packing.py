@@ -2,8 +2,8 @@
 
     python benchmarks/packing.py
 
-The default model, full and with LoRA, with its default dropout; steps of both kinds of batch are
-interleaved in one process, and a peak of memory is the median of three processes of their own.
+The default model, full and with LoRA, each with its default dropout; steps of both kinds of batch
+are interleaved in one process, and a peak of memory is the median of three processes of their own.
 """
 
 import argparse
@@ -28,7 +28,7 @@ KINDS = ("text", "records")
 
 def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], None]:
     """A function that takes the next training step on `kind` of data."""
-    config = Config(use_lora=use_lora)
+    config = Config.from_environment({"USE_LORA": str(use_lora)})
     torch.manual_seed(config.seed)
     model = BigramLanguageModelLoRA(
         256, config.n_embd, config.block_size, "cpu", config.dropout, config.n_head, config.n_layer,
