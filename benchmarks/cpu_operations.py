@@ -3,7 +3,8 @@
     python benchmarks/cpu_operations.py
 
 Milliseconds, medians of 30, at the default model's shapes (batch 32, 128 tokens, width 256,
-4 heads): GELU, dropout, and causal attention forward and backward.
+4 heads): GELU, dropout, LayerNorm, and causal attention forward and backward. And how far off the
+gradients of LayerNorm's weights are, which are float32 in either dtype, as under autocast.
 """
 
 import argparse
@@ -49,6 +50,24 @@ def with_backward(function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, bias.shape, weight, bias)
+
+
+def error_of_norm(dtype: torch.dtype) -> float:
+    """The relative error of the gradient of LayerNorm's weight, for random inputs of `dtype`."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(2, 4096, 256).to(dtype)
+
+    def found(as_dtype: torch.dtype, weights: torch.dtype) -> torch.Tensor:
+        weight = torch.ones(256, dtype=weights, requires_grad=True)
+        y = norm(x.to(as_dtype), weight, torch.zeros(256, dtype=weights))
+        return torch.autograd.grad(y, weight, gradient.to(as_dtype))[0].double()
+
+    exact = found(torch.float64, torch.float64)
+    return ((found(dtype, torch.float32) - exact).norm() / exact.norm()).item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30, help="calls that are timed (default 30)")
@@ -66,6 +85,7 @@ def main() -> None:
             "GELU, exact": with_backward(F.gelu, hidden),
             "dropout 0.2, torch's": with_backward(lambda x: F.dropout(x, 0.2), residual),
             "dropout 0.2, ours": with_backward(lambda x: dropout(x, 0.2, True), residual),
+            "LayerNorm": with_backward(norm, residual, torch.ones(256), torch.zeros(256)),
             "attention, torch's": with_backward(lambda t: fused_attention(t, 0.0), qkv),
             "attention, plain": with_backward(lambda t: plain_attention(t, 0.0), qkv),
             "attention with dropout 0.2, torch's": with_backward(
@@ -78,6 +98,7 @@ def main() -> None:
         print(f"{str(dtype).removeprefix('torch.')}, forward and backward, ms:")
         for name, function in rows.items():
             print(f"   {name:44} {milliseconds(function, repeats):7.2f}")
+        print(f"   error of LayerNorm's gradient: {error_of_norm(dtype):.1e}")
 
 
 if __name__ == "__main__":

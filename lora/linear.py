@@ -145,7 +145,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     """The outputs, side by side, of LoRALinears that share x, mode, rank, scaling and dropout."""
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; LoRALinear takes floating-point numbers")
-    x = as_autocast(x)
+    x = x.to(product_dtype(x))
     first = layers[0]
     tokens = x.numel() // max(1, first.in_features)
     p = first.dropout if first.training else 0.0
@@ -162,13 +162,13 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, *W, *A, *B)
 
 
-def as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast, where that is on; it leaves float64 alone."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
     kind = x.device.type
     available = torch.amp.is_autocast_available(kind)  # not on meta, for one
     if available and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:

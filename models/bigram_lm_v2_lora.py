@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
 from lora.dropout import dropout as apply_dropout
-from lora.linear import as_autocast
+from lora.linear import product_dtype
 from models.transformer import Block, KeyValueCache
 
 GELUS = ("exact", "tanh")
@@ -122,8 +122,10 @@ class BigramLanguageModelLoRA(nn.Module):
             positions = self.position_embedding_table.weight[start:T]  # (T, C)
         else:
             positions = self.position_embedding_table(segments_positions(segments))  # (B, T, C)
-        x = as_autocast(self.token_embedding_table(idx) + positions)  # (B, T, C)
-        mask = None if segments is None else segments_mask(segments, x.dtype)  # (B, 1, T, T)
+        # Float32 under autocast too: in bfloat16 small changes would be lost, and torch adds up the
+        # gradients of norms in the dtype of their input, on a CPU.
+        x = self.token_embedding_table(idx) + positions  # (B, T, C)
+        mask = None if segments is None else segments_mask(segments, product_dtype(x))
         x = apply_dropout(x, self.dropout, self.training)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             if self.grad_checkpoint and torch.is_grad_enabled():

@@ -54,6 +54,8 @@ def test_cpu_operations_prints_both_forms(tmp_path):
     )
     for row in ("GELU, exact", "dropout 0.2, ours", "attention, plain"):
         assert output.count(row) == 2  # float32 and bfloat16
+    exact, rounded = map(float, re.findall(r"error of LayerNorm's gradient: (\S+)", output))
+    assert exact < 1e-5 < rounded
 
 
 def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
