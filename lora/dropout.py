@@ -12,35 +12,36 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not training or p == 0.0:
         return x
-    return _Dropout.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
+    return _Dropout.apply(x, p) if draws_bits(x) else F.dropout(x, p)
+
+
+def draws_bits(x: Tensor) -> bool:
+    """Whether masks are of random bits: on a CPU, but not under torch.compile, which knows torch's
+    own functions alone and draws for them within its loops."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, float]:
     """Random numbers of the shape of `x`, the lowest of them that keeps its element, and the
     probability of that, 1 - p.
 
-    They are a mask in its smallest form (see `mask_of`). On a CPU they have `bits` bits, 8 or 16,
-    where torch's own function draws a float for each element, so that `p` is rounded to a multiple
-    of 2**-bits, above 0 and below 1. They come from torch's default generator, so seeds and
-    resuming hold.
+    They are a mask in its smallest form (see `mask_of`). Where `draws_bits` they have `bits` bits,
+    8 or 16, where torch's own function draws a float for each element, so that `p` is rounded to a
+    multiple of 2**-bits, above 0 and below 1. They come from torch's default generator, so seeds
+    and resuming hold.
     """
-    if x.device.type != "cpu":
+    if not draws_bits(x):
         ones = torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
         return ones, 1, 1.0 - p
-    per_draw = 64 // bits
-    # In their own dtype, since torch.compile cannot hand a view of int64 to backward.
-    numbers = torch.empty(
-        -(-x.numel() // per_draw) * per_draw, dtype=torch.int8 if bits == 8 else torch.int16
-    )
-    numbers.view(torch.int64).random_(-(2**63), None)
-    values = numbers[: x.numel()].view(x.shape)
+    draws = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64).random_(-(2**63), None)
+    numbers = draws.view(torch.int8 if bits == 8 else torch.int16)[: x.numel()].view(x.shape)
     dropped = min(max(round(p * 2**bits), 1), 2**bits - 1)  # of the 2**bits values
-    return values, dropped - 2 ** (bits - 1), 1.0 - dropped / 2**bits
+    return numbers, dropped - 2 ** (bits - 1), 1.0 - dropped / 2**bits
 
 
 def mask_of(numbers: Tensor, lowest: int, out: Tensor) -> Tensor:
     """Fill `out`, and return it, with 1 where a number keeps its element, and 0 elsewhere."""
-    if numbers.device.type != "cpu":
+    if numbers.dtype == torch.uint8:
         return out.copy_(numbers)
     return torch.ge(numbers, lowest, out=out)
 

@@ -337,3 +337,25 @@ def test_gradients_of_norms_are_not_added_up_in_bfloat16():
         found.append(torch.autograd.grad(loss, norms))
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_lora": True, "lora_dropout": 0.1}])
+def test_a_model_with_dropout_compiles_as_one_graph(options):
+    """Traced and differentiated ahead of time; code generation is left out, for it takes long."""
+    model = make(dropout=0.2, **options)
+    torch._dynamo.reset()
+    idx = torch.randint(256, (2, 16))
+    _, loss = torch.compile(model, backend="aot_eager", fullgraph=True)(idx, idx)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_compiled_attention_has_one_mask_forward_and_backward():
+    """The output is linear in the values, for one mask: their gradients say what it was."""
+    torch._dynamo.reset()
+    attention = torch.compile(causal_attention, backend="aot_eager", fullgraph=True)
+    qkv = torch.randn(3, 70, 3, 2, 8, requires_grad=True)
+    y, gradient = attention(qkv, 0.3, True), torch.randn(3, 70, 16)
+    y.backward(gradient)
+    found = (qkv.grad * qkv)[:, :, 2].sum()
+    torch.testing.assert_close(found, (y * gradient).sum(), rtol=1e-4, atol=1e-4)

@@ -314,7 +314,7 @@ def test_computing_activations_again_changes_no_bit(training, tmp_path, mode):
 def test_a_compiled_model_trains_alike(training, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    variables = {"USE_LORA": "True", "N_LAYER": "1", "DROPOUT": "0.2", "LORA_DROPOUT": "0.1"}
+    variables = {"USE_LORA": "True", "N_LAYER": "1"}  # no dropout, whose masks are others
     plain = succeeded(training(**variables))
     compiled = succeeded(training(**variables, COMPILE="True"))
     assert re.search(r"^Compile time: \d+\.\d s, before the training time$", compiled, re.MULTILINE)
