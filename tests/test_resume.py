@@ -1,5 +1,6 @@
 """Interrupted runs: resumed to the bit, killed at any moment, stopped politely, on a full disk."""
 
+import contextlib
 import os
 import random
 import resource
@@ -94,7 +95,8 @@ for line in sys.stdin:
         child = int(self.process.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)  # a zombie at worst, until its exit code is read
+            with contextlib.suppress(ProcessLookupError):  # it has ended before
+                os.kill(child, signal.SIGKILL)
         return int(self.process.stdout.readline())
 
 
