@@ -22,9 +22,9 @@ def choose_device(
     that is `in_group`, with others here or elsewhere, cannot have mps, as gloo does not know it.
     Raises DeviceError for what is not there.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if in_group or processes > 1:
-        there["mps"] = False
+    in_group = in_group or processes > 1
+    mps = torch.backends.mps.is_available() and not in_group
+    there = {"cuda": torch.cuda.is_available(), "mps": mps}
     reason = f"DEVICE={name}"
     if name == "auto":
         found = [kind for kind, available in there.items() if available]
@@ -33,7 +33,7 @@ def choose_device(
         else:
             name, reason = "cpu", "no cuda or mps device found"
     elif not there.get(name, True):
-        where = "for several processes" if in_group or processes > 1 else "here"
+        where = "for several processes" if in_group else "here"
         raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device {where}")
     if name != "cuda":
         return torch.device(name), reason

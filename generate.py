@@ -24,7 +24,7 @@ from config import GenerateConfig, help_table
 from data import encode, end_token, stream_decoder
 from huggingface import read_base
 from lora import base_state, merge_adapter
-from lora.files import fingerprint
+from lora.files import fingerprint, write_out
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import (
     asks_for_help,
@@ -33,7 +33,6 @@ from run import (
     format_table,
     put_on_adapters,
     say,
-    write_out,
 )
 
 

@@ -39,7 +39,7 @@ from lora import (
     switch_adapter,
     take_adapter,
 )
-from lora.files import fingerprint, lock_folder
+from lora.files import fingerprint, lock_folder, write_out
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
@@ -49,7 +49,7 @@ MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "
 
 
 class TrainingError(ValueError):
-    """A run that cannot go on: its loss is no number, or nothing takes its record."""
+    """A run that cannot go on, such as one whose loss is no longer a number."""
 
 
 BAD_INPUT = (
@@ -487,17 +487,6 @@ def say(*lines: str) -> None:
     """Print facts to the record, whole lines at once; of several processes the first does."""
     for line in lines if distributed.is_first() else ():
         write_out(line + "\n")
-
-
-def write_out(text: str) -> None:
-    """Print to stdout at once. Raises TrainingError when that cannot be written: its disk is full,
-    or its reader has gone (`... | head`)."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        # Python would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise TrainingError(f"stdout: {error.strerror}") from error
 
 
 def indent(lines: Iterable[str]) -> list[str]:

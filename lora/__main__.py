@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lora.adapters import read_adapter, write_adapter
-from lora.files import FileError, OtherKind
+from lora.files import FileError, OtherKind, write_out
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")
@@ -23,19 +23,16 @@ def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
     try:
         if arguments in (["--help"], ["-h"]):
-            print(__doc__.strip())
+            write_out(f"{__doc__.strip()}\n")
         elif arguments[:1] in (["export"], ["import"]):
             exchange(*arguments)
         else:
             print_table([row for name in arguments or ["."] for row in rows_of(Path(name))])
-        sys.stdout.flush()
     except FileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        # Python would try stdout again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: {error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -50,14 +47,14 @@ def exchange(command: str, *names: str) -> None:
     if command == "import" and os.path.exists(target):
         raise FileError(f"{target} exists already; remove it, or name another file")
     size = (write_peft if command == "export" else write_adapter)(target, read_adapter(source))
-    print(f"Wrote {target}: {size / 2**20:.2f} MiB")
+    write_out(f"Wrote {target}: {size / 2**20:.2f} MiB\n")
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
     for row in [HEADER, *rows]:
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        write_out("  ".join(cells).rstrip() + "\n")
 
 
 def rows_of(path: Path) -> list[tuple[str, ...]]:

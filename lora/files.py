@@ -35,6 +35,17 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
         return file.tell()
 
 
+def write_out(text: str) -> None:
+    """Print to stdout at once. Raises FileError when that cannot be written: its disk is full, or
+    its reader has gone (`... | head`)."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FileError(f"stdout: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` at the end: it lies beside it until then, is
