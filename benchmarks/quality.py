@@ -124,7 +124,7 @@ QUICK = Budget(
     run_variables(20, 8, 2, 2) | {"N_EMBD": "32", "N_LAYER": "1", "BLOCK_SIZE": "32"},
     {NEW: run_variables(4, 8, 2, 1), SMALL: run_variables(4, 4, 4, 1)},
     (1, 2),
-    RATES[2:5],
+    RATES[2:4],
 )
 QUICK_METHODS = (FULL, MAIN, "rank 16, query and value")
 

@@ -6,7 +6,8 @@ Generation is of one sequence with the default model (3.3M, dropout off, float32
 256 tokens: it fills the context from one token on. `cache` computes the new token only,
 `recompute` all tokens so far; both give the same logits, and the largest difference is printed. The
 two take turns; the ratio is the median of the pairwise ratios. Adapter operations are on the 25M
-model, rank 8 on every linear with the embeddings, in float32: medians.
+model, rank 8 on every linear with the embeddings, in float32: medians. --quick does all of it
+once, the adapters on the 0.8M model, to see that it works.
 """
 
 import statistics
@@ -77,8 +78,8 @@ def compare_generation(rounds: int) -> None:
     print(f"   largest difference of a logit, relative to the largest logit: {difference:.1e}")
 
 
-def time_adapters(rounds: int) -> None:
-    model = build(SIZES["25M"], use_lora=True)
+def time_adapters(size: str, rounds: int) -> None:
+    model = build(SIZES[size], use_lora=True)
     bare = take_adapter(model, "base")
     adapters = []
     for _ in range(2):
@@ -94,7 +95,7 @@ def time_adapters(rounds: int) -> None:
         "combine two, reduced to rank 8": lambda: combine_adapters(pair, bare, rank=8),
         "merge and unmerge": lambda: unmerge_adapter(model, merge_adapter(model)),
     }
-    print(f"Adapters of the 25M model, rank 8, float32, medians of {rounds}:")
+    print(f"Adapters of the {size} model, rank 8, float32, medians of {rounds}:")
     for name, operation in operations.items():
         operation()
         taken = statistics.median(seconds(operation) for _ in range(rounds))
@@ -105,10 +106,10 @@ def main() -> int:
     if sys.argv[1:] not in ([], ["--quick"]):
         print("error: the only option is --quick", file=sys.stderr)
         return 2
-    rounds = 1 if sys.argv[1:] else 7
+    rounds, size = (1, "0.8M") if sys.argv[1:] else (7, "25M")
     print(f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     compare_generation(rounds)
-    time_adapters(rounds)
+    time_adapters(size, rounds)
     return 0
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,18 +52,60 @@ def environment_of(variables: dict[str, str]) -> dict[str, str]:
     return environment | {"PYTHONPATH": str(ROOT)} | variables
 
 
-def start_script(folder: Path, *arguments: str, script: str = "training.py", **variables: str):
-    """Run a script of the repository in `folder` with these variables and no others of ours."""
-    if sys.platform != "linux" or any(name.startswith(AT_START) for name in variables):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=folder,
-            env=environment_of(variables),
-            capture_output=True,
-            timeout=120,
-            encoding="utf-8",
+class Started:
+    """A script that runs in `folder`, with these variables and no others of ours."""
+
+    def __init__(self, folder: Path, command: list[str], variables: dict[str, str]) -> None:
+        self.command = command
+        self.outputs = tempfile.TemporaryDirectory()
+        anew = sys.platform != "linux" or any(name.startswith(AT_START) for name in variables)
+        self.pid = order(
+            start={
+                "command": [str(ROOT / command[0]), *command[1:]],
+                "folder": str(folder),
+                "environment": environment_of(variables),
+                "outputs": self.outputs.name,
+                "anew": anew,
+            }
         )
-    return launch(folder, [str(ROOT / script), *arguments], [variables])[0]
+
+    def written(self, name: str) -> str:
+        """What it has written so far to "out" or "err"."""
+        path = Path(self.outputs.name, name)
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def wait_for(self, line: str) -> str:
+        """The record so far, which `line` has just entered."""
+        while line not in (record := self.written("out")):
+            assert "error" not in self.written("err"), self.written("err")
+            time.sleep(0.005)
+        return record
+
+    def send_signal(self, number: int) -> None:
+        """Whether it still runs or not."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """What it did, when it has ended."""
+        exit_code = order(wait=self.pid)
+        out, err = self.written("out"), self.written("err")
+        self.outputs.cleanup()
+        return subprocess.CompletedProcess(self.command, exit_code, out, err)
+
+
+def order(**command: object) -> int:
+    """The launcher's answer to a command."""
+    process = launcher()
+    process.stdin.write(json.dumps(command) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def start_script(
+    folder: Path, *arguments: str, script: str = "training.py", **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a script of the repository in `folder` with these variables and no others of ours."""
+    return Started(folder, [script, *arguments], variables).wait()
 
 
 def start_group(
@@ -75,51 +118,11 @@ def start_group(
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environments = [variables | group | (others or {} if i > 0 else {}) for i in range(n)]
-    for i, environment in enumerate(environments):
-        environment |= {"RANK": str(i), "LOCAL_RANK": str(i)}
-    return launch(folder, [str(ROOT / "training.py")], environments)
-
-
-def launch(
-    folder: Path, command: list[str], environments: list[dict[str, str]]
-) -> list[subprocess.CompletedProcess]:
-    """Run a script by the launcher, once for each of the environments, all at the same time."""
-    with tempfile.TemporaryDirectory() as outputs:
-        orders = []
-        for i, variables in enumerate(environments):
-            order = {"command": command, "folder": str(folder), "outputs": f"{outputs}/{i}"}
-            orders.append(order | {"environment": environment_of(variables)})
-            Path(outputs, str(i)).mkdir()
-        process = launcher()
-        process.stdin.write(json.dumps(orders) + "\n")
-        process.stdin.flush()
-        exit_codes = json.loads(process.stdout.readline())
-        return [
-            subprocess.CompletedProcess(
-                command,
-                exit_code,
-                *(Path(outputs, str(i), n).read_text(encoding="utf-8") for n in ("out", "err")),
-            )
-            for i, exit_code in enumerate(exit_codes)
-        ]
-
-
-def start_until(folder: Path, line: str, **variables: str) -> tuple[subprocess.Popen, str]:
-    """training.py running in `folder`, and its record so far, which `line` has just entered."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py")],
-        cwd=folder,
-        env={"PATH": os.environ["PATH"]} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    record = ""
-    while line not in record:
-        record += process.stdout.readline()
-        assert process.poll() is None
-    return process, record
+    started = []
+    for i in range(n):
+        own = {"RANK": str(i), "LOCAL_RANK": str(i)} | (others or {} if i > 0 else {})
+        started.append(Started(folder, ["training.py"], variables | group | own))
+    return [process.wait() for process in started]
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Starts scripts quickly: a process that has imported torch, and forks for each script.
 
-For each line of JSON on stdin, a list of scripts to run beside each other, it prints the list of
-their exit codes.
+Each line on stdin is an order of JSON, and is answered by a line: {"start": ...}, the arguments of
+`become`, by the new process's number, and {"wait": number} by its exit code.
 """
 
 import gc
@@ -17,22 +17,28 @@ import traceback
 import torch
 import torch._dynamo  # noqa: F401
 
+SECONDS = 120  # which no script may take
 
-def become(command: list[str], folder: str, environment: dict[str, str], outputs: str) -> None:
-    """Be the script from here on, as far as it can tell."""
+
+def become(
+    command: list[str], folder: str, environment: dict[str, str], outputs: str, anew: bool
+) -> None:
+    """Be the script from here on, as far as it can tell, or, anew, in a Python of its own."""
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
     files = [os.open(f"{outputs}/{name}", os.O_RDWR | os.O_CREAT) for name in ("in", "out", "err")]
     for number, file in enumerate(files):
         os.dup2(file, number)
+    signal.alarm(SECONDS)
+    if anew:
+        os.execve(sys.executable, [sys.executable, *command], environment)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.stdin = io.TextIOWrapper(io.FileIO(0))
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), "utf-8")
     sys.stderr = io.TextIOWrapper(
         io.FileIO(2, "w"), "utf-8", "backslashreplace", write_through=True
     )
     sys.argv, sys.path[0] = command, os.path.dirname(command[0])
-    signal.alarm(120)
     exit_code = 0
     try:
         runpy.run_path(command[0], run_name="__main__")
@@ -48,13 +54,14 @@ def become(command: list[str], folder: str, environment: dict[str, str], outputs
 def main() -> None:
     gc.freeze()  # or collecting garbage would copy all memory in each fork
     for line in sys.stdin:
-        pids = []
-        for script in json.loads(line):
-            pids.append(os.fork())
-            if pids[-1] == 0:
-                become(**script)
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-        print([os.waitstatus_to_exitcode(status) for status in statuses], flush=True)
+        match json.loads(line):
+            case {"start": script}:
+                answer = os.fork()
+                if answer == 0:
+                    become(**script)
+            case {"wait": pid}:
+                answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":

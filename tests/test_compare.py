@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
+from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 
 import compare
 from run_records import Evaluation, Record, join, output_of, read_records
@@ -24,9 +24,10 @@ def outputs(tmp_path_factory) -> dict[str, str]:
     found = {"full": succeeded(start_script(folder, **TINY))}
     found["lora"] = succeeded(start_script(folder, **TINY, USE_LORA="True", LORA_RANK="4"))
     long = TINY | {"MAX_STEPS": "100000", "OUT_DIR": "long"}
-    process, record = start_until(folder, "step 6 |", **long)
+    process = Started(folder, ["training.py"], long)
+    process.wait_for("step 6 |")
     process.send_signal(signal.SIGINT)
-    found["interrupted"] = record + process.communicate()[0]
+    found["interrupted"] = process.wait().stdout
     last = re.findall(r"^step (\d+)", found["interrupted"], re.MULTILINE)[-1]
     long["MAX_STEPS"] = str(int(last) + 6)
     found["resumed"] = succeeded(start_script(folder, **long, RESUME="True"))

@@ -1,6 +1,5 @@
 """Interrupted runs: resumed to the bit, killed at any moment, stopped politely, on a full disk."""
 
-import contextlib
 import os
 import random
 import resource
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
+from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 from test_training import losses
 
 from resume import read_training_state, restore_training_state, save_training_state
@@ -55,63 +54,16 @@ def assert_same(a, b) -> None:
         assert a == b
 
 
-class Launcher:
-    """Starts training.py in forks of a process that has torch imported: a start in milliseconds."""
-
-    SOURCE = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import training
-print("ready", flush=True)
-for line in sys.stdin:
-    folder, out, settings = line.rstrip("\\n").split("\\t")
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-        os.environ.update(pair.split("=", 1) for pair in settings.split(" "))
-        os._exit(training.main([]))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SOURCE, str(ROOT)],
-            env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def run(self, folder: Path, kill_after: float | None, **variables: str) -> int:
-        """The exit code of a run, which gets SIGKILL after so many seconds."""
-        settings = " ".join(f"{name}={value}" for name, value in variables.items())
-        print(
-            folder, folder / "record.txt", settings, sep="\t", file=self.process.stdin, flush=True
-        )
-        child = int(self.process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it has ended before
-                os.kill(child, signal.SIGKILL)
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.process.stdin.close()
-    launcher.process.wait(timeout=60)
+def killed_after(seconds: float, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """A run of training.py that gets SIGKILL after so many seconds, if it has not ended before."""
+    process = Started(folder, ["training.py"], variables)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(
-    base_folder, tmp_path, launcher, mode
-):
+def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(base_folder, tmp_path, mode):
     folder = tmp_path / "run"
     shutil.copytree(base_folder, folder)
     variables = TINY | {
@@ -121,21 +73,21 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(
     if mode == "lora":
         variables |= {"USE_LORA": "True", "LORA_DROPOUT": "0.1"}
     started = time.monotonic()
-    assert launcher.run(folder, None, OUT_DIR="whole", **variables) == 0
+    succeeded(start_script(folder, OUT_DIR="whole", **variables))
     duration = time.monotonic() - started
 
     generator = random.Random(mode)
     kills = 0
     while kills < 10:  # of each mode
         after = generator.uniform(0.1, 0.6) * duration
-        code = launcher.run(folder, after, OUT_DIR="killed", RESUME="True", **variables)
-        if code == 0:  # it ended before the kill: begin again, with kills to come
+        process = killed_after(after, folder, OUT_DIR="killed", RESUME="True", **variables)
+        if process.returncode == 0:  # it ended before the kill: begin again, with kills to come
             assert_same(files_of(folder / "killed", mode), files_of(folder / "whole", mode))
             shutil.rmtree(folder / "killed")
             continue
-        assert code == -signal.SIGKILL, (folder / "record.txt").read_text()[-2000:]
+        assert process.returncode == -signal.SIGKILL, process.stderr
         kills += 1
-    assert launcher.run(folder, None, OUT_DIR="killed", RESUME="True", **variables) == 0
+    succeeded(start_script(folder, OUT_DIR="killed", RESUME="True", **variables))
     assert_same(files_of(folder / "killed", mode), files_of(folder / "whole", mode))
     assert not list((folder / "killed").glob("*.partial"))
 
@@ -143,18 +95,20 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     (tmp_path / "text.txt").write_text(TEXT)
-    variables = TINY | {"MAX_STEPS": "400", "EVAL_INTERVAL": "150", "DROPOUT": "0.1"}
+    variables = TINY | {"MAX_STEPS": "300", "EVAL_INTERVAL": "100", "DROPOUT": "0.1"}
     whole = succeeded(start_script(tmp_path, **variables | {"OUT_DIR": "whole"}))
-    process, record = start_until(tmp_path, "step 150 ", **variables)
+    process = Started(tmp_path, ["training.py"], variables)
+    process.wait_for("step 100 ")
     process.send_signal(number)
-    rest, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    stopped = process.wait()
+    error = stopped.stderr
+    assert stopped.returncode == 128 + number
     assert "saved in out/full-resume.pt" in error and "RESUME=True" in error
     assert error.count("\n") == 1
     resumed = succeeded(start_script(tmp_path, RESUME="True", **variables))
     assert "Resuming out/full-resume.pt at step " in resumed
     # The training losses between evaluations go on over the interruption too.
-    assert losses(record + rest) + losses(resumed) == losses(whole)
+    assert losses(stopped.stdout) + losses(resumed) == losses(whole)
     assert_same(files_of(tmp_path / "out", "full"), files_of(tmp_path / "whole", "full"))
 
 
@@ -278,9 +232,10 @@ def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    process, _ = start_until(tmp_path, "step 0 ", **TINY | {"MAX_STEPS": "1000000"})
+    process = Started(tmp_path, ["training.py"], TINY | {"MAX_STEPS": "1000000"})
+    process.wait_for("step 0 ")
     assert "out is in use by another run" in refused(start_script(tmp_path, **TINY))
     succeeded(start_script(tmp_path, **TINY | {"OUT_DIR": "other"}))
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     succeeded(start_script(tmp_path, **TINY))  # a killed run leaves no lock behind

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, start_until, succeeded
+from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 
 STEP = re.compile(
     r"step (\d+) \| train loss (\S+) \| val loss (\S+) \+- (\S+) \| lr (\S+) \| "
@@ -248,11 +248,12 @@ def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
 
 def test_an_interrupt_ends_in_one_line(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    process, _ = start_until(tmp_path, "step 6 ", **TINY | {"MAX_STEPS": "1000000"})
+    process = Started(tmp_path, ["training.py"], TINY | {"MAX_STEPS": "1000000"})
+    process.wait_for("step 6 ")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.startswith("error: interrupted") and error.count("\n") == 1
+    stopped = process.wait()
+    assert stopped.returncode == 130
+    assert stopped.stderr.startswith("error: interrupted") and stopped.stderr.count("\n") == 1
     torch.load(tmp_path / "out" / "full.pt", weights_only=True)
 
 
