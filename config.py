@@ -8,6 +8,7 @@ and nothing else in the project does.
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Self
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
+FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
+LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond what is of use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 LINEARS = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")  # of the model
@@ -31,7 +34,7 @@ class ConfigError(ValueError):
 def adapter_weights(text: str) -> list[tuple[str, float]]:
     """The files and weights that ADAPTERS=`text` names: `a.pt`, or `a.pt:0.7,b.pt:-0.3`.
 
-    Raises ConfigError for an empty name and for a weight that is not finite.
+    Raises ConfigError for an empty name and for a weight that is not finite or too large.
     """
     weighted = []
     for part in text.split(","):
@@ -40,10 +43,10 @@ def adapter_weights(text: str) -> list[tuple[str, float]]:
             value = float(weight)
         except ValueError:  # no weight: the colon, if any, belongs to the path
             path, value = part.strip(), 1.0
-        if not path or not math.isfinite(value):
+        if not path or not abs(value) <= LARGEST_WEIGHT:
             raise ConfigError(
                 f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, as in "
-                "out/lora.pt:0.7"
+                f"out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
             )
         weighted.append((path, value))
     return weighted
@@ -100,6 +103,8 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Read every variable. Raises ConfigError for a bad value or a misspelt name."""
+        if sys.platform == "win32" and environment.get("PROMPT") == "$P$G":  # cmd.exe's own
+            environment = {n: v for n, v in environment.items() if n != "PROMPT"}
         options = {field.name.upper(): field for field in option_fields(cls)}
         known = {f.name.upper() for kind in (Config, GenerateConfig) for f in option_fields(kind)}
         for name in environment:
@@ -137,8 +142,9 @@ class Config(Settings):
     use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(
-        16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK [with ADAPTERS, theirs]", above=0
-    )
+        16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK [with ADAPTERS, theirs]", above=0,
+        below=1e9,
+    )  # fmt: skip
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
     lora_plus_ratio: float = option(
         8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0
@@ -330,7 +336,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     except ValueError:
         raise ConfigError(f"{name}={text[:80]!r} is not {accepted}") from None
     limits = field.metadata
-    if kind is int and value >= 2**63:  # larger than torch and numpy take
+    if kind is int and limits["below"] is None and value >= 2**31:  # more than any is good for
         raise ConfigError(f"{name}={text[:80]} is too large")
     if (
         (kind is float and not math.isfinite(value))
@@ -349,6 +355,17 @@ def _range(field: dataclasses.Field) -> str:
     return " " + " and ".join(limits) if limits else ""
 
 
+def _one_slip_apart(name: str, known: str) -> bool:
+    """Whether two neighbouring letters are swapped; or one is wrong, missing or too much, unless
+    the name is short, as then it may be another program's."""
+    pairs = enumerate(zip(name, known, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(name), len(known)))
+    a, b = name[same:], known[same:]
+    if b[1:] in (a, a[1:]) or a[1:] == b:
+        return len(known) > 4
+    return a[:2] == b[1::-1] and a[2:] == b[2:]
+
+
 def _refuse_misspelt(name: str, known: Collection[str]) -> None:
     """Raise ConfigError for a variable that was probably meant to be one of ours.
 
@@ -356,11 +373,12 @@ def _refuse_misspelt(name: str, known: Collection[str]) -> None:
     that begin like ours, and those that are almost spelled as one of ours. A known name behind
     another program's prefix (OMP_NUM_THREADS) is left alone.
     """
-    begins_like_ours = name.upper().startswith(PREFIXES)
+    begins_like_ours = name.upper().startswith(PREFIXES) or name.upper() == "LORA"
     foreign = name.endswith(tuple("_" + k for k in known)) and not begins_like_ours
-    if name in known or foreign:
+    if name in known or name in FOREIGN or foreign:
         return
     cutoff = 0.0 if begins_like_ours else 0.85
-    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff)
+    nearest = [k for k in known if _one_slip_apart(name.upper(), k)]
+    nearest += difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff)
     if nearest:
         raise ConfigError(f"{name} is not a variable of this script; did you mean {nearest[0]}?")

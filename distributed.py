@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 # How long a process waits for another that is alive, such as for the first to write a checkpoint.
@@ -155,10 +156,8 @@ class Traffic:
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DistributedDataParallel does with some gradients, counted."""
-        gradients = bucket.buffer()
-        self.bytes += gradients.numel() * gradients.element_size()
-        gradients.div_(size())
-        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda f: f.value()[0])
+        self.bytes += bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
 
 
 def replicate(model: nn.Module, traffic: Traffic) -> nn.Module:

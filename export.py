@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: list[str]) -> None:
     if arguments in (["--help"], ["-h"]):
-        say(__doc__.strip())
+        say(*__doc__.strip().split("\n"))
         return
     if len(arguments) != 2:
         raise ConfigError("export.py takes a checkpoint or an adapter, and the folder to write")

@@ -20,7 +20,7 @@ import torch
 
 import device as hardware
 from checkpoint import load_base
-from config import GenerateConfig, help_table
+from config import ConfigError, GenerateConfig, help_table
 from data import encode, end_token, stream_decoder
 from huggingface import read_base
 from lora import base_state, merge_adapter
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: list[str]) -> None:
     if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
-        say(__doc__.strip(), "", *format_table(help_table(GenerateConfig)))
+        say(*__doc__.strip().split("\n"), "", *format_table(help_table(GenerateConfig)))
         return
     config = GenerateConfig.from_environment(os.environ)
     if config.num_threads is not None:
@@ -53,7 +53,7 @@ def work(arguments: list[str]) -> None:
     model, tokenizer, prompt_format = load_model(config, device)
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        write_text(config, model, tokenizer, None if config.raw_prompt else prompt_format, device)
+        write_text(config, model, tokenizer, prompt_format, device)
 
 
 def load_model(
@@ -84,16 +84,21 @@ def write_text(
     prompt_format: str | None,
     device: torch.device,
 ) -> None:
-    """Write the prompt and its continuation to stdout, each character when its bytes are there; or
-    with a format the answer alone, which ends where the model ends it."""
+    """Write the prompt and its continuation to stdout, each character when its bytes are there; of
+    a prompt that was put in a format the answer alone. A model that was trained on records, as the
+    format says, ends it itself."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     decoded = stream_decoder(tokenizer)
-    if prompt_format is None:
-        prompt, end = encode(config.prompt, tokenizer), None
+    text, end = config.prompt, None
+    if prompt_format is not None:
+        end = end_token(tokenizer)
+        if not config.raw_prompt:
+            text = prompt_format.replace("{prompt}", config.prompt)
+    prompt = encode(text, tokenizer)
+    if not prompt:
+        raise ConfigError(f"PROMPT={config.prompt!r} has no tokens that the base's tokenizer knows")
+    if text == config.prompt:
         show("".join(decoded(token) for token in prompt))
-    else:
-        text = prompt_format.replace("{prompt}", config.prompt)
-        prompt, end = encode(text, tokenizer), end_token(tokenizer)
     idx = torch.tensor([prompt], device=device)
     options = (config.temperature, config.top_k, config.top_p)
     started, n_written = time.perf_counter(), 0

@@ -108,21 +108,31 @@ def adapter_to_gpt2(adapter: Adapter) -> Adapter:
     """The adapter of a model of ours, for the GPT-2 that `write_gpt2` makes of its base.
 
     Exact: the adapters of query, key and value, which GPT-2 has as one matrix, become one whose A
-    is theirs one below the other and whose B is block-diagonal, of their ranks' sum.
+    is theirs one below the other and whose B is block-diagonal, of their ranks' sum. Where there
+    are not all three, the others' A and B are zero.
 
-    Raises FileError where these three are scaled differently.
+    Raises FileError where these three are scaled differently, and for an adapter of other layers.
     """
     alpha, tensors = {}, {}
-    for entry in _layout_of(adapter):
+    entries = [e for e in _layout_of(adapter) if e.name.endswith(".weight")]
+    foreign = adapter.alpha.keys() - {our for entry in entries for our in entry.our_modules}
+    if foreign:
+        raise FileError(f"{min(foreign)} is no layer of GPT-2's: python -m lora export keeps names")
+    for entry in entries:
         name, ours = entry.module, entry.our_modules
         if entry.ours[0] in adapter.tensors:
             tensors[entry.name] = adapter.tensors[entry.ours[0]]
-        if entry.name.endswith(".weight") and ours[0] in adapter.alpha:
-            A = [adapter.tensors[f"{our}.lora_A"] for our in ours]
-            B = [adapter.tensors[f"{our}.lora_B"] for our in ours]
-            if len({adapter.alpha[our] / len(a) for our, a in zip(ours, A, strict=True)}) > 1:
+        there = [our for our in ours if our in adapter.alpha]
+        if there:
+            pairs = [[adapter.tensors.get(f"{our}.lora_{x}") for x in "AB"] for our in ours]
+            like = next(pair for pair in pairs if pair[0] is not None)
+            A, B = zip(
+                *(map(torch.zeros_like, like) if pair[0] is None else pair for pair in pairs),
+                strict=True,
+            )
+            if len({adapter.alpha[our] / adapter.ranks[our] for our in there}) > 1:
                 raise FileError(f"{', '.join(ours)} are scaled differently, {name} in one way")
-            alpha[name] = sum(adapter.alpha[our] for our in ours)
+            alpha[name] = sum(adapter.alpha.get(our, adapter.alpha[there[0]]) for our in ours)
             tensors |= {f"{name}.lora_A": torch.cat(A), f"{name}.lora_B": torch.block_diag(*B)}
     return Adapter(adapter.base, alpha, tensors, adapter.metadata)
 
@@ -149,6 +159,8 @@ def adapter_from_gpt2(adapter: Adapter) -> Adapter:
                 parts = [(a, b[i]) for i, (a, b) in enumerate(zip(A.chunk(n), blocks, strict=True))]
                 scaled /= n
             for our, (a, b) in zip(ours, parts, strict=True):
+                if not a.any():  # there was none
+                    continue
                 alpha[our] = scaled
                 tensors |= {f"{our}.lora_A": a.contiguous(), f"{our}.lora_B": b.contiguous()}
     return Adapter(adapter.base, alpha, tensors, adapter.metadata)

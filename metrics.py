@@ -1,7 +1,8 @@
 """metrics.jsonl: a run's record for programs, an object a line, which can be read while it grows.
 
 The first line is {"config": ..., "run": ...}; then one for each evaluation; the last, when the run
-has ended, {"summary": ...}.
+has ended, {"summary": ...}. The file of an earlier run stays until this one has trained and
+evaluated, as do the others of its files.
 """
 
 import json
@@ -14,33 +15,36 @@ from lora.files import FileError, replacing
 
 
 class Metrics:
-    """Writes the file; each line is there, whole, when `write` returns.
+    """Writes the file, from the first evaluation after a step on; each line is there, whole, when
+    `write` returns.
 
     Of several processes the first does, and the others write nothing.
     """
 
     def __init__(self, path: Path, first: dict[str, Any], evaluated: int) -> None:
-        """Begin the file with the line `first`, and keep what a run that is resumed had written of
-        its evaluations, up to step `evaluated`; -1 for a new run.
-
-        Raises FileError when the file cannot be written.
+        """The file will begin with the line `first`, and keep what a run that is resumed had
+        written of its evaluations, up to step `evaluated`; -1 for a new run.
         """
-        if not distributed.is_first():
-            return
-        lines = [json.dumps(plain(first))]
+        self.path, self.begun = path, False
+        self.lines = [json.dumps(plain(first))]
         if evaluated >= 0 and path.exists():
-            lines += earlier_evaluations(path, evaluated)
-        self.path = path
-        with replacing(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+            self.lines += earlier_evaluations(path, evaluated)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Raises FileError when it cannot be written."""
-        if not distributed.is_first():
+        self.lines.append(json.dumps(plain(values)))
+        if not distributed.is_first() or values.get("step") == 0:
+            return
+        text = "".join(f"{line}\n" for line in self.lines)
+        self.lines = []
+        if not self.begun:
+            self.begun = True
+            with replacing(self.path) as file:
+                file.write(text.encode())
             return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(values)) + "\n")
+                file.write(text)
         except OSError as error:
             raise FileError(f"{self.path} cannot be written: {error.strerror}") from error
 

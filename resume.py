@@ -1,6 +1,5 @@
 """Resuming: what an interrupted run needs to go on as if it had not been, in one file."""
 
-import dataclasses
 import math
 import os
 import signal
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import distributed
 from checkpoint import SHAPE
 from lora.files import FileError, check_tensors, read_file, write_file
-from run import Run, identity, say
+from run import Run, TrainingError, identity, say
 
 FORMAT = "training state"
 VERSION = 2
@@ -70,7 +69,14 @@ class Progress:
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
         """Raises TypeError or ValueError for values that are not those of `plain`."""
-        return cls(**values | {"losses": [torch.tensor(float(v)) for v in values["losses"]]})
+        lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
+        progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
+        counts, numbers = (progress.step, progress.evaluated), (progress.val_loss, progress.elapsed)
+        if not all(isinstance(n, int) and n >= -1 for n in counts) or progress.step < 0:
+            raise ValueError
+        if not all(isinstance(n, float) for n in (*numbers, progress.best_loss)):
+            raise TypeError
+        return progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class TrainingState:
 
     `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
     are the trained parameters by name, `optimizer` its state by `<parameter>.<name>`, `random` the
-    states of the random generators by device, those of further processes as in `cpu.1`.
+    states of the random generators by device, those of further processes as in `cpu.1`; `digest`
+    tells the file from others.
     """
 
     identity: dict[str, Any]
@@ -87,6 +94,7 @@ class TrainingState:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    digest: str = ""
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
@@ -95,10 +103,11 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
     Raises FileError, and changes nothing, when that run was another one than this.
     """
     path, config = run.files.resume, run.config
-    if not path.exists():
+    state = read_training_state(path) if path.exists() else None
+    distributed.check_agreement({"the state to go on from": state and state.digest})
+    if state is None:
         say(f"Nothing to resume in {config.output_folder}: starting from step 0")
         return Progress()
-    state = read_training_state(path)
     before, now = state.identity, identity(run)
     for name, words in (("checksum", "other DATA"), ("base", "another base")):
         if before.get(name) != now[name]:
@@ -119,8 +128,11 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
     if config.max_steps < progress.step:
         raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
     restore_training_state(path, state, run.model, optimizer)
-    for loss in progress.losses:
-        loss.data = loss.to(run.device)
+    progress.losses = [loss.to(run.device) for loss in progress.losses]
+    if {"batch_size", "grad_accum_steps", "block_size"} & set(changed) and (
+        progress.step < config.max_steps
+    ):
+        progress.step_times = []  # of steps of other sizes
     say(f"Resuming {path} at step {progress.step}")
     if changed:
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
@@ -137,31 +149,38 @@ def save_training_state(
 ) -> int:
     """Write a TrainingState in one file, so that its parts agree; returns its size in bytes.
 
-    Every process must call it; the first writes, and the others return 0.
+    Every process must call it; the first writes, and the others return 0. Raises TrainingError for
+    numbers that are not finite, from which nothing can go on, and leaves the file as it was.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tensors = {name: distributed.whole_tensor(p.detach()) for name, p in trained}
-    states = {name: kind.get_rng_state() for name, kind in generators().items()}
+    states = {name: kind.get_rng_state() for name, kind in generators(model).items()}
     random = {
         _generator(name, rank): state
         for rank, states in enumerate(distributed.gather(states))
         for name, state in states.items()
     }
-    state = TrainingState(
-        dict(identity), dict(progress), tensors, _optimizer_tensors(optimizer), random
-    )
+    moments = _optimizer_tensors(optimizer)
     if not distributed.is_first():
         return 0
-    return write_file(path, {"format": FORMAT, "version": VERSION} | vars(state))
+    if not all(torch.isfinite(t).all() for t in [*tensors.values(), *moments.values()]):
+        raise TrainingError(
+            "the weights, or AdamW's means of their gradients, are no longer finite: lower "
+            f"LEARNING_RATE; {path} is as it was"
+        )
+    content = {"format": FORMAT, "version": VERSION, "identity": dict(identity)}
+    content |= {"progress": dict(progress), "tensors": tensors, "optimizer": moments}
+    return write_file(path, content | {"random": random})
 
 
 def read_training_state(path: str | os.PathLike) -> TrainingState:
     """Read a TrainingState. Raises FileError when it is missing, damaged or of another kind."""
     content = read_file(path, FORMAT, VERSION)
-    parts = {field.name: content.get(field.name) for field in dataclasses.fields(TrainingState)}
+    names = ("identity", "progress", "tensors", "optimizer", "random")
+    parts = {name: content.get(name) for name in names}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{path} is damaged: it lacks a part of a training state")
-    return TrainingState(**parts)
+    return TrainingState(**parts, digest=content["digest"])
 
 
 def restore_training_state(
@@ -187,7 +206,7 @@ def restore_training_state(
     if state.optimizer:  # empty before the first step
         check_tensors(path, state.optimizer, expected)
     try:
-        for name, kind in generators().items():
+        for name, kind in generators(model).items():
             saved = _generator(name, distributed.rank())
             # It is not there when there were fewer processes, or another device.
             if saved in state.random or saved == "cpu":
@@ -205,14 +224,11 @@ def restore_training_state(
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def generators() -> dict[str, Any]:
-    """What draws random numbers here, and the module with torch's functions for its state."""
-    devices: dict[str, Any] = {"cpu": torch}
-    if torch.cuda.is_available():
-        devices["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        devices["mps"] = torch.mps
-    return devices
+def generators(model: nn.Module) -> dict[str, Any]:
+    """The devices that draw a run's random numbers, and the modules with torch's functions for
+    their state. No others: to ask for a GPU's state takes memory there."""
+    kind = next(model.parameters()).device.type
+    return {"cpu": torch} | ({kind: getattr(torch, kind)} if kind in ("cuda", "mps") else {})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

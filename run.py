@@ -39,7 +39,7 @@ from lora import (
     switch_adapter,
     take_adapter,
 )
-from lora.files import fingerprint, lock_folder, write_out
+from lora.files import fingerprint, lock_folder, one_line, write_out
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
@@ -118,17 +118,20 @@ def set_up(config: Config) -> Run:
     tokenizer = None if base is None else base.tokenizer
     corpus = None if config.merge else open_corpus(config, tokenizer)
     targets, train_embeddings = parts_to_train(config)
-    model = BigramLanguageModelLoRA(
-        **shape,
-        device="cpu" if config.fsdp else device,  # whose memory may hold no more than a share
-        dropout=config.dropout,
-        use_lora=config.use_lora or config.adapters is not None,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        lora_targets=targets,
-        train_embeddings=train_embeddings,
-    )
+    try:
+        model = BigramLanguageModelLoRA(
+            **shape,
+            device="cpu" if config.fsdp else device,  # whose memory may hold no more than a share
+            dropout=config.dropout,
+            use_lora=config.use_lora or config.adapters is not None,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            lora_targets=targets,
+            train_embeddings=train_embeddings,
+        )
+    except ValueError as error:  # what else could be wrong was checked
+        raise FileError(f"ADAPTERS={config.adapters} are of another model: {error}") from error
     if base is not None:
         load_base(model, base)
     model.grad_checkpoint = config.grad_checkpoint
@@ -158,6 +161,8 @@ def set_up(config: Config) -> Run:
         say(f"Processes: {describe_processes(config)}")
     if corpus is not None:
         say("Data:", *indent(corpus.describe()))
+    if trains(config):
+        say(f"Passes: {passes(config, corpus):.2f} over the training data in MAX_STEPS")
     say(describe_base(base, base_id, corpus))
     say(*adapters, *describe_parameters(config, model))
     for note in notes(config, base, model, files):
@@ -315,7 +320,7 @@ def put_on_adapters(
         )
     if "truncation_error" in adapter.metadata:
         error = adapter.metadata["truncation_error"]
-        lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")
+        lines.append(f"Reduced to rank {max(adapter.ranks.values())}: relative error {error:.2e}")
     return lines, adapter.metadata
 
 
@@ -411,6 +416,13 @@ def describe_processes(config: Config) -> str:
     return f"{n}, each with {sequences // n} of a batch's {sequences} sequences, {how}"
 
 
+def passes(config: Config, corpus: Corpus | RecordCorpus) -> float:
+    """How many times a run trains on as much as its training data are."""
+    sequences = config.max_steps * config.grad_accum_steps * config.batch_size
+    length = 1 if isinstance(corpus, RecordCorpus) else config.block_size
+    return sequences * length / len(corpus.train)
+
+
 def describe_base(
     base: Checkpoint | None, base_id: str, corpus: Corpus | RecordCorpus | None
 ) -> str:
@@ -486,7 +498,7 @@ def notes(
 def say(*lines: str) -> None:
     """Print facts to the record, whole lines at once; of several processes the first does."""
     for line in lines if distributed.is_first() else ():
-        write_out(line + "\n")
+        write_out(one_line(line) + "\n")
 
 
 def indent(lines: Iterable[str]) -> list[str]:
@@ -537,5 +549,6 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 def fail(message: str, exit_code: int) -> int:
     number = f" (process {distributed.rank()})" if distributed.size() > 1 else ""
-    print(f"error{number}: {message}", file=sys.stderr)
+    if sys.stderr is not None:  # else print takes stdout
+        print(f"error{number}: {one_line(message)}", file=sys.stderr)
     return exit_code

@@ -31,7 +31,6 @@ from checkpoint import save_checkpoint, shape_of
 from config import Config, help_table
 from data import (
     IGNORED,
-    PROMPT_FORMAT,
     RecordCorpus,
     decode,
     encode,
@@ -71,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: list[str]) -> None:
     if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
-        say(__doc__.strip(), "", *format_table(help_table(Config)))
+        say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
         return
     run = set_up(Config.from_environment(os.environ))
     if run.config.eval_only:
@@ -91,7 +90,6 @@ def train(run: Run) -> None:
     optimizer = make_optimizer(config, run.model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     progress = resume(run, optimizer) if config.resume else Progress()
-    distributed.check_agreement({"the step to go on from": progress.step})
     traffic = distributed.Traffic()
     model = distributed.replicate(run.model, traffic)
     compile_time = None
@@ -103,11 +101,15 @@ def train(run: Run) -> None:
     windows = validation_windows(
         run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
+    is_other = not config.resume and run.files.resume.exists()
+    keeps_other = distributed.largest(int(is_other)) > 0  # an earlier run's files, until it saves
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, facts(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
 
     def save_progress() -> None:
+        nonlocal keeps_other
+        keeps_other = False
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
             run.files.resume, run.model, optimizer, identity(run), progress.plain()
@@ -144,6 +146,12 @@ def train(run: Run) -> None:
                     save_progress()
             if step == config.max_steps:
                 break
+            if signal and keeps_other:
+                raise Interrupted(
+                    f"interrupted after step {step}, and nothing was saved: this run had evaluated "
+                    f"nothing yet, and {run.files.resume} is of an earlier one",
+                    signal,
+                )
             if signal:
                 save_progress()
                 raise Interrupted(
@@ -154,15 +162,14 @@ def train(run: Run) -> None:
 
             timer.begin()
             loss = torch.zeros((), device=run.device)
-            for micro_step in range(config.grad_accum_steps):
-                batch = next_batch(run, step, micro_step)
-                is_last = micro_step == config.grad_accum_steps - 1
-                with distributed.averaging(model, now=is_last):
+            batches = batches_of(run, step)
+            for i, (batch, part) in enumerate(zip(batches, loss_parts(run, batches), strict=True)):
+                with distributed.averaging(model, now=i == len(batches) - 1):
                     with run.autocast():
-                        micro_loss = model(*batch)[1]  # and let go of the logits
-                    micro_loss = micro_loss * loss_share(run, batch[1]) / config.grad_accum_steps
-                    micro_loss.backward()
-                loss += micro_loss.detach()
+                        batch_loss = model(*batch)[1]  # and let go of the logits
+                    batch_loss = batch_loss * part
+                    batch_loss.backward()
+                loss += batch_loss.detach()
             if config.grad_clip > 0:
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             for group in optimizer.param_groups:
@@ -204,20 +211,23 @@ def train(run: Run) -> None:
     )
 
 
-def next_batch(run: Run, step: int, micro_step: int) -> tuple[Tensor, ...]:
-    """This process's share of a batch: what the model takes."""
+def batches_of(run: Run, step: int) -> list[tuple[Tensor, ...]]:
+    """This process's share of the batches of a step, each what the model takes."""
     config, share = run.config, (distributed.rank(), distributed.size())
-    place = (config.seed, step, micro_step, run.device)
-    return training_batch(run.corpus.train, config.batch_size, config.block_size, *place, share)
+    shape, n = (config.batch_size, config.block_size), config.grad_accum_steps
+    return [
+        training_batch(run.corpus.train, *shape, config.seed, number, run.device, share)
+        for number in range(step * n, (step + 1) * n)
+    ]
 
 
-def loss_share(run: Run, targets: Tensor) -> Tensor | float:
-    """What this process's loss counts in the mean over all: of text each as much, but of records
-    as many tokens as it counts, for a loss is a mean over these."""
-    if distributed.size() == 1 or not isinstance(run.corpus, RecordCorpus):
-        return 1.0
-    counted = (targets != IGNORED).sum()
-    return counted * distributed.size() / distributed.total(counted.clone())
+def loss_parts(run: Run, batches: list[tuple[Tensor, ...]]) -> Tensor | list[float]:
+    """What each batch's loss counts in the mean over the step, and all processes: of text each as
+    much, but of records as many tokens as it counts, for a loss is a mean over these."""
+    if not isinstance(run.corpus, RecordCorpus):
+        return [1 / len(batches)] * len(batches)
+    counted = torch.stack([(targets != IGNORED).sum() for _, targets, _ in batches])
+    return counted * distributed.size() / distributed.total(counted.sum())
 
 
 def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
@@ -227,7 +237,7 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     fast = torch.compile(model)
     try:
         with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
-            loss = fast(*next_batch(run, 0, 0))[1]
+            loss = fast(*batches_of(run, 0)[0])[1]
         loss.backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
@@ -244,9 +254,12 @@ def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
         lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
     if "bytes_exchanged" in summary:
         info = run.model.get_parameter_info()
+        full = info["total"] - info["lora"]
+        if run.model.copied_head:  # full fine-tuning has it once, as the embedding
+            full -= run.model.lm_head.weight.numel()
         lines.append(
             f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
-            f"full fine-tuning's would be {4 * (info['total'] - info['lora']):,}"
+            f"full fine-tuning's would be {4 * full:,}"
         )
     return lines
 
@@ -361,7 +374,7 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata: dict[str, Any] = {"step": step, "val_loss": val_loss}
     metadata |= {"data": run.corpus.name, "checksum": run.corpus.checksum}
     if isinstance(run.corpus, RecordCorpus):
-        metadata["prompt_format"] = PROMPT_FORMAT
+        metadata["prompt_format"] = run.corpus.prompt_format
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, metadata, run.tokenizer)
     metadata |= {"shape": shape_of(run.model), "base_checkpoint": run.base_path}
@@ -381,6 +394,8 @@ def print_sample(run: Run) -> None:
     if isinstance(run.corpus, RecordCorpus):
         blocks, end = run.corpus.validation, end_token(run.tokenizer)
         start = blocks.inputs[0, : np.argmax(blocks.targets[0] != IGNORED) + 1].tolist()
+    elif not start:  # a tokenizer may leave out white space
+        start = run.corpus.validation[:1].tolist()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
         written = run.model.generate(idx, length, temperature=0.8, top_k=50)[0].tolist()
@@ -394,7 +409,7 @@ def print_sample(run: Run) -> None:
 
 def print_evaluation(run: Run) -> None:
     """The loss on all of the validation data: of text every token but the first, predicted once; of
-    records the tokens that count."""
+    records the tokens that count, where the mark of an end is a byte."""
     length, data = run.config.block_size, run.corpus.validation
     if isinstance(run.corpus, RecordCorpus):
         losses, _ = window_losses(run, np.arange(len(data)), length)
@@ -410,14 +425,19 @@ def print_evaluation(run: Run) -> None:
     n = n_bytes = len(predicted)
     total = losses.sum().item()
     loss = total / n
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss}: the model computes no numbers")
     unit = "byte" if run.tokenizer is None else "token"
     if run.tokenizer is not None:
-        chunks = (predicted[i : i + 2**20].tolist() for i in range(0, n, 2**20))
-        n_bytes = sum(len(decode(chunk, run.tokenizer).encode()) for chunk in chunks)
+        if isinstance(run.corpus, RecordCorpus):
+            predicted = predicted[predicted != end_token(run.tokenizer)]
+        n_bytes = n - len(predicted)
+        chunks = (predicted[i : i + 2**20].tolist() for i in range(0, len(predicted), 2**20))
+        n_bytes += sum(len(decode(chunk, run.tokenizer).encode()) for chunk in chunks)
     say(
         f"{unit.capitalize()}s evaluated: {n:,}",
         f"Validation loss: {loss:.4f} nats per {unit}",
-        f"Perplexity: {math.exp(loss):.4f} per {unit}",
+        f"Perplexity: {math.exp(loss) if loss < 700 else math.inf:.4f} per {unit}",
         f"Bits per byte: {total / n_bytes / math.log(2):.4f}",
     )
 
@@ -440,7 +460,8 @@ def tokens_per_second(config: Config, step_times: list[float]) -> float:
 
 
 def shows_progress(config: Config) -> bool:
-    return config.progress and sys.stderr.isatty() and distributed.is_first()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()  # None when it was closed
+    return config.progress and is_terminal and distributed.is_first()
 
 
 if __name__ == "__main__":

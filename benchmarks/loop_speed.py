@@ -5,14 +5,15 @@
     python benchmarks/loop_speed.py --to-the-end nano      # loss and seconds of one whole run each
 
 The plain trainer, below, is what one would write or use otherwise, of nanoGPT's kind: float32, a
-GPT of torch's own modules, its attention, dropout and AdamW as torch chooses them on a CPU. Ours is
+GPT of torch's own modules, its attention, dropout and AdamW as torch chooses them on a CPU. As
+nanoGPT does, it evaluates as many batches of the training data as of the validation data. Ours is
 `training.train`, set up from environment variables as a user's run is. Both train on python-code.
 
 Each row has a process of its own, for a run of ours changes how its process allocates memory. They
 take turns: a round runs a stretch of steps of every row, in an order that rotates, and ratios pair
-the stretches of one round. A stretch evaluates before its first step and after its last, on so few
-batches that evaluation has the share of the time that it has in a whole run, and the files that are
-written after it count by their share.
+the stretches of one round. A stretch evaluates before its first step and after its last; its time
+counts as if evaluation, and the files that are written after it, had the share that they have in a
+whole run.
 """
 
 import argparse
@@ -212,12 +213,17 @@ class Record:
     trained: int  # parameters
     val_loss: float  # after the last step, on the windows that our evaluation takes
     median_step: float
+    steps: float  # of all of them
     until_evaluated: float  # of the loop up to the end of its last evaluation
     with_files: float  # and with the files written after that
 
-    def seconds(self, share: float) -> float:
-        """Those of the loop, with this share of writing its last files."""
-        return self.until_evaluated + share * (self.with_files - self.until_evaluated)
+    def seconds(self, evaluation: float, files: float) -> float:
+        """Those of the loop, with these shares of its evaluations and of writing its last files."""
+        return (
+            self.steps
+            + evaluation * (self.until_evaluated - self.steps)
+            + files * (self.with_files - self.until_evaluated)
+        )
 
 
 def run_once(row: Row, settings: dict[str, str], scratch: Path) -> Record:
@@ -242,6 +248,7 @@ def run_once(row: Row, settings: dict[str, str], scratch: Path) -> Record:
         int(run.model.get_parameter_info()["trainable"]),
         summary["final_val_loss"],
         summary["median_step_time"],
+        tokens_in(run.config) / summary["tokens_per_second"],
         evaluation["elapsed"],
         summary["training_time"],
     )
@@ -254,7 +261,13 @@ def run_plain(config: Config, folder: Path) -> Record:
     model = PlainGPT(config)
     trained = sum(p.numel() for p in model.parameters())
     steps, *loop = train_plain(model, corpus, config, folder / "plain.pt")
-    return Record(trained, windows_loss(model, corpus, config), statistics.median(steps), *loop)
+    val_loss = windows_loss(model, corpus, config)
+    return Record(trained, val_loss, statistics.median(steps), sum(steps), *loop)
+
+
+def tokens_in(config: Config) -> int:
+    """How many tokens a run trains on."""
+    return config.max_steps * config.grad_accum_steps * config.batch_size * config.block_size
 
 
 @torch.no_grad()
@@ -292,7 +305,9 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
     """Run the rounds of one size, and print its table."""
     config = Config.from_environment(SIZES[size])
     steps = args.steps or STRETCH[size]
-    batches = max(1, round(config.eval_batches * steps / config.eval_interval / 2))
+    share = steps / config.eval_interval  # of a whole run's evaluations and files
+    batches = max(1, round(config.eval_batches * share / 2))
+    evaluation = config.eval_batches * share / (2 * batches)
     stretch = {"MAX_STEPS": steps, "EVAL_INTERVAL": steps, "EVAL_BATCHES": batches}
     settings = SIZES[size] | {name: str(value) for name, value in stretch.items()}
     rows = [PLAIN, *((kind, dtype) for dtype in dtypes for kind in ("full", "lora"))]
@@ -309,13 +324,14 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
         interleaved(turns, args.rounds, warmup=1)
     say(
         describe(size, config),
-        f"   {args.rounds} stretches of {steps} steps, {batches} batches evaluated at both ends",
+        f"   {args.rounds} stretches of {steps} steps, {batches} batches evaluated at both ends, "
+        f"whose time counts {evaluation:.2f}",
         f"   {'':22} {'trained':>10} {'tokens/s':>9}  {'plain = 1':19} {'by the steps alone':19} "
         f"{'step, ms':>8}  peak, MiB",
     )
-    tokens, share = steps * config.batch_size * config.block_size, steps / config.eval_interval
+    tokens = steps * config.batch_size * config.block_size
     measured = {row: found[1:] for row, found in records.items()}  # the first is warm-up
-    loops = {row: [r.seconds(share) for r in found] for row, found in measured.items()}
+    loops = {row: [r.seconds(evaluation, share) for r in found] for row, found in measured.items()}
     steps_alone = {row: [r.median_step for r in found] for row, found in measured.items()}
     for row in rows:
         speed = statistics.median(tokens / seconds for seconds in loops[row])

@@ -2,7 +2,7 @@
 
 corpus = load_corpus(os.environ.get("DATA"), default_path=Path("data/input.txt"))
 check_length(corpus, block_size=128)
-x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, step=0)
+x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, number=0)
 """
 
 from data.batches import training_batch, validation_windows, windows_batch

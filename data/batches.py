@@ -5,6 +5,8 @@ records (see records.py) a window is a block, and a batch has a third tensor, `s
 what record of its block each token is of. So `model(*batch)` takes either.
 """
 
+import functools
+
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
@@ -20,20 +22,19 @@ def training_batch(
     batch_size: int,
     block_size: int,
     seed: int,
-    step: int,
-    micro_step: int = 0,
+    number: int,
     device: str | torch.device = "cpu",
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Draw windows uniformly, with replacement, from anywhere in the text; or blocks of records,
-    each once in a batch unless there are too few.
+    """Draw windows uniformly, with replacement, from anywhere in the text; or take blocks of
+    records in random order, each once in every pass over all.
 
     The batch depends on nothing but the arguments, so a run that is resumed at a step needs no
     saved state to see the batches that it would have seen.
 
     Args:
         tokens: (n,) unsigned integers, the split to draw from.
-        seed, step, micro_step: the batch's place in the run; whole numbers, none negative.
+        seed, number: the run's seed, and which of its batches this is, from 0.
         share: (i, n) for the i-th of n equal parts of the batch, of which alone is read.
 
     Returns:
@@ -42,10 +43,12 @@ def training_batch(
     Raises:
         ValueError: tokens has fewer than block_size + 1 tokens, or a number is negative.
     """
-    random = np.random.default_rng([seed, step, micro_step])
     if isinstance(tokens, Blocks):
-        offsets = random.choice(len(tokens), batch_size, replace=len(tokens) < batch_size)
+        n, first = len(tokens), number * batch_size
+        taken = range(first, first + batch_size)
+        offsets = np.array([_order(n, seed, i // n)[i % n] for i in taken])
     else:
+        random = np.random.default_rng([seed, number])
         offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
     i, n = share
     return windows_batch(tokens, offsets[i::n], block_size, device)
@@ -106,6 +109,12 @@ def windows_batch(
         windows = windows.astype(np.int64)  # torch computes with no unsigned integers but bytes
     windows = _on(device, torch.from_numpy(windows))  # bytes are an eighth of int64
     return windows[:, :-1].long(), windows[:, 1:].long()
+
+
+@functools.lru_cache(maxsize=2)  # a batch may be of two passes
+def _order(n: int, seed: int, number: int) -> np.ndarray:
+    """In what order pass `number` takes n blocks."""
+    return np.random.default_rng([seed, number]).permutation(n)
 
 
 def _on(device: str | torch.device, tensor: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class RecordCorpus:
     checksum: str
     train: Blocks
     validation: Blocks
+    prompt_format: str  # how to ask a model that was trained on them: "{prompt}" for texts alone
 
     def describe(self) -> list[str]:
         """The data as `key: value` lines for the record, aligned, ASCII only."""
@@ -87,7 +88,7 @@ class RecordCorpus:
             if blocks.n_cut or blocks.n_dropped:
                 facts[name] += f"; {blocks.n_cut:,} cut to a block"
                 facts[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        facts["prompt"] = json.dumps(PROMPT_FORMAT)
+        facts["prompt"] = json.dumps(self.prompt_format)
         return aligned(facts)
 
 
@@ -113,7 +114,7 @@ def load_records(
     digest = hashlib.sha256()
     splits = []
     for file in paths:
-        if file.exists() or file == paths[0]:
+        if os.path.lexists(file) or file == paths[0]:
             content = _read(file)
             digest.update(content)
             splits.append(parse_records(str(file), content, end_mark(tokenizer)))
@@ -128,7 +129,9 @@ def load_records(
     for blocks in packed:
         if len(blocks) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
-    return RecordCorpus(name, f"sha256:{digest.hexdigest()[:16]}", *packed)
+    asked = any(not counted for records in splits for record in records for _, counted in record)
+    prompt_format = PROMPT_FORMAT if asked else "{prompt}"
+    return RecordCorpus(name, f"sha256:{digest.hexdigest()[:16]}", *packed, prompt_format)
 
 
 def parse_records(name: str, content: bytes, end: str = "\0") -> list[Record]:

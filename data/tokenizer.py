@@ -5,6 +5,7 @@ A tokenizer is given as the content of its tokenizer.json, None for bytes, and n
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,20 +19,21 @@ from typing import Any
 import numpy as np
 
 from data.corpora import MIB, Corpus, DataError, map_file
+from lora.files import replacing
 
 ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>")  # what tokenizers call the end of a text
 N_BYTES = 256  # the vocabulary of a model whose tokens are bytes
 BATCH_CHUNKS = 16  # chunks of text that are tokenized side by side
 CHUNK_CHARACTERS = 64 * 1024
-CUT = re.compile(r"(?<=\S)\n(?=\S)")
+CUT = re.compile(r"(?=[ \n]\S)")
 
 
 def encode(text: str, tokenizer: str | None) -> list[int]:
     """The tokens of a text. Bytes that are no UTF-8, as the system hands them on, stay as they are
     where tokens are bytes, and become U+FFFD for a tokenizer."""
     if tokenizer is None:
-        return list(os.fsencode(text))
-    text = os.fsencode(text).decode("utf-8", errors="replace")
+        return list(text.encode("utf-8", "surrogateescape"))
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
     return load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
 
 
@@ -58,8 +60,13 @@ def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
 
 
 def vocabulary_size(tokenizer: str | None) -> int:
-    """How many tokens there are."""
-    return N_BYTES if tokenizer is None else load_tokenizer(tokenizer).get_vocab_size()
+    """How many tokens there are, or one more than the largest where numbers are left out."""
+    return N_BYTES if tokenizer is None else _size_of(tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def _size_of(tokenizer: str) -> int:
+    return max(load_tokenizer(tokenizer).get_vocab().values(), default=-1) + 1
 
 
 def end_mark(tokenizer: str | None) -> str:
@@ -104,9 +111,10 @@ def tokenize_corpus(corpus: Corpus, tokenizer: str, folder: Path) -> Corpus:
 
     The file holds uint16, or uint32 where the vocabulary is larger, and is memory-mapped. Its name
     has the checksum of all bytes of the corpus and of the tokenizer, so that it is made again when
-    either changes.
+    either changes; and its last 8 bytes say how many tokens it has, so that it is made again when
+    some are lost.
 
-    Raises DataError when it cannot be written.
+    Raises FileError when it cannot be written.
     """
     digest = hashlib.sha256(tokenizer.encode())
     for block in _blocks(corpus):
@@ -114,25 +122,30 @@ def tokenize_corpus(corpus: Corpus, tokenizer: str, folder: Path) -> Corpus:
     key = digest.hexdigest()[:16]
     path = folder / f"tokens-{key}.bin"
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    if not path.exists():
-        partial = folder / f".{path.name}.{os.getpid()}.partial"
-        try:
+    if not _is_whole(path, dtype):
+        with contextlib.suppress(OSError):  # of which writing the file will tell
             folder.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                for ids in _token_chunks(corpus, tokenizer):
-                    file.write(np.array(ids, dtype).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            n = 0
+            for ids in _token_chunks(corpus, tokenizer):
+                n += len(ids)
+                file.write(np.array(ids, dtype).tobytes())
+            file.write(np.uint64(n).tobytes())
     with open(path, "rb") as file:
-        tokens = map_file(file).view(dtype)
+        tokens = map_file(file)[:-8].view(dtype)
     return dataclasses.replace(
         corpus, tokens=tokens, checksum=f"sha256:{key}", n_bytes=len(corpus.tokens)
     )
+
+
+def _is_whole(path: Path, dtype: np.dtype) -> bool:
+    """Whether a file has as many tokens as its end says."""
+    if not path.is_file() or path.stat().st_size < 8:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        n = int(np.frombuffer(file.read(), np.uint64)[0])
+    return path.stat().st_size == n * dtype.itemsize + 8
 
 
 def _token_chunks(corpus: Corpus, tokenizer: str) -> Iterator[list[int]]:
@@ -157,11 +170,10 @@ def _blocks(corpus: Corpus) -> Iterator[bytes]:
 
 
 def _text_chunks(corpus: Corpus) -> Iterator[str]:
-    """The corpus's text in chunks that end with a line break between two other characters than
-    white space.
+    """The corpus's text in chunks that begin with a space, or a line break, before a word.
 
-    There a byte-level BPE ends a token in any case, so that the chunks have the tokens of the
-    whole.
+    There GPT-2's tokenizer ends a token in any case, so that the chunks have the tokens of the
+    whole. Text with neither is one chunk, in memory.
 
     Raises DataError for bytes that are no UTF-8, which such a tokenizer cannot take.
     """
@@ -176,10 +188,9 @@ def _text_chunks(corpus: Corpus) -> Iterator[str]:
                 f"{i * MIB + error.start:,}), which the base's tokenizer needs"
             ) from error
         begin = 0
-        for cut in CUT.finditer(rest):
-            if cut.end() - begin >= CHUNK_CHARACTERS:
-                yield rest[begin : cut.end()]
-                begin = cut.end()
+        while cut := CUT.search(rest, begin + CHUNK_CHARACTERS):
+            yield rest[begin : cut.start()]
+            begin = cut.start()
         rest = rest[begin:]
     if rest:
         yield rest

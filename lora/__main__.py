@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lora.adapters import read_adapter, write_adapter
-from lora.files import FileError, OtherKind, write_out
+from lora.files import FileError, OtherKind, one_line, write_out
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")
@@ -21,6 +21,8 @@ HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "M
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
+    if sys.stdout is not None:  # which it is when the caller closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments in (["--help"], ["-h"]):
             write_out(f"{__doc__.strip()}\n")
@@ -29,12 +31,17 @@ def main(arguments: list[str]) -> int:
         else:
             print_table([row for name in arguments or ["."] for row in rows_of(Path(name))])
     except FileError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return fail(f"{error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
     return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return exit_code
 
 
 def exchange(command: str, *names: str) -> None:
@@ -47,13 +54,13 @@ def exchange(command: str, *names: str) -> None:
     if command == "import" and os.path.exists(target):
         raise FileError(f"{target} exists already; remove it, or name another file")
     size = (write_peft if command == "export" else write_adapter)(target, read_adapter(source))
-    write_out(f"Wrote {target}: {size / 2**20:.2f} MiB\n")
+    write_out(one_line(f"Wrote {target}: {size / 2**20:.2f} MiB") + "\n")
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
     for row in [HEADER, *rows]:
-        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        cells = (f"{one_line(cell):{width}}" for cell, width in zip(row, widths, strict=True))
         write_out("  ".join(cells).rstrip() + "\n")
 
 
@@ -63,7 +70,8 @@ def rows_of(path: Path) -> list[tuple[str, ...]]:
         return [row_of(path)]
     rows = []
     folders = (config.parent for config in path.rglob(CONFIG))
-    for found in sorted([*path.rglob("*.pt"), *folders]):
+    files = (found for found in path.rglob("*.pt") if found.is_file())
+    for found in sorted([*files, *folders]):
         with contextlib.suppress(OtherKind):  # a checkpoint, or no file of ours
             rows.append(row_of(found))
     return rows

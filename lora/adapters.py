@@ -107,7 +107,9 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
     if (
         not isinstance(adapter.base, str | None)
         or not all(isinstance(p, dict) for p in (adapter.alpha, adapter.tensors, adapter.metadata))
+        or not all(isinstance(name, str) for name in (*adapter.alpha, *adapter.tensors))
         or not all(isinstance(alpha, float | int) for alpha in adapter.alpha.values())
+        or not all(abs(alpha) < 1e30 for alpha in adapter.alpha.values())
         or not adapter.alpha
         or not isinstance(_tied(adapter), dict)
     ):
@@ -312,8 +314,12 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     Q_B, R_B = torch.linalg.qr(B.cpu().double())
     Q_A, R_A = torch.linalg.qr(A.cpu().double().t())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.t())  # B A = Q_B U S Vh Q_A^T
-    root = S[:rank].sqrt()
-    new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype).to(A.device)
+    kept = S[:rank] > 1e-12 * S[0]
+    root = S[:rank].sqrt() * kept
+    new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype)
+    # Where nothing is left, B is zero; for it to train, A must not be.
+    fresh = nn.init.kaiming_uniform_(torch.empty_like(new_A), a=math.sqrt(5))
+    new_A = torch.where(kept[:, None], new_A, fresh).to(A.device)
     new_B = (Q_B @ U[:, :rank] * root).to(B.dtype).to(B.device)
     squares = S.square()
     return new_A, new_B, squares[rank:].sum().item(), squares.sum().item()

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+IDLE = 600  # seconds after which a file that is not written to is taken for abandoned
 
 
 class FileError(ValueError):
@@ -33,6 +36,11 @@ def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
     with replacing(path) as file:
         torch.save(content, file)
         return file.tell()
+
+
+def one_line(text: str) -> str:
+    """The text with what is no character to print, such as a line break in a name, as an escape."""
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 def write_out(text: str) -> None:
@@ -153,6 +161,8 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
 def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
     """Raise FileError where a file cannot be read, and `otherwise` for whatever else is wrong with
     it: a damaged or foreign file fails in many ways, all of them alike."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise FileError(f"{path} cannot be read: it is no regular file")
     try:
         yield
     except OSError as error:
@@ -191,15 +201,19 @@ def check_tensors(path: str | os.PathLike, found: Any, expected: Mapping[str, Te
             )
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             raise FileError(f"{path}: {name} is {tensor.dtype}, not floating-point numbers")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all():
             raise FileError(f"{path}: {name} holds numbers that are not finite")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and values, which tells one base model from another."""
+    """A hash of names, shapes and values, which tells one base model from another.
+
+    A value is the same in float32 and below, such as bfloat16, in float64 another.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        dtype = torch.promote_types(tensors[name].dtype, torch.float32)
+        tensor = tensors[name].detach().to("cpu", dtype).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()[:16]
@@ -208,8 +222,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def lock_folder(folder: str | os.PathLike) -> BinaryIO:
     """Reserve a folder for this process until the returned file is closed or the process ends.
 
-    Also removes what killed processes left unfinished there. Raises FileError when another process
-    has the folder.
+    Also removes what killed processes left unfinished there, which is what nobody has written to
+    for IDLE seconds, as not all that is written needs the folder alone. Raises FileError when
+    another process has the folder, or when it cannot be reserved.
     """
     lock = open(Path(folder) / ".lock", "ab")  # noqa: SIM115 (closing it releases the lock)
     try:
@@ -223,9 +238,15 @@ def lock_folder(folder: str | os.PathLike) -> BinaryIO:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise FileError(f"{folder} is in use by another run; set OUT_DIR to another one") from error
+        if isinstance(error, BlockingIOError | PermissionError):
+            reason = "is in use by another run"
+        else:
+            reason = f"cannot be reserved for this run: {error.strerror}"
+        raise FileError(f"{folder} {reason}; set OUT_DIR to another one") from error
     for partial in Path(folder).glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > IDLE:
+                partial.unlink()
     return lock
 
 

@@ -68,9 +68,10 @@ class BigramLanguageModelLoRA(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.reset_parameters()
+        self.copied_head = tied_head and use_lora and train_embeddings
         if tied_head:
             weight = self.token_embedding_table.weight
-            if use_lora and train_embeddings:
+            if self.copied_head:
                 weight = nn.Parameter(weight.detach().clone())
             self.lm_head.weight = weight
         self.use_lora = use_lora
@@ -170,7 +171,8 @@ class BigramLanguageModelLoRA(nn.Module):
         top_p: float | None = None,
         use_cache: bool = True,
     ) -> Iterator[Tensor]:
-        """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1), in eval mode.
+        """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
+        dropout.
 
         `temperature` 0 takes the likeliest token; `top_k` samples from the k likeliest, `top_p`
         from the fewest that have this probability together (Holtzman et al. 2020). The model sees
@@ -232,9 +234,10 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
-    probabilities = F.softmax(logits / temperature, dim=-1)
+    probabilities = F.softmax(logits / min(max(temperature, 1e-30), 1e30), dim=-1)
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it suffice
+        beyond[:, 0] = False  # whatever is left of a tiny top_p in float32
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
     return torch.multinomial(probabilities, 1)

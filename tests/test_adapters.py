@@ -344,6 +344,11 @@ def test_combining_nothing_or_unlike_adapters_is_refused():
         combine_adapters([], bare)
     with pytest.raises(ValueError, match="rank=0"):
         combine_adapters([(one, 1.0)], bare, rank=0)
+    nothing = combine_adapters([(one, 0.0)], bare, rank=2)  # and what it has can train
+    for name in one.alpha:
+        assert (
+            nothing.tensors[f"{name}.lora_A"].any() and not nothing.tensors[f"{name}.lora_B"].any()
+        )
     other = type(one)("base", {"lm_head": 1.0}, {})
     with pytest.raises(ValueError, match="different layers"):
         combine_adapters([(one, 1.0), (other, 1.0)], bare)

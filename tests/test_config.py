@@ -2,7 +2,7 @@
 
 import pytest
 
-from config import Config, ConfigError, help_table, lora_targets, option_fields
+from config import Config, ConfigError, GenerateConfig, help_table, lora_targets, option_fields
 
 
 def read(**environment: str) -> Config:
@@ -119,6 +119,13 @@ def test_a_minimum_above_the_peak_is_refused():
         ("use_lora", "USE_LORA"),
         ("TESTMODE", "TEST_MODE"),
         ("EVAL_INTERVALS", "EVAL_INTERVAL"),
+        ("RESMUE", "RESUME"),
+        ("RESUMR", "RESUME"),
+        ("DTPYE", "DTYPE"),
+        ("FSPD", "FSDP"),
+        ("MREGE", "MERGE"),
+        ("OUTDIR", "OUT_DIR"),
+        ("LORA", "(USE_)?LORA.*"),
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):
@@ -135,7 +142,14 @@ def test_layers_are_named_and_a_misspelt_one_is_answered():
 
 def test_other_programs_variables_are_left_alone():
     read(OMP_NUM_THREADS="2", PATH="/bin", LANG="C", CUDA_VISIBLE_DEVICES="0", TERM="x", DATE="1",
-         PIP_CERT="x", SHELL="x", HOME="/", MKL_NUM_THREADS="1", DEBUG="1", MODE="x")  # fmt: skip
+         PIP_CERT="x", SHELL="x", HOME="/", MKL_NUM_THREADS="1", DEBUG="1", MODE="x",
+         COMPILER="gcc", FEED="x", USER="x")  # fmt: skip
+
+
+def test_cmds_own_prompt_is_no_text_to_continue(monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    assert GenerateConfig.from_environment({"PROMPT": "$P$G"}).prompt == "\n"
+    assert GenerateConfig.from_environment({"PROMPT": "$P"}).prompt == "$P"
 
 
 def test_every_field_is_documented_and_described():

@@ -109,6 +109,16 @@ def test_two_processes_resume_to_the_bit(folder, fsdp):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_processes_go_on_from_one_state(folder):
+    """Each finds one in its own OUT_DIR, of as many steps but of another run."""
+    for out, rate in (("one", "0.001"), ("two", "0.003")):
+        record_of_group(folder, **TINY | {"OUT_DIR": out, "LEARNING_RATE": rate})
+    variables = TINY | {"RESUME": "True", "MAX_STEPS": "9", "OUT_DIR": "one"}
+    for process in start_group(folder, others={"OUT_DIR": "two"}, **variables):
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert "the processes disagree: the state to go on from is " in process.stderr
+
+
 def test_bad_groups_are_refused(folder):
     for variables, words in (
         ({"BATCH_SIZE": "3"}, "BATCH_SIZE=3 is not divisible by the 2 processes"),

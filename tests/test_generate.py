@@ -61,7 +61,9 @@ def test_seeds_and_temperature(folder):
     assert greedy == succeeded(generate(folder, TEMPERATURE="0", SEED="2"))
     assert greedy == succeeded(generate(folder, TOP_K="1"))
     assert greedy == succeeded(generate(folder, TOP_P="1e-9"))
-    assert greedy == succeeded(generate(folder, TEMPERATURE="1e-30"))
+    assert greedy == succeeded(generate(folder, TEMPERATURE="1e-300"))
+    assert greedy == succeeded(generate(folder, TOP_P="1e-300"))
+    assert succeeded(generate(folder, TEMPERATURE="1e300", TOP_K="5"))
 
 
 def test_text_is_valid_utf8_whatever_the_bytes(folder):

@@ -1,6 +1,9 @@
 """GPT-2 in Hugging Face's folders, against `transformers`' and PEFT's own models."""
 
+import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import peft
@@ -341,6 +344,23 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
         assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
 
 
+@pytest.mark.parametrize("there", [["key"], ["query", "value"], ["key", "value", "fc_in"]])
+def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, there):
+    model = BigramLanguageModelLoRA(
+        **read_base(folder).shape, device="cpu", dropout=0.0, use_lora=True, lora_targets=there
+    )
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    adapter = take_adapter(model, "base")
+    again = adapter_from_gpt2(adapter_to_gpt2(adapter))
+    assert again.alpha == adapter.alpha and again.tensors.keys() == adapter.tensors.keys()
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(again.tensors[name], tensor)
+    foreign = dataclasses.replace(adapter, alpha=adapter.alpha | {"layers.0.q_proj": 1.0})
+    with pytest.raises(FileError, match=r"layers\.0\.q_proj is no layer of GPT-2's"):
+        adapter_to_gpt2(foreign)
+
+
 def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, tmp_path):
     run = {"BASE_CHECKPOINT": "gpt2", "DATA": "python-instructions", "NUM_THREADS": "1"}
     budget = {"MAX_STEPS": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5", "BATCH_SIZE": "2"}
@@ -351,5 +371,16 @@ def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, t
         PROMPT="What does list.sort do?", MAX_NEW_TOKENS="5", NUM_THREADS="1",
     )  # fmt: skip
     assert "user" not in succeeded(asked)
-    evaluated = succeeded(start_script(tmp_path, EVAL_ONLY="True", DTYPE="float32", **run))
-    assert "nats per token" in evaluated and "Bits per byte" in evaluated
+
+    answers = [f"{i} caf\u00e9s" for i in range(40)]
+    lines = [json.dumps({"prompt": "a", "completion": answer}) for answer in answers]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    short = {"EVAL_ONLY": "True", "DTYPE": "float32"} | run | {"DATA": "short.jsonl"}
+    evaluated = succeeded(start_script(tmp_path, **short))
+    assert "nats per token" in evaluated
+    n_tokens, loss, bits = (
+        float(re.search(rf"^{name}: ([\d.,]+)", evaluated, re.M)[1])
+        for name in ("Tokens evaluated", "Validation loss", "Bits per byte")
+    )
+    n_bytes = sum(len(answer.encode()) + 1 for answer in answers[9::10])  # the end is one
+    assert bits == pytest.approx(loss * n_tokens / math.log(2) / n_bytes, rel=1e-3)

@@ -51,5 +51,9 @@ def test_what_json_lacks_is_null_and_what_is_broken_is_left_out(tmp_path):
     assert lines(path) == [{"run": {"loss": None}}, {"step": 1, "loss": None}]
     with path.open("a") as file:
         file.write('[]\n{"step": 2}\n{"step": 5}\n{"ste')
-    Metrics(path, {}, 4)
-    assert lines(path) == [{}, {"step": 1, "loss": None}, {"step": 2}]
+    metrics = Metrics(path, {}, 4)
+    metrics.write({"step": 0})
+    assert path.read_text().endswith('{"ste')  # until there is something to take its place
+    metrics.write({"step": 4})
+    found = [{}, {"step": 1, "loss": None}, {"step": 2}, {"step": 0}, {"step": 4}]
+    assert lines(path) == found

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import time
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from conftest import ROOT, TINY, refused, start_script, succeeded
 from hypothesis import given
 from hypothesis import strategies as st
+from test_training import losses
 
 from checkpoint import read_checkpoint
-from data import IGNORED, DataError
+from data import IGNORED, DataError, training_batch
 from data.records import (
     OPENING,
     PROMPT_FORMAT,
@@ -186,6 +188,51 @@ def test_a_hundred_thousand_records_are_packed_in_seconds_with_little_padding():
     assert (blocks.segments == 0).mean() < 0.01
 
 
+def test_every_block_is_trained_on_once_in_a_pass_and_in_another_order_in_the_next():
+    records = [[("q" * 20, False), (f"{i:03}", True)] for i in range(50)]
+    blocks = pack(records, None, 24)
+    n, size = len(blocks), 7
+    assert n == 50
+    rows = [training_batch(blocks, size, 24, seed=3, number=i)[0] for i in range(2 * n)]
+    rows = torch.cat(rows).tolist()
+    passes = [rows[i * n : (i + 1) * n] for i in range(2 * size)]
+    for one in passes:
+        assert sorted(one) == sorted(blocks.inputs.tolist())
+    assert passes[0] != passes[1]
+    whole = training_batch(blocks, 60, 24, seed=3, number=0)[0].tolist()  # more than a pass
+    assert whole == rows[:60]
+    parts = [training_batch(blocks, 60, 24, 3, 0, share=(i, 2))[0].tolist() for i in range(2)]
+    assert parts == [whole[0::2], whole[1::2]]
+
+
+def test_accumulated_batches_weigh_as_one(tmp_path):
+    """Blocks count different numbers of tokens, so a mean of the batches' means is another."""
+    lengths = (3, 50, 8, 20, 61, 5, 33, 12)
+    (tmp_path / "say.jsonl").write_bytes(
+        lines(*({"prompt": "say a", "completion": "a" * n} for n in lengths * 8))
+    )
+    variables = TINY | {"DATA": "say.jsonl", "BLOCK_SIZE": "96", "DROPOUT": "0", "SEED": "5"}
+    one, two = (
+        losses(succeeded(start_script(tmp_path, **variables | sizes)))
+        for sizes in ({"BATCH_SIZE": "8"}, {"BATCH_SIZE": "2", "GRAD_ACCUM_STEPS": "4"})
+    )
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert [float(x) for x in a[1:3]] == pytest.approx([float(x) for x in b[1:3]], abs=2e-4)
+
+
+def test_texts_are_continued_and_end(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(*[{"text": "one two"}] * 8))
+    variables = TINY | {"DATA": "train.jsonl", "DROPOUT": "0", "LEARNING_RATE": "0.01"}
+    record = succeeded(
+        start_script(tmp_path, **variables | {"MAX_STEPS": "100", "EVAL_INTERVAL": "100"})
+    )
+    assert 'prompt:     "{prompt}"' in record
+    assert re.search(r"^Passes: (\S+) over the training data", record, re.M)
+    for raw in ("True", "False"):
+        ask = {"script": "generate.py", "TEMPERATURE": "0", "PROMPT": "one", "RAW_PROMPT": raw}
+        assert succeeded(start_script(tmp_path, **ask)) == "one two\n"
+
+
 def test_validation_is_valid_jsonl_or_every_tenth_record(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(lines(*({"text": f"record {i}"} for i in range(25))))
@@ -258,6 +305,9 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
         assert succeeded(start_script(tmp_path, PROMPT=question, **ask)) == answer
     raw = succeeded(start_script(tmp_path, PROMPT="one?", RAW_PROMPT="True", **ask))
     assert raw.startswith("one?")
+    whole = PROMPT_FORMAT.replace("{prompt}", "one?")
+    raw = succeeded(start_script(tmp_path, PROMPT=whole, RAW_PROMPT="True", **ask))
+    assert raw == whole + "uno\n"  # and it ends there
 
     tuned = {"DATA": ".", "USE_LORA": "True", "SAMPLE_TOKENS": "9"}
     budget = {"BATCH_SIZE": "4", "MAX_STEPS": "4", "EVAL_INTERVAL": "2", "NUM_THREADS": "1"}

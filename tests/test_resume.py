@@ -1,7 +1,10 @@
 """Interrupted runs: resumed to the bit, killed at any moment, stopped politely, on a full disk."""
 
+import errno
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +18,9 @@ import torch
 from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 from test_training import losses
 
+from lora.files import FileError, lock_folder, write_file
 from resume import read_training_state, restore_training_state, save_training_state
+from run import TrainingError
 
 BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
 
@@ -87,6 +92,8 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(base_folder, 
             continue
         assert process.returncode == -signal.SIGKILL, process.stderr
         kills += 1
+    for partial in (folder / "killed").glob("*.partial"):
+        os.utime(partial, (0, 0))  # as if it had been left long ago
     succeeded(start_script(folder, OUT_DIR="killed", RESUME="True", **variables))
     assert_same(files_of(folder / "killed", mode), files_of(folder / "whole", mode))
     assert not list((folder / "killed").glob("*.partial"))
@@ -110,6 +117,19 @@ def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, n
     # The training losses between evaluations go on over the interruption too.
     assert losses(stopped.stdout) + losses(resumed) == losses(whole)
     assert_same(files_of(tmp_path / "out", "full"), files_of(tmp_path / "whole", "full"))
+
+
+def test_a_run_that_is_stopped_before_it_evaluates_leaves_an_earlier_ones_files(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    succeeded(start_script(tmp_path, **TINY))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    long = TINY | {"MAX_STEPS": "1000000", "EVAL_INTERVAL": "1000000"}
+    process = Started(tmp_path, ["training.py"], long)
+    process.wait_for("step 0 ")
+    process.send_signal(signal.SIGINT)
+    stopped = process.wait()
+    assert stopped.returncode == 130 and "nothing was saved" in stopped.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
@@ -173,6 +193,28 @@ def test_what_cannot_be_continued_is_refused(lora_folder, case):
     assert (lora_folder / "tuned" / "lora-resume.pt").read_bytes() == before
 
 
+def test_the_speed_after_a_change_of_the_batch_is_that_of_the_new_steps(lora_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    changes = {"RESUME": "True", "BATCH_SIZE": "8", "MAX_STEPS": "8", "EVAL_INTERVAL": "8"}
+    record = succeeded(start_script(folder, **LORA | changes))
+    (evaluated,) = re.findall(r"tokens/s (\d+)", record)
+    assert f"Tokens per second: {evaluated}" in record
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"step": -5}, {"step": "6"}, {"step_times": 1}, {"best_loss": None}, {"more": 1}]
+)
+def test_a_progress_that_is_none_is_refused(lora_folder, tmp_path, wrong):
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    path = folder / "tuned" / "lora-resume.pt"
+    content = torch.load(path, weights_only=True)
+    write_file(path, content | {"progress": content["progress"] | wrong})
+    error = refused(start_script(folder, **LORA | {"RESUME": "True"}))
+    assert "lora-resume.pt is damaged: it does not say how far" in error
+
+
 def test_nothing_to_resume_starts_at_the_beginning(base_folder, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     record = succeeded(start_script(tmp_path, RESUME="True", **TINY))
@@ -194,7 +236,7 @@ def test_damaged_states_are_refused(lora_folder, tmp_path):
 
 
 def test_the_generator_of_a_gpu_goes_on_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("resume.generators", lambda model: {"cpu": torch, "mps": torch.mps})
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
     restored = []
     monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
@@ -228,6 +270,42 @@ def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
     assert (folder / "tuned" / "lora-resume.pt").read_bytes() == good
     assert not list((folder / "tuned").glob(".*.partial"))
     succeeded(start_script(folder, **variables))
+
+
+def test_numbers_that_are_not_finite_replace_no_state(tmp_path):
+    """As Ctrl-C would, after they came about and before the run has noticed."""
+    path = tmp_path / "full-resume.pt"
+    path.write_bytes(b"a good one")
+    before = path.read_bytes()
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["exp_avg_sq"].fill_(math.inf)
+    for bad in (optimizer.state[model.weight]["exp_avg_sq"], model.weight.data):
+        bad.fill_(math.inf)
+        with pytest.raises(TrainingError, match=r"full-resume\.pt is as it was"):
+            save_training_state(path, model, optimizer, {}, {})
+        bad.fill_(1.0)
+    assert path.read_bytes() == before
+    save_training_state(path, model, optimizer, {}, {})
+
+
+def test_what_others_may_be_writing_is_left_and_a_folder_without_locks_is_refused(
+    tmp_path, monkeypatch
+):
+    young, old = tmp_path / ".merged.pt.a.partial", tmp_path / ".full.pt.b.partial"
+    young.touch(), old.touch()
+    os.utime(old, (0, 0))
+    lock_folder(tmp_path).close()
+    assert young.exists() and not old.exists()
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(FileError, match="cannot be reserved for this run: Function not impl"):
+        lock_folder(tmp_path)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

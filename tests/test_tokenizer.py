@@ -56,6 +56,25 @@ def test_tokens_come_back_one_by_one(bpe, text):
     assert decode(tokens, bpe) == "".join(write(t) for t in [*tokens, None])
 
 
+@pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n", " "])
+def test_chunks_are_short_whatever_ends_a_line(between):
+    text = between.join(["words"] * 200_000)
+    corpus = type("Corpus", (), {"tokens": np.frombuffer(text.encode(), np.uint8), "name": "x"})
+    chunks = list(tokenizer._text_chunks(corpus))
+    assert "".join(chunks) == text
+    assert max(map(len, chunks)) < tokenizer.CHUNK_CHARACTERS + 20
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100, 1001])
+def test_tokens_that_were_cut_off_are_made_again(bpe, tmp_path, kept):
+    (tmp_path / "text.txt").write_text(TEXT)
+    corpus = load_corpus(str(tmp_path / "text.txt"), Path())
+    whole = tokenize_corpus(corpus, bpe, tmp_path / "out").tokens.tolist()
+    (path,) = (tmp_path / "out").iterdir()
+    path.write_bytes(path.read_bytes()[:kept])
+    assert tokenize_corpus(corpus, bpe, tmp_path / "out").tokens.tolist() == whole
+
+
 def test_a_corpus_is_tokenized_once_and_again_when_text_or_tokenizer_change(bpe, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
@@ -102,3 +121,5 @@ def test_sizes_and_ends(bpe):
         end_token(plain)
     with pytest.raises(DataError, match="cannot be used"):
         encode("a", "{}")
+    gaps = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 70_000}, unk_token="a"))
+    assert vocabulary_size(gaps.to_str()) == 70_001

@@ -207,6 +207,20 @@ BAD_INPUT = {
     "no such base": ({"BASE_CHECKPOINT": "none.pt"}, "none.pt"),
     "base is text": ({"BASE_CHECKPOINT": "text.txt"}, "text.txt"),
     "base is truncated": ({"BASE_CHECKPOINT": "half.pt", "OUT_DIR": "b"}, "half.pt"),
+    "base is a pipe": ({"BASE_CHECKPOINT": "pipe.pt", "OUT_DIR": "b"}, "no regular file"),
+    "base has a line break": ({"BASE_CHECKPOINT": "a\nb", "OUT_DIR": "b"}, r"a\nb"),
+    "adapter of more layers": (
+        {
+            "ADAPTERS": "deep/lora.pt",
+            "USE_LORA": "1",
+            "N_LAYER": "2",
+            "OUT_DIR": "b",
+            "BASE_CHECKPOINT": "out/full.pt",
+        },
+        "blocks.2.",
+    ),
+    "adapter of too large a weight": ({"ADAPTERS": "a.pt:1e4", "EVAL_ONLY": "1"}, "at most 1000"),
+    "too many sequences": ({"BATCH_SIZE": "1152921504606846976"}, "BATCH_SIZE"),
     "base is a folder": ({"BASE_CHECKPOINT": ".", "OUT_DIR": "b"}, "."),
     "base is an adapter": ({"BASE_CHECKPOINT": "out/lora.pt", "OUT_DIR": "b"}, "a LoRA adapter"),
     "output is a file": ({"OUT_DIR": "text.txt"}, "text.txt"),
@@ -228,6 +242,9 @@ def trained_folder(tmp_path_factory):
     (folder / "short.txt").write_text("short")
     succeeded(start_script(folder, **TINY))
     succeeded(start_script(folder, **TINY | {"USE_LORA": "1"}))
+    deep = {"USE_LORA": "1", "OUT_DIR": "deep", "N_LAYER": "3"}
+    succeeded(start_script(folder, **TINY | deep))
+    os.mkfifo(folder / "pipe.pt")
     whole = (folder / "out" / "full.pt").read_bytes()
     (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
     return folder
@@ -238,7 +255,8 @@ def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
     if case == "no mps here" and torch.backends.mps.is_available():
         pytest.skip("this machine has mps")
     folder = tmp_path / "copy"
-    shutil.copytree(trained_folder, folder)
+    shutil.copytree(trained_folder, folder, ignore=shutil.ignore_patterns("pipe.pt"))
+    os.mkfifo(folder / "pipe.pt")
     variables, named = BAD_INPUT[case]
     assert named in refused(start_script(folder, **TINY | variables))
     if case == "loss is not a number":  # and the good checkpoint is still there
@@ -277,6 +295,16 @@ def test_a_record_that_cannot_be_written_ends_in_one_line(tmp_path):
         )  # fmt: skip
     assert process.returncode == 2
     assert process.stderr == "error: stdout: No space left on device\n"
+
+
+def test_a_run_needs_no_stderr(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = f'exec "{sys.executable}" "{ROOT}/training.py" 2>&-'
+    environment = {"PATH": os.environ["PATH"]} | TINY
+    process = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "Final validation loss" in succeeded(process)
 
 
 def test_probable_mistakes_are_pointed_out(training):
