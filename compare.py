@@ -194,7 +194,7 @@ def plot(records: list[Record], path: Path) -> int:
             high = [e.val_loss + e.val_error for e in run.evaluations]
             panel.plot(x, loss, markersize=4, markevery=math.ceil(len(x) / 15), **look)
             panel.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
-            right = max(right, *(position for position in x if math.isfinite(position)))
+            right = max([right, *(position for position in x if math.isfinite(position))])
         panel.set(xlabel=words, xlim=(-0.02 * right, 1.02 * right), ylim=(bottom, top))
         panel.grid(color="0.9", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
@@ -239,7 +239,8 @@ def limits(records: list[Record]) -> tuple[float, float, str]:
     ends = [run.evaluations[-1] for run in records]
     high = max(e.val_loss for e in every if e.step >= late or e in ends)
     low, highest = min(e.val_loss for e in every), max(e.val_loss for e in every)
-    margin = max(0.08 * (high - low), *(e.val_error for e in every if e.val_loss <= high), 1e-3)
+    errors = [e.val_error for e in every if e.val_loss <= high and math.isfinite(e.val_error)]
+    margin = max([0.08 * (high - low), *errors, 1e-3])
     if highest <= high + margin:
         return low - margin, highest + margin, ""
     return low - margin, high + margin, f"higher values, up to {highest:.2f}, not shown"

@@ -222,6 +222,12 @@ def join(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
 
 SUMMARY = ("best_val_loss", "final_val_loss", "training_time", "median_step_time",
            "tokens_per_second", "peak_memory")  # fmt: skip
+
+
+def count(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
 # What an output says in lines of its own: the field, the line, and the value in it.
 FACTS = [
     ("device", r"Device: (.*\)), .*", str),
@@ -230,9 +236,9 @@ FACTS = [
     ("checksum", r"   checksum: +(.*)", str),
     ("base_path", r"Base: (.*?) \(fingerprint .*", str),
     ("base", r"Base: .*? \(fingerprint (\w+)\).*", str),
-    ("processes", rf"Processes: {COUNT}, .*", int),
-    ("total", rf"   Total parameters: {COUNT}", lambda count: int(count.replace(",", ""))),
-    ("trainable", rf"   Trainable \(.*\): {COUNT}", lambda count: int(count.replace(",", ""))),
+    ("processes", rf"Processes: {COUNT}, .*", count),
+    ("total", rf"   Total parameters: {COUNT}", count),
+    ("trainable", rf"   Trainable \(.*\): {COUNT}", count),
     ("best_val_loss", f"Best validation loss: {NUMBER}", float),
     ("final_val_loss", f"Final validation loss: {NUMBER}", float),
     ("training_time", f"Training time: {NUMBER} s", float),
