@@ -378,7 +378,7 @@ def _refuse_misspelt(name: str, known: Collection[str]) -> None:
     if name in known or name in FOREIGN or foreign:
         return
     cutoff = 0.0 if begins_like_ours else 0.85
-    nearest = [k for k in known if _one_slip_apart(name.upper(), k)]
+    nearest = [k for k in sorted(known) if _one_slip_apart(name.upper(), k)]
     nearest += difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff)
     if nearest:
         raise ConfigError(f"{name} is not a variable of this script; did you mean {nearest[0]}?")

@@ -74,7 +74,8 @@ def load_model(
         lines += more
         merge_adapter(model)
     tell(*lines)
-    return model.eval(), base.tokenizer, facts.get("prompt_format")
+    prompt_format = facts.get("prompt_format")
+    return model.eval(), base.tokenizer, prompt_format if isinstance(prompt_format, str) else None
 
 
 def write_text(

@@ -76,9 +76,13 @@ def write_gpt2(folder: str | os.PathLike, checkpoint: Checkpoint) -> int:
     """Write a checkpoint as a folder that `GPT2LMHeadModel.from_pretrained` reads; returns its
     bytes.
 
-    Raises FileError when something is there already, or when it cannot be written.
+    Raises FileError for a checkpoint that lacks a tensor, when something is there already, or when
+    it cannot be written.
     """
     shape = checkpoint.shape
+    missing = {n for entry in _layout(shape) for n in entry.ours} - checkpoint.tensors.keys()
+    if missing:
+        raise FileError(f"{checkpoint.path} lacks tensor {min(missing)}")
     config: dict[str, Any] = {theirs: shape[ours] for ours, theirs in SIZES.items()} | FIXED
     config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     names = {ours: theirs for theirs, ours in reversed(GELUS.items())}
@@ -141,7 +145,7 @@ def adapter_from_gpt2(adapter: Adapter) -> Adapter:
     """The inverse; an adapter of another model is returned as it is.
 
     Exact for those that were trained on GPT-2's matrix as well, where query, key and value each
-    take the whole of A.
+    take the whole of A. Raises FileError for a matrix of theirs that is not of three parts.
     """
     if not any(name.startswith("transformer.") for name in adapter.alpha):
         return adapter
@@ -153,6 +157,8 @@ def adapter_from_gpt2(adapter: Adapter) -> Adapter:
         if entry.name.endswith(".weight") and name in alpha:
             A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
             scaled = alpha.pop(name)
+            if len(B) % n:
+                raise FileError(f"{name}.lora_B has {len(B)} rows, which are not {n} equal parts")
             parts = [(A, b) for b in B.chunk(n)]
             blocks = [b.chunk(n, dim=1) for b in B.chunk(n)] if len(A) % n == 0 else []
             if blocks and torch.equal(torch.block_diag(*(b[i] for i, b in enumerate(blocks))), B):

@@ -130,7 +130,9 @@ def set_up(config: Config) -> Run:
             lora_targets=targets,
             train_embeddings=train_embeddings,
         )
-    except ValueError as error:  # what else could be wrong was checked
+    except ValueError as error:
+        if config.adapters is None:
+            raise
         raise FileError(f"ADAPTERS={config.adapters} are of another model: {error}") from error
     if base is not None:
         load_base(model, base)

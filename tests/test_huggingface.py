@@ -344,6 +344,14 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
         assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
 
 
+def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(folder, tmp_path):
+    base = read_base(folder)
+    del base.tensors["ln_f.weight"]
+    with pytest.raises(FileError, match=r"lacks tensor ln_f\.weight"):
+        write_gpt2(tmp_path / "new", base)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("there", [["key"], ["query", "value"], ["key", "value", "fc_in"]])
 def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, there):
     model = BigramLanguageModelLoRA(
@@ -356,6 +364,10 @@ def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, the
     assert again.alpha == adapter.alpha and again.tensors.keys() == adapter.tensors.keys()
     for name, tensor in adapter.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
+    odd = dict(adapter_to_gpt2(adapter).tensors)
+    odd["transformer.h.0.attn.c_attn.lora_B"] = torch.ones(4, 24)
+    with pytest.raises(FileError, match="4 rows, which are not 3 equal parts"):
+        adapter_from_gpt2(dataclasses.replace(adapter_to_gpt2(adapter), tensors=odd))
     foreign = dataclasses.replace(adapter, alpha=adapter.alpha | {"layers.0.q_proj": 1.0})
     with pytest.raises(FileError, match=r"layers\.0\.q_proj is no layer of GPT-2's"):
         adapter_to_gpt2(foreign)
