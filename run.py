@@ -117,6 +117,49 @@ def set_up(config: Config) -> Run:
     config = dataclasses.replace(config, **known)
     tokenizer = None if base is None else base.tokenizer
     corpus = None if config.merge else open_corpus(config, tokenizer)
+    model = build_model(config, shape, base, device)
+    if trains(config) and config.use_lora:
+        train_embeddings = model.token_embedding_table.weight.requires_grad
+        parts = {"lora_targets": describe_targets(model), "train_embeddings": train_embeddings}
+        config = dataclasses.replace(config, **parts)
+    base_id = fingerprint(base_state(model))
+    adapters: list[str] = []
+    adapter_facts: dict[str, Any] = {}
+    if config.adapters is not None:
+        rank = config.lora_rank if "LORA_RANK" in config.explicit else None
+        adapters, adapter_facts = put_on_adapters(
+            model, base_id, config.adapters, rank, config.any_base
+        )
+        check_scaling(config, model)
+        first = next(iter(lora_layers(model).values()))
+        changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
+        config = dataclasses.replace(config, **changes)
+    if dtype != torch.float32 and not config.merge:
+        tokens = config.batch_size // distributed.size() * config.block_size
+        store_base(model, dtype, tokens)
+
+    base_path = base.path if base is not None else None
+    run = Run(
+        config, device, dtype, corpus, base_path, base_id, adapter_facts, tokenizer, model, files,
+        lock,
+    )  # fmt: skip
+    describe(run, base, adapters, device_reason, dtype_reason)
+    if distributed.size() > 1:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        distributed.check_agreement(
+            {n: v for n, v in identity(run).items() if n not in MAY_DIFFER}
+            | {"trained weights": fingerprint(trained)}
+        )
+        if config.fsdp:
+            distributed.shard(model, device)
+        torch.manual_seed(config.seed + distributed.rank())  # masks are each process's own
+    return run
+
+
+def build_model(
+    config: Config, shape: dict[str, Any], base: Checkpoint | None, device: torch.device
+) -> BigramLanguageModelLoRA:
+    """The model on its base, if any, with fresh adapters where it trains some or takes ADAPTERS."""
     targets, train_embeddings = parts_to_train(config)
     try:
         model = BigramLanguageModelLoRA(
@@ -137,53 +180,31 @@ def set_up(config: Config) -> Run:
     if base is not None:
         load_base(model, base)
     model.grad_checkpoint = config.grad_checkpoint
-    if trains(config) and config.use_lora:
-        parts = {"lora_targets": describe_targets(model), "train_embeddings": train_embeddings}
-        config = dataclasses.replace(config, **parts)
-    base_id = fingerprint(base_state(model))
-    adapters: list[str] = []
-    adapter_facts: dict[str, Any] = {}
-    if config.adapters is not None:
-        rank = config.lora_rank if "LORA_RANK" in config.explicit else None
-        adapters, adapter_facts = put_on_adapters(
-            model, base_id, config.adapters, rank, config.any_base
-        )
-        check_scaling(config, model)
-        first = next(iter(lora_layers(model).values()))
-        changes = {"use_lora": True, "lora_rank": first.rank, "lora_alpha": first.alpha}
-        config = dataclasses.replace(config, **changes)
-    if dtype != torch.float32 and not config.merge:
-        tokens = config.batch_size // distributed.size() * config.block_size
-        store_base(model, dtype, tokens)
+    return model
 
+
+def describe(
+    run: Run,
+    base: Checkpoint | None,
+    adapters: list[str],
+    device_reason: str,
+    dtype_reason: str,
+) -> None:
+    """Print what a run works with, before it does."""
+    config, device = run.config, run.device
     say("Configuration (* set in the environment):", *indent(config.describe()))
     say(f"Device: {device} ({hardware.device_name(device)}), {device_reason}")
-    say(f"dtype: {str(dtype).removeprefix('torch.')}, {dtype_reason}")
+    say(f"dtype: {str(run.dtype).removeprefix('torch.')}, {dtype_reason}")
     if distributed.size() > 1:
         say(f"Processes: {describe_processes(config)}")
-    if corpus is not None:
-        say("Data:", *indent(corpus.describe()))
+    if run.corpus is not None:
+        say("Data:", *indent(run.corpus.describe()))
     if trains(config):
-        say(f"Passes: {passes(config, corpus):.2f} over the training data in MAX_STEPS")
-    say(describe_base(base, base_id, corpus))
-    say(*adapters, *describe_parameters(config, model))
-    for note in notes(config, base, model, files):
+        say(f"Passes: {passes(config, run.corpus):.3g} over the training data in MAX_STEPS")
+    say(describe_base(base, run.base_id, run.corpus))
+    say(*adapters, *describe_parameters(config, run.model))
+    for note in notes(config, base, run.model, run.files):
         say(f"Note: {note}")
-    base_path = base.path if base is not None else None
-    run = Run(
-        config, device, dtype, corpus, base_path, base_id, adapter_facts, tokenizer, model, files,
-        lock,
-    )  # fmt: skip
-    if distributed.size() > 1:
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        distributed.check_agreement(
-            {n: v for n, v in identity(run).items() if n not in MAY_DIFFER}
-            | {"trained weights": fingerprint(trained)}
-        )
-        if config.fsdp:
-            distributed.shard(model, device)
-        torch.manual_seed(config.seed + distributed.rank())  # the first's is that of a lone one
-    return run
 
 
 def facts(run: Run) -> dict[str, Any]:
