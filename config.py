@@ -142,9 +142,11 @@ class Config(Settings):
     use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(
-        16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK [with ADAPTERS, theirs]", above=0,
+        16.0,
+        "adapters are scaled by LORA_ALPHA / LORA_RANK [with ADAPTERS, theirs]",
+        above=0,
         below=1e9,
-    )  # fmt: skip
+    )
     lora_dropout: float = option(0.0, "dropout on the input of the adapters", at_least=0, below=1)
     lora_plus_ratio: float = option(
         8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0
@@ -247,6 +249,10 @@ class Config(Settings):
             raise ConfigError(
                 "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
             )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.grad_accum_steps * self.batch_size * self.block_size
 
     @property
     def output_folder(self) -> str:

@@ -9,7 +9,6 @@
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from config import ConfigError, GenerateConfig, help_table
 from data import encode, end_token, stream_decoder
 from huggingface import read_base
 from lora import base_state, merge_adapter
-from lora.files import fingerprint, write_out
+from lora.files import fingerprint, write_err, write_out
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import (
     asks_for_help,
@@ -73,7 +72,8 @@ def load_model(
         more, facts = put_on_adapters(model, base_id, config.adapters, rank, any_base)
         lines += more
         merge_adapter(model)
-    tell(*lines)
+    for line in lines:
+        write_err(line)
     prompt_format = facts.get("prompt_format")
     return model.eval(), base.tokenizer, prompt_format if isinstance(prompt_format, str) else None
 
@@ -110,20 +110,13 @@ def write_text(
         n_written += 1
     seconds = time.perf_counter() - started
     show(decoded(None) + "\n")
-    tell(f"{n_written} tokens in {seconds:.2f} s")
+    write_err(f"{n_written} tokens in {seconds:.2f} s")
 
 
 def show(text: str) -> None:
     """Print text without the control characters that a terminal would obey."""
     safe = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
     write_out("".join(safe))
-
-
-def tell(*lines: str) -> None:
-    """Print facts to stderr, which may be closed."""
-    with contextlib.suppress(OSError):
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -128,11 +128,14 @@ def adapter_to_gpt2(adapter: Adapter) -> Adapter:
             tensors[entry.name] = adapter.tensors[entry.ours[0]]
         there = [our for our in ours if our in adapter.alpha]
         if there:
-            pairs = [[adapter.tensors.get(f"{our}.lora_{x}") for x in "AB"] for our in ours]
-            like = next(pair for pair in pairs if pair[0] is not None)
-            A, B = zip(
-                *(map(torch.zeros_like, like) if pair[0] is None else pair for pair in pairs),
-                strict=True,
+            A, B = (
+                [
+                    adapter.tensors.get(
+                        f"{our}.lora_{x}", torch.zeros_like(adapter.tensors[f"{there[0]}.lora_{x}"])
+                    )
+                    for our in ours
+                ]
+                for x in "AB"
             )
             if len({adapter.alpha[our] / adapter.ranks[our] for our in there}) > 1:
                 raise FileError(f"{', '.join(ours)} are scaled differently, {name} in one way")

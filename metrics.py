@@ -32,8 +32,10 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Raises FileError when it cannot be written."""
+        if not distributed.is_first():
+            return
         self.lines.append(json.dumps(plain(values)))
-        if not distributed.is_first() or values.get("step") == 0:
+        if values.get("step") == 0:
             return
         text = "".join(f"{line}\n" for line in self.lines)
         self.lines = []

@@ -39,7 +39,7 @@ from lora import (
     switch_adapter,
     take_adapter,
 )
-from lora.files import fingerprint, lock_folder, one_line, write_out
+from lora.files import fingerprint, lock_folder, one_line, write_err, write_out
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 DEFAULT_INPUT = Path(__file__).resolve().parent / "data" / "input.txt"
@@ -441,9 +441,8 @@ def describe_processes(config: Config) -> str:
 
 def passes(config: Config, corpus: Corpus | RecordCorpus) -> float:
     """How many times a run trains on as much as its training data are."""
-    sequences = config.max_steps * config.grad_accum_steps * config.batch_size
-    length = 1 if isinstance(corpus, RecordCorpus) else config.block_size
-    return sequences * length / len(corpus.train)
+    length = config.block_size if isinstance(corpus, RecordCorpus) else 1  # of what it has
+    return config.max_steps * config.tokens_per_step / (len(corpus.train) * length)
 
 
 def describe_base(
@@ -572,6 +571,5 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 def fail(message: str, exit_code: int) -> int:
     number = f" (process {distributed.rank()})" if distributed.size() > 1 else ""
-    if sys.stderr is not None:  # else print takes stdout
-        print(f"error{number}: {one_line(message)}", file=sys.stderr)
+    write_err(f"error{number}: {message}")
     return exit_code

@@ -101,15 +101,13 @@ def train(run: Run) -> None:
     windows = validation_windows(
         run.corpus.validation, config.eval_batches * config.batch_size, config.block_size
     )
-    is_other = not config.resume and run.files.resume.exists()
-    keeps_other = distributed.largest(int(is_other)) > 0  # an earlier run's files, until it saves
+    replaces = not config.resume and run.files.resume.exists()  # the state of an earlier run
+    replaces = distributed.largest(int(replaces)) > 0
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, facts(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
 
     def save_progress() -> None:
-        nonlocal keeps_other
-        keeps_other = False
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
             run.files.resume, run.model, optimizer, identity(run), progress.plain()
@@ -146,7 +144,7 @@ def train(run: Run) -> None:
                     save_progress()
             if step == config.max_steps:
                 break
-            if signal and keeps_other:
+            if signal and replaces and run.files.resume not in sizes:
                 raise Interrupted(
                     f"interrupted after step {step}, and nothing was saved: this run had evaluated "
                     f"nothing yet, and {run.files.resume} is of an earlier one",
@@ -455,7 +453,7 @@ def write_merged(run: Run) -> None:
 
 def tokens_per_second(config: Config, step_times: list[float]) -> float:
     """The rate over steps of these durations in seconds."""
-    tokens = config.batch_size * config.grad_accum_steps * config.block_size * len(step_times)
+    tokens = config.tokens_per_step * len(step_times)
     return tokens / sum(step_times) if step_times else 0.0
 
 

@@ -248,7 +248,7 @@ def run_once(row: Row, settings: dict[str, str], scratch: Path) -> Record:
         int(run.model.get_parameter_info()["trainable"]),
         summary["final_val_loss"],
         summary["median_step_time"],
-        tokens_in(run.config) / summary["tokens_per_second"],
+        run.config.max_steps * run.config.tokens_per_step / summary["tokens_per_second"],
         evaluation["elapsed"],
         summary["training_time"],
     )
@@ -263,11 +263,6 @@ def run_plain(config: Config, folder: Path) -> Record:
     steps, *loop = train_plain(model, corpus, config, folder / "plain.pt")
     val_loss = windows_loss(model, corpus, config)
     return Record(trained, val_loss, statistics.median(steps), sum(steps), *loop)
-
-
-def tokens_in(config: Config) -> int:
-    """How many tokens a run trains on."""
-    return config.max_steps * config.grad_accum_steps * config.batch_size * config.block_size
 
 
 @torch.no_grad()
@@ -329,7 +324,7 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
         f"   {'':22} {'trained':>10} {'tokens/s':>9}  {'plain = 1':19} {'by the steps alone':19} "
         f"{'step, ms':>8}  peak, MiB",
     )
-    tokens = steps * config.batch_size * config.block_size
+    tokens = steps * config.tokens_per_step
     measured = {row: found[1:] for row, found in records.items()}  # the first is warm-up
     loops = {row: [r.seconds(evaluation, share) for r in found] for row, found in measured.items()}
     steps_alone = {row: [r.median_step for r in found] for row, found in measured.items()}

@@ -59,13 +59,11 @@ def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
     return lambda token: "" if token is None else stream.step(loaded, token) or ""
 
 
+@functools.lru_cache(maxsize=2)
 def vocabulary_size(tokenizer: str | None) -> int:
     """How many tokens there are, or one more than the largest where numbers are left out."""
-    return N_BYTES if tokenizer is None else _size_of(tokenizer)
-
-
-@functools.lru_cache(maxsize=1)
-def _size_of(tokenizer: str) -> int:
+    if tokenizer is None:
+        return N_BYTES
     return max(load_tokenizer(tokenizer).get_vocab().values(), default=-1) + 1
 
 

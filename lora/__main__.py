@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lora.adapters import read_adapter, write_adapter
-from lora.files import FileError, OtherKind, one_line, write_out
+from lora.files import FileError, OtherKind, one_line, write_err, write_out
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def fail(message: str, exit_code: int) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    write_err(f"error: {message}")
     return exit_code
 
 

@@ -317,9 +317,9 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     kept = S[:rank] > 1e-12 * S[0]
     root = S[:rank].sqrt() * kept
     new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype)
-    # Where nothing is left, B is zero; for it to train, A must not be.
-    fresh = nn.init.kaiming_uniform_(torch.empty_like(new_A), a=math.sqrt(5))
-    new_A = torch.where(kept[:, None], new_A, fresh).to(A.device)
+    if not kept.all():  # B is zero there; for it to train, A must not be
+        new_A[~kept] = nn.init.kaiming_uniform_(torch.empty_like(new_A), a=math.sqrt(5))[~kept]
+    new_A = new_A.to(A.device)
     new_B = (Q_B @ U[:, :rank] * root).to(B.dtype).to(B.device)
     squares = S.square()
     return new_A, new_B, squares[rank:].sum().item(), squares.sum().item()

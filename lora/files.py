@@ -54,6 +54,13 @@ def write_out(text: str) -> None:
         raise FileError(f"stdout: {error.strerror}") from error
 
 
+def write_err(line: str) -> None:
+    """Print a line to stderr, if it is open; for want of it `print` would take stdout."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(one_line(line), file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` at the end: it lies beside it until then, is

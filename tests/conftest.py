@@ -76,8 +76,9 @@ class Started:
 
     def wait_for(self, line: str) -> str:
         """The record so far, which `line` has just entered."""
+        until = time.monotonic() + 120
         while line not in (record := self.written("out")):
-            assert "error" not in self.written("err"), self.written("err")
+            assert time.monotonic() < until and not self.written("err"), self.written("err")
             time.sleep(0.005)
         return record
 

@@ -90,6 +90,15 @@ def test_adapters_change_the_text_and_combine(folder):
     assert re.search(r"Reduced to rank 2: relative error \d\.\d\de", process.stderr)
 
 
+def test_without_stderr_stdout_has_the_text_alone(folder):
+    command = f'exec "{sys.executable}" "{ROOT}/generate.py" 2>&-'
+    environment = {"PATH": os.environ["PATH"]} | GENERATE
+    process = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert succeeded(process) == succeeded(generate(folder))
+
+
 def test_a_reader_that_goes_ends_in_one_line(folder):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "generate.py")],

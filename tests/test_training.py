@@ -244,7 +244,6 @@ def trained_folder(tmp_path_factory):
     succeeded(start_script(folder, **TINY | {"USE_LORA": "1"}))
     deep = {"USE_LORA": "1", "OUT_DIR": "deep", "N_LAYER": "3"}
     succeeded(start_script(folder, **TINY | deep))
-    os.mkfifo(folder / "pipe.pt")
     whole = (folder / "out" / "full.pt").read_bytes()
     (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
     return folder
@@ -255,7 +254,7 @@ def test_bad_input_gets_one_clear_line(trained_folder, tmp_path, case):
     if case == "no mps here" and torch.backends.mps.is_available():
         pytest.skip("this machine has mps")
     folder = tmp_path / "copy"
-    shutil.copytree(trained_folder, folder, ignore=shutil.ignore_patterns("pipe.pt"))
+    shutil.copytree(trained_folder, folder)
     os.mkfifo(folder / "pipe.pt")
     variables, named = BAD_INPUT[case]
     assert named in refused(start_script(folder, **TINY | variables))
