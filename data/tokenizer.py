@@ -55,8 +55,18 @@ def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
     loaded = load_tokenizer(tokenizer)
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=False)
-    return lambda token: "" if token is None else stream.step(loaded, token) or ""
+    stream, tokens, written = DecodeStream(skip_special_tokens=False), [], 0
+
+    def write(token: int | None) -> str:
+        nonlocal written
+        if token is None:  # what the stream holds back, such as the first bytes of a character
+            return decode(tokens, tokenizer)[written:]
+        tokens.append(token)
+        text = stream.step(loaded, token) or ""
+        written += len(text)
+        return text
+
+    return write
 
 
 @functools.lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 from conftest import TEXT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import DataError, load_corpus, tokenizer
@@ -50,6 +50,8 @@ def test_bytes_come_back_one_by_one(text):
 
 
 @given(st.text(max_size=40))
+@example("\ufffd")
+@example("a\ufffdb\ufffd\ufffd")
 def test_tokens_come_back_one_by_one(bpe, text):
     tokens = encode(text, bpe)
     write = stream_decoder(bpe)
