@@ -7,6 +7,7 @@ import sys
 import time
 
 import torch
+from torch import Tensor, nn
 
 
 class DeviceError(ValueError):
@@ -148,6 +149,37 @@ def allow_tf32(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch: Tensor) -> tuple[Tensor]:
+        self.loss = self.model(*batch)[1]
+        return (self.loss,)
+
+
+def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dtype) -> nn.Module:
+    """A module that gives, of batches like this one, a tuple of the loss that `model` in `dtype`
+    gives second, and its gradients, each in a CUDA graph.
+
+    A graph starts all its kernels at once, where Python starts one after the other and a GPU waits
+    for it, unless they are large. Each call writes its gradients in the same place, so that a step
+    can have but one batch. The random numbers of later steps are as if none had been captured.
+    """
+    enabled = dtype != torch.float32
+    with (
+        torch.random.fork_rng(gpus(batch[0].device)),
+        torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+    ):
+        module = _Loss(model)
+        graphed = torch.cuda.make_graphed_callables(module, batch)
+    # Autograd's nodes belong to the stream of the capture, with which steps would synchronize.
+    module.loss.detach_()
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    return graphed
 
 
 class StepTimer:

@@ -57,6 +57,9 @@ from run import (
     trains,
 )
 
+# Operations of a step up to which a GPU is done with most kernels before Python starts the next.
+SMALL_STEP = 2**42
+
 EVALUATION = (
     "step {step} | train loss {train_loss:.4f} | val loss {val_loss:.4f} +- {val_error:.4f} | "
     "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
@@ -96,6 +99,8 @@ def train(run: Run) -> None:
     if config.compile:
         model, compile_time = compiled(run, model)
         traffic.bytes = 0  # of the batch that compiling took
+    elif waits_for_python(run):
+        model = hardware.in_cuda_graphs(model, batches_of(run, 0)[0], run.dtype)
     timer = hardware.StepTimer(run.device, progress.step_times)
     first_step = progress.step
     windows = validation_windows(
@@ -164,7 +169,7 @@ def train(run: Run) -> None:
             for i, (batch, part) in enumerate(zip(batches, loss_parts(run, batches), strict=True)):
                 with distributed.averaging(model, now=i == len(batches) - 1):
                     with run.autocast():
-                        batch_loss = model(*batch)[1]  # and let go of the logits
+                        batch_loss = model(*batch)[-1]  # and let go of the logits
                     batch_loss = batch_loss * part
                     batch_loss.backward()
                 loss += batch_loss.detach()
@@ -232,7 +237,7 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     """The model through torch.compile, and the seconds that it took to compile, which is done here
     with a first batch that leaves no trace."""
     started = time.perf_counter()
-    fast = torch.compile(model)
+    fast = torch.compile(model, mode="reduce-overhead" if waits_for_python(run) else "default")
     try:
         with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
             loss = fast(*batches_of(run, 0)[0])[1]
@@ -243,6 +248,19 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     model.zero_grad(set_to_none=True)
     hardware.synchronize(run.device)
     return fast, time.perf_counter() - started
+
+
+def waits_for_python(run: Run) -> bool:
+    """Whether a GPU would wait for most kernels of a step, and can have them in CUDA graphs."""
+    config = run.config
+    operations = 6 * run.model.get_parameter_info()["total"] * config.tokens_per_step
+    return (
+        run.device.type == "cuda"
+        and operations <= SMALL_STEP
+        and distributed.size() == 1
+        and config.grad_accum_steps == 1
+        and not config.grad_checkpoint
+    )
 
 
 def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:

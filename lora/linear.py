@@ -165,10 +165,9 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
     kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)  # not on meta, for one
-    if available and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype  # meta has no autocast
+    return torch.get_autocast_dtype(kind)
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
@@ -350,7 +349,13 @@ def _adapter_gradients(
     )
     h = scaled_product(s, down, x.mT)  # as gB
     hs = h.split(rank, -2) if n > 1 else [h]
-    dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in zip(hs, gs, strict=True)]
+    pairs = list(zip(hs, gs, strict=True))
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        # A GPU sums in float32, so nothing is rounded or cast, and dB comes as its parameter lies.
+        dA = torch.mm(gB, x, out_dtype=torch.float32)
+        dB = [torch.mm(g_layer.t(), h.t(), out_dtype=torch.float32) for h, g_layer in pairs]
+        return dA.split(rank), dB, gB
+    dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in pairs]
     if x.dim() == 3:
         dA, dB = dA.sum(0), [t.sum(0) for t in dB]
     return dA.split(rank) if n > 1 else [dA], [t.t() for t in dB], gB

@@ -2,6 +2,7 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import device as hardware
 from config import Config, ConfigError
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from run import check_checkpointing
+from training import waits_for_python
 
 
 def test_a_cpu_times_each_step_and_a_queue_some_together():
@@ -76,6 +78,7 @@ def test_a_gpu_for_each_process_or_an_error(monkeypatch):
 
 def test_mps_is_for_one_process_and_not_for_checkpoints_with_dropout(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     mps, _ = hardware.choose_device("auto")
     assert mps == torch.device("mps")
     assert hardware.choose_device("auto", in_group=True)[0] == torch.device("cpu")
@@ -125,3 +128,44 @@ def test_the_dtype_is_the_cpus_own_unless_told_otherwise(monkeypatch, flag, name
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
     found, why = hardware.choose_dtype(name, torch.device("cpu"))
     assert found == dtype and re.search(reason, why)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lora", [{}, {"use_lora": True}, {"use_lora": True, "lora_dropout": 0.1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_losses_and_gradients_of_python(lora, dtype):
+    """With the same masks of dropout, for several batches, and capturing draws no numbers."""
+    torch.manual_seed(0)
+    model = BigramLanguageModelLoRA(
+        vocab_size=256, n_embd=32, block_size=16, device="cuda", dropout=0.2, n_head=2, n_layer=2,
+        **lora,
+    )  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batches = torch.randint(256, (3, 2, 4, 16), device="cuda").unbind()
+    state = torch.cuda.get_rng_state()
+    graphed = hardware.in_cuda_graphs(model, tuple(batches[0]), dtype)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for batch in batches:
+        found = []
+        for function in (model, graphed):
+            torch.manual_seed(1)
+            with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+                loss = function(*batch)[-1]
+            gradients = torch.autograd.grad(loss, trained)
+            found.append([t.detach().clone() for t in (loss, *gradients)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_graphs_are_for_small_steps_of_one_batch_on_cuda():
+    def waits(device: str = "cuda", parameters: int = 10**8, **variables: str) -> bool:
+        config = Config.from_environment({"BATCH_SIZE": "32", "BLOCK_SIZE": "128"} | variables)
+        model = SimpleNamespace(get_parameter_info=lambda: {"total": parameters})
+        return waits_for_python(
+            SimpleNamespace(config=config, device=torch.device(device), model=model)
+        )
+
+    assert waits()
+    assert not waits("cpu") and not waits("mps")
+    assert not waits(parameters=10**9) and waits(parameters=10**9, BATCH_SIZE="2")
+    assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
