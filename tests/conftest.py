@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,12 +21,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
+
 # A model and a budget that train in a second.
 TINY = {
     "N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "2", "BLOCK_SIZE": "32", "BATCH_SIZE": "4",
     "MAX_STEPS": "6", "EVAL_INTERVAL": "3", "EVAL_BATCHES": "2", "WARMUP_STEPS": "2",
     "SAMPLE_TOKENS": "20", "DATA": "text.txt", "NUM_THREADS": "1",
 }  # fmt: skip
+
+# What tests of the arithmetic run on; on mps float64, their reference, is missing.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# For runs in two processes, which need a GPU each.
+ON_CPU = {"DEVICE": "cpu"} if torch.cuda.is_available() and torch.cuda.device_count() < 2 else {}
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
 
@@ -118,7 +130,7 @@ def start_group(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | ON_CPU
     started = []
     for i in range(n):
         own = {"RANK": str(i), "LOCAL_RANK": str(i)} | (others or {} if i > 0 else {})

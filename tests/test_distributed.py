@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, environment_of, start_group, start_script, succeeded
+from conftest import ON_CPU, ROOT, TEXT, TINY, environment_of, start_group, start_script, succeeded
 from test_training import losses
 
 # Dropout off: its masks are each process's own.
-STEPS = TINY | {"DROPOUT": "0", "GRAD_ACCUM_STEPS": "2"}
+STEPS = TINY | {"DROPOUT": "0", "GRAD_ACCUM_STEPS": "2", "DTYPE": "float32"} | ON_CPU
 MODES = {"full": {}, "lora": {"USE_LORA": "True", "BASE_CHECKPOINT": "base/full.pt"}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -151,7 +151,7 @@ def started_by_torchrun(folder: Path, *options: str, **variables: str) -> subpro
     return subprocess.Popen(
         [*TORCHRUN, *options, str(ROOT / "training.py")],
         cwd=folder,
-        env=environment_of(variables),
+        env=environment_of(ON_CPU | variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -54,7 +55,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def assert_agrees(layer: LoRALinear, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> None:
     x = x.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = layer(x)
     assert y.dtype == dtype and y.shape == (*x.shape[:-1], layer.out_features)
     g = torch.randn_like(y)
@@ -77,7 +78,7 @@ def assert_agrees(layer: LoRALinear, x: torch.Tensor, dtype: torch.dtype, autoca
         assert error < TOLERANCE[dtype], name
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     dims=st.lists(st.integers(1, 9), min_size=0, max_size=3),
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -106,13 +107,14 @@ def test_values_and_gradients_agree_with_float64(
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("shape", [(1024, 64, 96), (2048, 256, 512), (1030, 48, 48), (16, 256, 96)])
-def test_every_form_of_the_products_agrees_with_float64(mode, shape):
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_form_of_the_products_agrees_with_float64(device, mode, shape):
     """Shapes on both sides of each rule of lora/linear.py: in parts or not, merged or two paths."""
     torch.manual_seed(0)
     tokens, in_features, out_features = shape
     kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
-    layer = make(out_features, in_features, 8, dtype=kind)
-    x = torch.randn(tokens, in_features).to(kind)
+    layer = make(out_features, in_features, 8, dtype=kind).to(device)
+    x = torch.randn(tokens, in_features).to(device, kind)
     assert_agrees(layer, x, torch.bfloat16 if mode == "autocast" else kind, mode == "autocast")
 
 
@@ -216,15 +218,17 @@ def test_with_dropout_too_it_starts_as_its_base_to_the_bit(tokens):
     assert torch.equal(grouped_linear(x, layers), grouped_linear(x, linears))
 
 
-@pytest.mark.parametrize("which", ["two paths", "trainable base"])
+@pytest.mark.parametrize(
+    ("device", "which"), [("cpu", "trainable base"), *((name, "two paths") for name in DEVICES)]
+)
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
-def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
+def test_dropout_acts_on_the_adapters_input_with_one_mask(device, which, mode):
     """Values and gradients against float64 with the very mask that the layer drew."""
     torch.manual_seed(0)
-    layer = make(9, 20, rank=4)
+    layer = make(9, 20, rank=4).to(device)
     layer.dropout = 0.3
     layer.bias.requires_grad_(which == "trainable base")
-    x = torch.randn(3, 50, 20, requires_grad=True)
+    x = torch.randn(3, 50, 20, device=device, requires_grad=True)
     masks = []
 
     def draw(x, p, bits=16):
@@ -237,7 +241,7 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     with (
         patch.object(dropout_module, "draw_numbers", draw),
         patch.object(module, "draw_numbers", draw),
-        torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+        torch.autocast(device, torch.bfloat16, enabled=mode == "autocast"),
     ):
         y = layer(x)
     g = torch.randn_like(y)
@@ -256,7 +260,7 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(which, mode):
     assert all(relative_error(found, wanted) < tolerance for found, wanted in pairs)
     layer.eval()  # and none at all outside of training
     torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
-    assert relative_error(layer(x), reference(layer, x, torch.ones(3, 50, 9))["y"]) < 1e-5
+    assert relative_error(layer(x), reference(layer, x, torch.ones_like(y))["y"]) < 1e-5
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99999])
@@ -276,18 +280,19 @@ def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [50, module.ENOUGH_TOKENS])
 @pytest.mark.parametrize("which", FORMS)
-def test_a_group_gives_what_its_layers_give(which, tokens, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_group_gives_what_its_layers_give(device, which, tokens, dtype):
     torch.manual_seed(0)
-    layers = [make(40, 24, rank=4) for _ in range(3)]
-    x = torch.randn(3, tokens, 24)
+    layers = [make(40, 24, rank=4).to(device) for _ in range(3)]
+    x = torch.randn(3, tokens, 24, device=device)
     gradients = []
     for run in (grouped_linear, lambda x, layers: torch.cat([layer(x) for layer in layers], -1)):
         for layer in layers:
             layer.zero_grad()
         leaf = x.clone().requires_grad_()
-        with form(which), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with form(which), torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = run(leaf, layers)
-        (y.float() * torch.arange(120)).square().mean().backward()
+        (y.float() * torch.arange(120, device=device)).square().mean().backward()
         gradients.append([y, leaf.grad, *(p.grad for la in layers for p in (la.lora_A, la.lora_B))])
     for a, b in zip(*gradients, strict=True):
         assert relative_error(a, b.double()) < TOLERANCE[dtype]

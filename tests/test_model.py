@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICES
 
 from lora import LoRALinear, lora_layers, store_base
 from lora.dropout import dropout
@@ -170,20 +171,21 @@ def test_generate_continues_and_restores_the_mode():
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_training_in_bfloat16_follows_float32(use_lora):
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_in_bfloat16_follows_float32(device, use_lora):
     """Losses of 100 steps from the same start on the same batches, averaged over 20 steps, differ
     by less than 0.03 nats all along, while they fall by more than a nat."""
     curves = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = make((64, 64, 32, 4, 2), use_lora=use_lora, lora_rank=16)
+        model = make((64, 64, 32, 4, 2), use_lora=use_lora, lora_rank=16, device=device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         generator = torch.Generator().manual_seed(0)
         text = torch.randint(64, (60,), generator=generator).repeat(9)  # 60 tokens by heart
         losses = []
         for _ in range(100):
             starts = torch.randint(len(text) - 33, (8,), generator=generator)
-            batch = torch.stack([text[i : i + 33] for i in starts])
-            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            batch = torch.stack([text[i : i + 33] for i in starts]).to(device)
+            with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):
                 _, loss = model(batch[:, :-1], batch[:, 1:])
             loss.backward()
             optimizer.step()
@@ -201,17 +203,18 @@ def test_heads_must_divide_the_width():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
-def test_dropout_keeps_elements_at_its_rate_independently(dtype, p):
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_keeps_elements_at_its_rate_independently(device, dtype, p):
     """Keep rate and pairwise agreement of neighbours within 4.5 standard errors."""
     torch.manual_seed(1)
     n = 2**20
-    kept = dropout(torch.ones(n, dtype=dtype), p, training=True) != 0
+    kept = dropout(torch.ones(n, dtype=dtype, device=device), p, training=True) != 0
     assert abs(kept.double().mean().item() - (1 - p)) < 4.5 * math.sqrt(p * (1 - p) / n)
     for lag in (1, 2, 3, 4, 7, 64):
         both = (kept[lag:] & kept[:-lag]).double().mean().item()
         q = (1 - p) ** 2
         assert abs(both - q) < 4.5 * math.sqrt(q * (1 - q) / n), lag
-    x = torch.randn(n, dtype=dtype)
+    x = torch.randn(n, dtype=dtype, device=device)
     scaled = dropout(x, p, training=True)
     survivors = scaled != 0
     expected = x[survivors].float() / (1 - p)
@@ -239,19 +242,21 @@ def exact_attention(qkv, kept, mask=None):
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     T, D = q.shape[2:]
     if mask is None:
-        mask = torch.full((T, T), -math.inf, dtype=qkv.dtype).triu(1)
+        mask = torch.full((T, T), -math.inf, dtype=qkv.dtype, device=qkv.device).triu(1)
     weights = (q @ k.mT / math.sqrt(D) + mask).softmax(-1)
     return (weights * kept @ v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 64, 2, 16), (2, 100, 1, 8), (1, 300, 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_agrees_with_float64(shape, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_agrees_with_float64(device, shape, dtype):
     """Both forms, with and without segments, values and gradients."""
     torch.manual_seed(0)
     B, T, H, D = shape
     qkv, g = torch.randn(B, T, 3, H, D).double(), torch.randn(B, T, H * D).double()
-    segments = torch.randint(2, (B, T)).cumsum(1)
+    qkv, g = qkv.to(device), g.to(device)
+    segments = torch.randint(2, (B, T)).cumsum(1).to(device)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for mask in (None, segments_mask(segments, torch.float64)):
         results = []
@@ -298,10 +303,11 @@ def test_lora_linear_is_importable_from_lora():
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_cached_logits_are_those_without_a_cache(use_lora):
+@pytest.mark.parametrize("device", DEVICES)
+def test_cached_logits_are_those_without_a_cache(device, use_lora):
     """Within 1e-5 of the largest logit, in float32, at every length."""
-    model = make(use_lora=use_lora).eval()
-    idx = torch.randint(256, (2, 16))
+    model = make(use_lora=use_lora, device=device).eval()
+    idx = torch.randint(256, (2, 16), device=device)
     with torch.no_grad():
         whole, _ = model(idx)
         for prompt in (1, 5):

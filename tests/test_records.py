@@ -212,6 +212,7 @@ def test_accumulated_batches_weigh_as_one(tmp_path):
         lines(*({"prompt": "say a", "completion": "a" * n} for n in lengths * 8))
     )
     variables = TINY | {"DATA": "say.jsonl", "BLOCK_SIZE": "96", "DROPOUT": "0", "SEED": "5"}
+    variables |= {"DTYPE": "float32"}
     one, two = (
         losses(succeeded(start_script(tmp_path, **variables | sizes)))
         for sizes in ({"BATCH_SIZE": "8"}, {"BATCH_SIZE": "2", "GRAD_ACCUM_STEPS": "4"})
