@@ -1,12 +1,13 @@
 """LoRA at GPT-2's real size (124M, random weights), beside PEFT on transformers' own GPT-2.
 
     python benchmarks/gpt2.py
-    python benchmarks/gpt2.py --steps 10 --dtype bfloat16 --batch 2 --block 256
+    python benchmarks/gpt2.py --device cuda --dtype bfloat16 --batch 16 --block 1024
 
 Prints step time, peak memory and adapter size of full fine-tuning, of this project's LoRA, both on
 its own model, and of PEFT's LoRA on `transformers`' model with the same weights. Adapters have
 rank 8 on every linear, the embeddings train, dropout is 0, the optimizer fused AdamW. Steps are
-interleaved in one process; each memory is the peak of a process of its own, imports included.
+interleaved in one process; each memory is the peak of a process of its own, imports included, or on
+CUDA what torch allocates there.
 """
 
 import argparse
@@ -39,10 +40,10 @@ METHODS = ("full", "lora", "peft")
 RANK, ALPHA, SEED = 8, 16.0, 1337
 
 
-def our_model(use_lora: bool) -> BigramLanguageModelLoRA:
+def our_model(use_lora: bool, device: str = "cpu") -> BigramLanguageModelLoRA:
     torch.manual_seed(SEED)
     return BigramLanguageModelLoRA(
-        **GPT2, device="cpu", dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
+        **GPT2, device=device, dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
     )
 
 
@@ -72,9 +73,9 @@ def make_step(method: str, base: Path, args: argparse.Namespace) -> tuple[nn.Mod
     """A model, and a function that takes one training step and returns the loss."""
     dtype = getattr(torch, args.dtype)
     if method == "peft":
-        model = peft_model(base)
+        model = peft_model(base).to(args.device)
     else:
-        model = our_model(use_lora=method == "lora")
+        model = our_model(method == "lora", args.device)
         if method == "lora" and dtype != torch.float32:
             store_base(model, dtype, tokens=args.batch * args.block)  # as training.py does
     model.train()
@@ -82,10 +83,11 @@ def make_step(method: str, base: Path, args: argparse.Namespace) -> tuple[nn.Mod
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(GPT2["vocab_size"], (args.batch, args.block + 1), generator=generator)
+    tokens = tokens.to(args.device)
     idx, targets = tokens[:, :-1], tokens[:, 1:]
 
     def step() -> float:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
             if method == "peft":
                 logits = model(input_ids=idx, use_cache=False).logits
                 loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -110,7 +112,7 @@ def adapter_mib(method: str, model: nn.Module, folder: Path) -> float:
 def peak_mib(method: str, base: Path, args: argparse.Namespace) -> float:
     """Peak MiB of a process of its own that takes three steps."""
     command = [__file__, "--memory-of", method, "--base", str(base)]
-    command += [f"--{name}={getattr(args, name)}" for name in ("dtype", "batch", "block")]
+    command += [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "block")]
     return number_printed_by(command, f"the memory of {method}")
 
 
@@ -118,18 +120,22 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8, help="rounds that are timed (default: 8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=2, help="sequences (default: 2)")
     parser.add_argument("--block", type=int, default=256, help="tokens in each (default: 256)")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no cuda device here")
     hardware.keep_freed_memory()
+    hardware.allow_tf32(torch.device(args.device))
     if args.memory_of is not None:
         _, step = make_step(args.memory_of, args.base, args)
         for _ in range(3):
             step()
-        print(hardware.peak_memory(torch.device("cpu")))
+        print(hardware.peak_memory(torch.device(args.device)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "gpt2"
@@ -149,7 +155,7 @@ def main() -> None:
             method: sum(p.numel() for p in model.parameters() if p.requires_grad)
             for method, (model, _) in models.items()
         }
-    name = hardware.device_name(torch.device("cpu"))
+    name = hardware.device_name(torch.device(args.device))
     print(f"GPT-2 124M, batch {args.batch} x {args.block}, {args.dtype}, {name}")
     print(f"torch {torch.__version__}, {json.dumps(losses)} first losses")
     print("       " + "  ".join(("     trained", "step, ms", "ratio", "peak, MiB", "adapter, MiB")))

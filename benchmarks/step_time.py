@@ -7,8 +7,9 @@
 Every method trains the project's own BigramLanguageModelLoRA, or at a size llama-* a Llama of
 transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times
 are interleaved in one process: each round runs one step of every method, in an order that rotates,
-and ratios pair the steps of one round. Memory is the peak of a process of its own. The record goes
-to stdout, progress to stderr.
+and ratios pair the steps of one round. Memory is the peak of a process of its own. On CUDA every
+method is in CUDA graphs and multiplies float32 in TF32, as training.py does in small steps. The
+record goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -251,16 +252,21 @@ def build_model(method: str, size: Size, dtype: torch.dtype, settings: Settings)
 def training_step(
     model: nn.Module, size: Size, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    """A function that takes one training step on a fixed random batch and returns the loss."""
+    """A function that takes one training step on a fixed random batch and returns the loss.
+
+    On CUDA the model is in CUDA graphs, as training.py has it for small steps.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(VOCAB_SIZE, (size.batch, size.block + 1), generator=generator)
-    idx, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)  # (batch, block) each
+    batch = tokens[:, :-1].to(device), tokens[:, 1:].to(device)  # (batch, block) each
+    if device.type == "cuda":
+        model = hardware.in_cuda_graphs(model, batch, dtype)
 
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            _, loss = model(idx, targets)
+            loss = model(*batch)[-1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -381,7 +387,7 @@ def environment(settings: Settings) -> dict[str, str]:
     """What a reader needs to compare these figures with others, as label -> text."""
     device = str(settings.device)
     if settings.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(settings.device)})"
+        device += f" ({torch.cuda.get_device_name(settings.device)}, float32 multiplied in TF32)"
     packages = [*PACKAGES.values(), "transformers"]
     versions = [f"{name} {package_version(name)}" for name in packages]
     return {
@@ -674,6 +680,7 @@ def main() -> None:
     args = parse_arguments()
     settings = Settings(args.rank, args.dropout, args.lora_dropout, args.steps, args.device)
     hardware.keep_freed_memory()
+    hardware.allow_tf32(settings.device)
     if args.memory_of is not None:
         print_own_memory(*args.memory_of, settings)
         return

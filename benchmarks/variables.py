@@ -115,7 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     script = "benchmarks/emulated_bfloat16.py" if args.emulate_bfloat16 else "training.py"
     sets = [args.common | variables for variables in args.sets]
-    name = hardware.device_name(torch.device("cpu"))
+    device, _ = hardware.choose_device(args.common.get("DEVICE", "auto"))
+    name = hardware.device_name(device)
     common = " ".join(f"{n}={v}" for n, v in args.common.items()) or "the defaults"
     print(f"{args.rounds} runs of {args.steps} steps each, {common}; {name}, {torch.__version__}")
     if args.emulate_bfloat16:
