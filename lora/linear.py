@@ -196,7 +196,7 @@ def _by_autograd(
 ) -> Tensor:
     """Two paths in autograd's own operations, for a base that was made trainable after all."""
     h = F.linear(dropout(x, p, training=True), concatenated(A).to(x.dtype))
-    adapters = F.linear(h, torch.block_diag(*B).to(x.dtype))
+    adapters = F.linear(h, _block_diagonal(B).to(x.dtype))
     return F.linear(x, concatenated(W).to(x.dtype), bias) + s * adapters
 
 
@@ -266,21 +266,18 @@ class _TwoPaths(torch.autograd.Function):
     ) -> Tensor:
         W, A, B = _in_three(parameters)
         wide, down = (concatenated(t).to(x.dtype) for t in (W, A))
-        ups = [up.to(x.dtype).t() for up in B]
-        out, rank = B[0].shape
+        up = _block_diagonal(B).to(x.dtype).t()  # (n * rank, n * out)
         y = x.new_empty(*x.shape[:-1], len(wide))
         rows, outputs = _rows(x), _rows(y)
         adapter_input = rows if numbers is None else torch.empty_like(rows)
-        biases = (y.new_zeros(len(wide)) if bias is None else bias).split(out)
+        bias = y.new_zeros(len(wide)) if bias is None else bias
         for part in _slices(rows, numbers):
             if numbers is not None:
                 mask_of(numbers[part], lowest, out=adapter_input[part]).mul_(rows[part])
             h = scaled_product(scaling, adapter_input[part], down.t())  # (tokens, n * rank)
             # The adapters first: where B is zero they are the bias, and the base adds onto it as
             # F.linear does, to the bit.
-            layers = zip(biases, h.split(rank, 1), ups, strict=True)
-            adapters = [torch.addmm(bias_layer, h_layer, up) for bias_layer, h_layer, up in layers]
-            torch.cat(adapters, 1, out=outputs[part]).addmm_(rows[part], wide.t())
+            torch.addmm(bias, h, up, out=outputs[part]).addmm_(rows[part], wide.t())
         ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
         cast = wide if x.dtype != W[0].dtype else None
         ctx.save_for_backward(x if numbers is None else adapter_input, numbers, cast, *parameters)
@@ -350,15 +347,24 @@ def _adapter_gradients(
     h = scaled_product(s, down, x.mT)  # as gB
     hs = h.split(rank, -2) if n > 1 else [h]
     pairs = list(zip(hs, gs, strict=True))
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        # A GPU sums in float32, so nothing is rounded or cast, and dB comes as its parameter lies.
-        dA = torch.mm(gB, x, out_dtype=torch.float32)
-        dB = [torch.mm(g_layer.t(), h.t(), out_dtype=torch.float32) for h, g_layer in pairs]
-        return dA.split(rank), dB, gB
+    if x.is_cuda:  # where dB may as well come as its parameter lies
+        product = _float32_product if _sums_to_float32(x) else torch.mm
+        dB = [product(g_layer.t(), h_layer.t()) for h_layer, g_layer in pairs]
+        return product(gB, x).split(rank), dB, gB
     dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in pairs]
     if x.dim() == 3:
         dA, dB = dA.sum(0), [t.sum(0) for t in dB]
     return dA.split(rank) if n > 1 else [dA], [t.t() for t in dB], gB
+
+
+_float32_product = functools.partial(torch.mm, out_dtype=torch.float32)
+
+
+def _sums_to_float32(x: Tensor) -> bool:
+    """Whether the GPU gives a product of bfloat16 in float32, without rounding or a cast."""
+    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8
 
 
 def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:
@@ -376,6 +382,11 @@ def _rows(t: Tensor) -> Tensor:
 def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
     """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _block_diagonal(tensors: Tensors) -> Tensor:
+    """Of all, with zeros beside them; a single one as it is, for it needs no copy."""
+    return tensors[0] if len(tensors) == 1 else torch.block_diag(*tensors)
 
 
 def _batch(tensors: Tensors) -> Tensor:
