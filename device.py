@@ -117,13 +117,13 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: what torch allocated on CUDA; what it holds now on MPS, where it keeps
-    what it freed; elsewhere the process's resident set.
+    """Peak memory in MiB: what torch held on CUDA, with what it keeps to use again, as CUDA graphs
+    do; what it holds now on MPS; elsewhere the process's resident set.
 
     nan where the system does not tell.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
     try:
@@ -152,12 +152,14 @@ def allow_tf32(device: torch.device) -> None:
 
 
 class _Loss(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, *batch: Tensor) -> tuple[Tensor]:
-        self.loss = self.model(*batch)[1]
+        enabled = self.dtype != torch.float32
+        with torch.autocast("cuda", self.dtype, enabled=enabled, cache_enabled=False):
+            self.loss = self.model(*batch)[1]
         return (self.loss,)
 
 
@@ -168,17 +170,15 @@ def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dty
     A graph starts all its kernels at once, where Python starts one after the other and a GPU waits
     for it, unless they are large. Each call writes its gradients in the same place, so that a step
     can have but one batch. The random numbers of later steps are as if none had been captured.
+
+    No loss of `model` may be left that can still be differentiated.
     """
-    enabled = dtype != torch.float32
-    with (
-        torch.random.fork_rng(gpus(batch[0].device)),
-        torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
-    ):
-        module = _Loss(model)
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    module = _Loss(model, dtype)
+    with torch.random.fork_rng(gpus(batch[0].device)):
         graphed = torch.cuda.make_graphed_callables(module, batch)
     # Autograd's nodes belong to the stream of the capture, with which steps would synchronize.
     module.loss.detach_()
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     return graphed
 
 

@@ -239,13 +239,14 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     started = time.perf_counter()
     fast = torch.compile(model, mode="reduce-overhead" if waits_for_python(run) else "default")
     try:
-        with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
-            loss = fast(*batches_of(run, 0)[0])[1]
-        loss.backward()
+        for _ in range(2):  # CUDA graphs are made at the second time
+            with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
+                loss = fast(*batches_of(run, 0)[0])[1]
+            loss.backward()
+            model.zero_grad(set_to_none=True)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"COMPILE=True: torch cannot compile the model: {reason}") from error
-    model.zero_grad(set_to_none=True)
     hardware.synchronize(run.device)
     return fast, time.perf_counter() - started
 

@@ -7,7 +7,7 @@ Prints step time, peak memory and adapter size of full fine-tuning, of this proj
 its own model, and of PEFT's LoRA on `transformers`' model with the same weights. Adapters have
 rank 8 on every linear, the embeddings train, dropout is 0, the optimizer fused AdamW. Steps are
 interleaved in one process; each memory is the peak of a process of its own, imports included, or on
-CUDA what torch allocates there.
+CUDA what torch holds there.
 """
 
 import argparse

@@ -7,9 +7,9 @@
 Every method trains the project's own BigramLanguageModelLoRA, or at a size llama-* a Llama of
 transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times
 are interleaved in one process: each round runs one step of every method, in an order that rotates,
-and ratios pair the steps of one round. Memory is the peak of a process of its own. On CUDA every
-method is in CUDA graphs and multiplies float32 in TF32, as training.py does in small steps. The
-record goes to stdout, progress to stderr.
+and ratios pair the steps of one round. Memory is the peak of a process of its own. On CUDA float32
+is multiplied in TF32, and every method but on a Llama is in CUDA graphs, as training.py does in
+small steps. The record goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -254,14 +254,14 @@ def training_step(
 ) -> Callable[[], Tensor]:
     """A function that takes one training step on a fixed random batch and returns the loss.
 
-    On CUDA the model is in CUDA graphs, as training.py has it for small steps.
+    On CUDA the project's model is in CUDA graphs, as training.py has it for small steps.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(VOCAB_SIZE, (size.batch, size.block + 1), generator=generator)
     batch = tokens[:, :-1].to(device), tokens[:, 1:].to(device)  # (batch, block) each
-    if device.type == "cuda":
+    if device.type == "cuda" and not size.llama:
         model = hardware.in_cuda_graphs(model, batch, dtype)
 
     def step() -> Tensor:
@@ -501,7 +501,7 @@ def markdown(
                 parts.append(table(f"Step time over that of `{other}`", dtype, results, cell))
         parts.append(table("Step time in ms", dtype, results, time_cell))
         if memory:
-            what = "allocated on the GPU" if settings.device.type == "cuda" else "imports included"
+            what = "held on the GPU" if settings.device.type == "cuda" else "imports included"
             title = f"Peak memory in MiB of a process of its own, {what} (ratio to `full`)"
             parts.append(table(title, dtype, results, lambda r: memory_cell(results, r)))
     parts.append(LIMIT)
@@ -681,6 +681,8 @@ def main() -> None:
     settings = Settings(args.rank, args.dropout, args.lora_dropout, args.steps, args.device)
     hardware.keep_freed_memory()
     hardware.allow_tf32(settings.device)
+    if settings.device.index is not None:
+        torch.cuda.set_device(settings.device)
     if args.memory_of is not None:
         print_own_memory(*args.memory_of, settings)
         return

@@ -34,7 +34,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
 from benchmarks.measure import at_least_one
 from config import Config
 
@@ -64,7 +63,8 @@ def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, 
         metrics = next(Path(folder).glob("*-metrics.jsonl"), None)
         if metrics is None:
             sys.exit("error: a run of these variables trains nothing or has an OUT_DIR of its own")
-        return json.loads(metrics.read_text().splitlines()[-1])["summary"] | {"sent": sent}
+        first, *_, last = map(json.loads, metrics.read_text().splitlines())
+        return last["summary"] | {"sent": sent, "device": first["run"]["device"]}
 
 
 def of_round(variables: dict[str, str], number: int) -> dict[str, str]:
@@ -115,10 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     script = "benchmarks/emulated_bfloat16.py" if args.emulate_bfloat16 else "training.py"
     sets = [args.common | variables for variables in args.sets]
-    device, _ = hardware.choose_device(args.common.get("DEVICE", "auto"))
-    name = hardware.device_name(device)
     common = " ".join(f"{n}={v}" for n, v in args.common.items()) or "the defaults"
-    print(f"{args.rounds} runs of {args.steps} steps each, {common}; {name}, {torch.__version__}")
+    print(f"{args.rounds} runs of {args.steps} steps each, {common}; torch {torch.__version__}")
     if args.emulate_bfloat16:
         print("products of bfloat16 are made in float32 and rounded: its times tell nothing")
     rounds = [
@@ -134,7 +132,7 @@ def main() -> None:
             f"{' '.join(f'{n}={v}' for n, v in variables.items()) or '(none)'}: "
             f"step {statistics.median(times) * 1000:.1f} ms, {statistics.median(ratios):.2f} of "
             f"the first ({min(ratios):.2f} to {max(ratios):.2f}), peak {last['peak_memory']:.0f} "
-            f"MiB, validation loss {compared(losses)}"
+            f"MiB, validation loss {compared(losses)}, {last['device']}"
         )
         if "compile_time" in last:
             first = rounds[0][i]["compile_time"]

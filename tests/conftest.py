@@ -35,8 +35,8 @@ TINY = {
 # What tests of the arithmetic run on; on mps float64, their reference, is missing.
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# For runs in two processes, which need a GPU each.
-ON_CPU = {"DEVICE": "cpu"} if torch.cuda.is_available() and torch.cuda.device_count() < 2 else {}
+# For runs in two processes, which would need a GPU each, and what they are compared with.
+ON_CPU = {"DEVICE": "cpu"}
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
 
@@ -130,11 +130,11 @@ def start_group(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | ON_CPU
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for i in range(n):
         own = {"RANK": str(i), "LOCAL_RANK": str(i)} | (others or {} if i > 0 else {})
-        started.append(Started(folder, ["training.py"], variables | group | own))
+        started.append(Started(folder, ["training.py"], ON_CPU | variables | group | own))
     return [process.wait() for process in started]
 
 

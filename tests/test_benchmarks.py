@@ -140,7 +140,7 @@ def test_the_plain_trainers_loss_falls(tmp_path):
 def test_variables_compares_sets_of_them(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     common = "N_EMBD=32 N_LAYER=1 BATCH_SIZE=2 EVAL_BATCHES=1 BLOCK_SIZE=16 DATA=text.txt DROPOUT=0"
-    few = ("--common", common, "--rounds", "1", "--steps", "2")
+    few = ("--common", f"{common} DEVICE=cpu", "--rounds", "1", "--steps", "2")
     sets = ("", "PROCESSES=2 USE_LORA=True")
     output = succeeded(start_script(tmp_path, *few, *sets, script="benchmarks/variables.py"))
     lines = re.findall(

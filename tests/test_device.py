@@ -134,7 +134,7 @@ def test_the_dtype_is_the_cpus_own_unless_told_otherwise(monkeypatch, flag, name
 @pytest.mark.parametrize("lora", [{}, {"use_lora": True}, {"use_lora": True, "lora_dropout": 0.1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_give_the_losses_and_gradients_of_python(lora, dtype):
-    """With the same masks of dropout, for several batches, and capturing draws no numbers."""
+    """With the same masks of dropout, from batch to batch, and capturing draws no numbers."""
     torch.manual_seed(0)
     model = BigramLanguageModelLoRA(
         vocab_size=256, n_embd=32, block_size=16, device="cuda", dropout=0.2, n_head=2, n_layer=2,
@@ -145,20 +145,21 @@ def test_cuda_graphs_give_the_losses_and_gradients_of_python(lora, dtype):
     state = torch.cuda.get_rng_state()
     graphed = hardware.in_cuda_graphs(model, tuple(batches[0]), dtype)
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    for batch in batches:
-        found = []
-        for function in (model, graphed):
-            torch.manual_seed(1)
+    found: list[list[torch.Tensor]] = [[], []]
+    for function, results in zip((model, graphed), found, strict=True):
+        torch.manual_seed(1)
+        for batch in batches:
             with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
                 loss = function(*batch)[-1]
             gradients = torch.autograd.grad(loss, trained)
-            found.append([t.detach().clone() for t in (loss, *gradients)])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            results += [t.detach().clone() for t in (loss, *gradients)]
+        results.append(torch.cuda.get_rng_state())
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_graphs_are_for_small_steps_of_one_batch_on_cuda():
-    def waits(device: str = "cuda", parameters: int = 10**8, **variables: str) -> bool:
+def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
+    def waits(device: str = "cuda", parameters: int = 10**7, **variables: str) -> bool:
         config = Config.from_environment({"BATCH_SIZE": "32", "BLOCK_SIZE": "128"} | variables)
         model = SimpleNamespace(get_parameter_info=lambda: {"total": parameters})
         return waits_for_python(
@@ -169,3 +170,5 @@ def test_graphs_are_for_small_steps_of_one_batch_on_cuda():
     assert not waits("cpu") and not waits("mps")
     assert not waits(parameters=10**9) and waits(parameters=10**9, BATCH_SIZE="2")
     assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
+    monkeypatch.setattr("distributed.size", lambda: 2)
+    assert not waits()

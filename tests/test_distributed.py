@@ -66,6 +66,7 @@ def test_two_processes_train_as_one(folder, mode, fsdp):
     base = variables.get("BASE_CHECKPOINT", "together/full.pt")
     adapters = {"ADAPTERS": "together/lora.pt"} if mode == "lora" else {}
     evaluated = {"EVAL_ONLY": "True", "BASE_CHECKPOINT": base, "DATA": "text.txt"} | adapters
+    evaluated |= ON_CPU
     one = succeeded(start_script(folder, **evaluated))
     two = record_of_group(folder, **evaluated, FSDP=fsdp)
     assert re.search("Validation loss: .*", one)[0] == re.search("Validation loss: .*", two)[0]

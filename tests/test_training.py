@@ -343,6 +343,7 @@ def test_a_compiled_model_trains_alike(training, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     variables = {"USE_LORA": "True", "N_LAYER": "1"}  # no dropout, whose masks are others
+    variables |= {"DTYPE": "float32"}
     plain = succeeded(training(**variables))
     compiled = succeeded(training(**variables, COMPILE="True"))
     assert re.search(r"^Compile time: \d+\.\d s, before the training time$", compiled, re.MULTILINE)
