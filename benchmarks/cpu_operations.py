@@ -20,6 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import device as hardware
+from benchmarks.measure import at_least_one
 from lora.dropout import dropout
 from models.transformer import plain_attention
 
@@ -70,7 +71,9 @@ def error_of_norm(dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=30, help="calls that are timed (default 30)")
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=30, help="calls that are timed (default 30)"
+    )
     repeats = parser.parse_args().repeats
     hardware.keep_freed_memory()
     print(f"device: {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")

@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import interleaved, number_printed_by
+from benchmarks.measure import at_least_one, interleaved, number_printed_by
 from checkpoint import Checkpoint, shape_of
 from huggingface import write_gpt2
 from lora import base_state, save_adapter, store_base
@@ -119,14 +119,20 @@ def peak_mib(method: str, base: Path, args: argparse.Namespace) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="rounds that are timed (default: 8)")
+    parser.add_argument(
+        "--steps", type=at_least_one, default=8, help="rounds that are timed (default: 8)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (default: 2)")
-    parser.add_argument("--block", type=int, default=256, help="tokens in each (default: 256)")
+    parser.add_argument("--batch", type=at_least_one, default=2, help="sequences (default: 2)")
+    parser.add_argument(
+        "--block", type=at_least_one, default=256, help="tokens in each (default: 256)"
+    )
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.block > GPT2["block_size"]:
+        parser.error(f"--block {args.block} is more than GPT-2's context, {GPT2['block_size']}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no cuda device here")
     hardware.keep_freed_memory()

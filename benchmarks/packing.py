@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import interleaved, number_printed_by
+from benchmarks.measure import at_least_one, interleaved, number_printed_by
 from config import Config
 from data import load_corpus, load_records, training_batch
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -64,7 +64,9 @@ def peak_mib(kind: str, use_lora: bool, dtype: str) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="rounds that are timed (default: 12)")
+    parser.add_argument(
+        "--steps", type=at_least_one, default=12, help="rounds that are timed (default: 12)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -38,6 +38,8 @@ from benchmarks.measure import at_least_one
 from config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+# What is given by options, or would write elsewhere.
+NOT_IN_SETS = ("MAX_STEPS", "SAMPLE_TOKENS", "OUT_DIR", "TEST_MODE")
 
 
 def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, 
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-            sys.exit(f"error: {shlex.join(command)}: {(errors or [done.stderr[-2000:]])[0]}")
+            print(*(errors or [done.stderr[-2000:]])[:1], file=sys.stderr)
+            sys.exit(done.returncode)
         sent = bytes_sent() - before
         metrics = next(Path(folder).glob("*-metrics.jsonl"), None)
         if metrics is None:
@@ -95,7 +98,13 @@ def parse(text: str) -> dict[str, str]:
     words = shlex.split(text)
     if not all("=" in word for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
-    return dict(word.split("=", 1) for word in words)
+    variables = dict(word.split("=", 1) for word in words)
+    for name in variables.keys() & set(NOT_IN_SETS):
+        raise argparse.ArgumentTypeError(f"{name} is not for a set; --steps is the steps of a run")
+    processes = variables.get("PROCESSES", "1")
+    if not processes.isdecimal() or int(processes) < 1:
+        raise argparse.ArgumentTypeError(f"PROCESSES={processes!a} is not an integer of at least 1")
+    return variables
 
 
 def main() -> None:

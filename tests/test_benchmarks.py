@@ -152,6 +152,21 @@ def test_variables_compares_sets_of_them(tmp_path):
     assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) != 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["DTPE=float32"], "error: DTPE is not a variable"),
+        (["MAX_STEPS=3"], "MAX_STEPS is not for a set"),
+        (["PROCESSES=x"], "PROCESSES='x' is not an integer of at least 1"),
+        (["--rounds", "0", ""], "'0' is not an integer of at least 1"),
+    ],
+)
+def test_variables_refuses_what_it_cannot_use(tmp_path, arguments, words):
+    process = start_script(tmp_path, *arguments, script="benchmarks/variables.py")
+    assert process.returncode == 2
+    assert words in process.stderr.splitlines()[-1]
+
+
 def test_variables_gives_each_round_a_seed_and_compares_losses_within_it():
     assert [of_round({"SEED": "7", "A": "b"}, i)["SEED"] for i in range(3)] == ["7", "8", "9"]
     assert of_round({}, 1) == {"SEED": "1338"} and of_round({"SEED": "x"}, 1) == {"SEED": "x"}

@@ -156,6 +156,8 @@ def test_a_base_is_named_plainly(files, capsys):
         ({"BLOCK_SIZE": "16"}, "BLOCK_SIZE differs: 32 in full.txt, same.txt; 16 in b.txt"),
         ({"GRAD_ACCUM_STEPS": "2"}, "GRAD_ACCUM_STEPS differs: 1 in full.txt, same.txt; "
          "2 in b.txt"),
+        ({"GRAD_CHECKPOINT": "True"}, "GRAD_CHECKPOINT differs: False in full.txt, same.txt; "
+         "True in b.txt"),
         # As many validation windows, or others.
         ({"BATCH_SIZE": "8", "EVAL_BATCHES": "1"}, "BATCH_SIZE differs: 4 in full.txt, same.txt; "
          "8 in b.txt"),
