@@ -13,13 +13,15 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Tests run in several workers (pyproject.toml), which would take the cores from each other. torch
+# reads it when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Tests run in several workers (pyproject.toml), which would take the cores from each other.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
