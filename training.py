@@ -237,9 +237,10 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     """The model through torch.compile, and the seconds that it took to compile, which is done here
     with a first batch that leaves no trace."""
     started = time.perf_counter()
-    fast = torch.compile(model, mode="reduce-overhead" if waits_for_python(run) else "default")
+    in_graphs = waits_for_python(run)
+    fast = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")
     try:
-        for _ in range(2):  # CUDA graphs are made at the second time
+        for _ in range(2 if in_graphs else 1):  # CUDA graphs are made at the second time
             with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
                 loss = fast(*batches_of(run, 0)[0])[1]
             loss.backward()

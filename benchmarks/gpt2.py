@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import at_least_one, interleaved, number_printed_by
+from benchmarks.measure import at_least_one, device_of, interleaved, number_printed_by
 from checkpoint import Checkpoint, shape_of
 from huggingface import write_gpt2
 from lora import base_state, save_adapter, store_base
@@ -40,7 +40,7 @@ METHODS = ("full", "lora", "peft")
 RANK, ALPHA, SEED = 8, 16.0, 1337
 
 
-def our_model(use_lora: bool, device: str = "cpu") -> BigramLanguageModelLoRA:
+def our_model(use_lora: bool, device: str | torch.device = "cpu") -> BigramLanguageModelLoRA:
     torch.manual_seed(SEED)
     return BigramLanguageModelLoRA(
         **GPT2, device=device, dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
@@ -87,7 +87,7 @@ def make_step(method: str, base: Path, args: argparse.Namespace) -> tuple[nn.Mod
     idx, targets = tokens[:, :-1], tokens[:, 1:]
 
     def step() -> float:
-        with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             if method == "peft":
                 logits = model(input_ids=idx, use_cache=False).logits
                 loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=at_least_one, default=8, help="rounds that are timed (default: 8)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--device", type=device_of, default="cpu", help="(default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=at_least_one, default=2, help="sequences (default: 2)")
     parser.add_argument(
@@ -133,15 +133,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.block > GPT2["block_size"]:
         parser.error(f"--block {args.block} is more than GPT-2's context, {GPT2['block_size']}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no cuda device here")
     hardware.keep_freed_memory()
-    hardware.allow_tf32(torch.device(args.device))
+    hardware.allow_tf32(args.device)
     if args.memory_of is not None:
         _, step = make_step(args.memory_of, args.base, args)
         for _ in range(3):
             step()
-        print(hardware.peak_memory(torch.device(args.device)))
+        print(hardware.peak_memory(args.device))
         return
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "gpt2"
@@ -161,7 +159,7 @@ def main() -> None:
             method: sum(p.numel() for p in model.parameters() if p.requires_grad)
             for method, (model, _) in models.items()
         }
-    name = hardware.device_name(torch.device(args.device))
+    name = hardware.device_name(args.device)
     print(f"GPT-2 124M, batch {args.batch} x {args.block}, {args.dtype}, {name}")
     print(f"torch {torch.__version__}, {json.dumps(losses)} first losses")
     print("       " + "  ".join(("     trained", "step, ms", "ratio", "peak, MiB", "adapter, MiB")))

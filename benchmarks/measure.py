@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int
@@ -66,6 +68,25 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!a} is not an integer of at least 1")
     return number
+
+
+def device_of(text: str) -> torch.device:
+    """An argparse type: auto, or a cpu, cuda or mps device that is there."""
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if text == "auto":
+        return torch.device(next(kind for kind, count in counts.items() if count))
+    kind, colon, index = text.partition(":")
+    if kind not in counts or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{text!a} is no device; accepted: auto, {', '.join(counts)}, or one such as cuda:1"
+        )
+    if int(index or 0) >= counts[kind]:
+        raise argparse.ArgumentTypeError(f"torch finds no device {text} here")
+    return torch.device(text)
 
 
 def add_memory_option(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import device as hardware
-from benchmarks.measure import add_memory_option, at_least_one, names_of, number_printed_by
+from benchmarks.measure import (
+    add_memory_option,
+    at_least_one,
+    device_of,
+    names_of,
+    number_printed_by,
+)
 from lora import add_lora, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -572,25 +578,6 @@ def probability(text: str) -> float:
     if not 0.0 <= number < 1.0:
         raise argparse.ArgumentTypeError(f"{text!a} is not a number in [0, 1)")
     return number
-
-
-def device_of(text: str) -> torch.device:
-    """An argparse type: auto, or a cpu, cuda or mps device that is there."""
-    counts = {
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
-    if text == "auto":
-        return torch.device(next(kind for kind, count in counts.items() if count))
-    kind, colon, index = text.partition(":")
-    if kind not in counts or (colon and not index.isdecimal()):
-        raise argparse.ArgumentTypeError(
-            f"{text!a} is no device; accepted: auto, {', '.join(counts)}, or one such as cuda:1"
-        )
-    if int(index or 0) >= counts[kind]:
-        raise argparse.ArgumentTypeError(f"torch finds no device {text} here")
-    return torch.device(text)
 
 
 def output_prefix(text: str) -> str:

@@ -60,7 +60,7 @@ def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, 
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-            print(*(errors or [done.stderr[-2000:]])[:1], file=sys.stderr)
+            print((errors or [done.stderr[-2000:]])[0], file=sys.stderr)
             sys.exit(done.returncode)
         sent = bytes_sent() - before
         metrics = next(Path(folder).glob("*-metrics.jsonl"), None)
@@ -101,9 +101,10 @@ def parse(text: str) -> dict[str, str]:
     variables = dict(word.split("=", 1) for word in words)
     for name in variables.keys() & set(NOT_IN_SETS):
         raise argparse.ArgumentTypeError(f"{name} is not for a set; --steps is the steps of a run")
-    processes = variables.get("PROCESSES", "1")
-    if not processes.isdecimal() or int(processes) < 1:
-        raise argparse.ArgumentTypeError(f"PROCESSES={processes!a} is not an integer of at least 1")
+    try:
+        at_least_one(variables.get("PROCESSES", "1"))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"PROCESSES={error}") from error
     return variables
 
 

@@ -65,8 +65,8 @@ def test_two_processes_train_as_one(folder, mode, fsdp):
     # And a file is a file: one process evaluates what two have written.
     base = variables.get("BASE_CHECKPOINT", "together/full.pt")
     adapters = {"ADAPTERS": "together/lora.pt"} if mode == "lora" else {}
-    evaluated = {"EVAL_ONLY": "True", "BASE_CHECKPOINT": base, "DATA": "text.txt"} | adapters
-    evaluated |= ON_CPU
+    evaluated = {"EVAL_ONLY": "True", "BASE_CHECKPOINT": base, "DATA": "text.txt"}
+    evaluated |= adapters | ON_CPU
     one = succeeded(start_script(folder, **evaluated))
     two = record_of_group(folder, **evaluated, FSDP=fsdp)
     assert re.search("Validation loss: .*", one)[0] == re.search("Validation loss: .*", two)[0]
