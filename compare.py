@@ -4,12 +4,13 @@
     python compare.py out                                   the metrics.jsonl files of a folder
     python compare.py out other/output.txt --plot curves.png
 
-Each file is the redirected output of a run (`python training.py > output_full.txt`) or its
+Each file is the log of a run: its redirected output (`python training.py > output_full.txt`) or its
 metrics.jsonl. Ratios are to the first run. A warning names each difference between the runs that
-makes their comparison unfair. Runs may be unfinished: they are shown as far as they are.
+makes their comparison unfair. An unfinished run is shown as far as it is.
 """
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -18,8 +19,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from run_records import Record, RecordError, join, printable, read_records
+from trainer.log import wrote_line
+from trainer.log_reader import LogError, RunLog, join, printable, read_logs
 
 FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
@@ -40,7 +43,7 @@ class Column:
     unit: str
     width: int
     form: str
-    value: Callable[[Record], float | None]
+    value: Callable[[RunLog], float | None]
     grows: bool = False
 
 
@@ -49,7 +52,9 @@ COLUMNS = [
     Column("trainable", "", 11, ",d", lambda run: run.trainable),
     Column("share", "%", 6, ".2f", lambda run: run.share),
     Column("time", "s", 7, ".1f", lambda run: run.elapsed, grows=True),
-    Column("step", "ms", 7, ".1f", lambda run: run.step_time and run.step_time * 1000),
+    Column(
+        "step", "ms", 7, ".1f", lambda run: run.median_step_time and run.median_step_time * 1000
+    ),
     Column("speed", "tokens/s", 8, ".0f", lambda run: run.tokens_per_second),
     Column("memory", "MiB", 6, ".0f", lambda run: run.peak_memory),
     Column("best", "val loss", 8, ".4f", lambda run: run.best_loss, grows=True),
@@ -58,26 +63,37 @@ COLUMNS = [
 ]
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line, and prints the help as the script prints all else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LogError(f"{message}; python compare.py --help shows what is accepted")
+
+    def print_help(self, file: object = None) -> None:
+        say(*self.format_help().splitlines())
+
+
 def main(arguments: list[str]) -> int:
-    """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    if sys.stdout is not None:
+    """Run the script; returns its exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work(parse(arguments))
-    except RecordError as error:
-        return fail(str(error))
+    except LogError as error:
+        return fail(str(error), 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
     except OSError as error:
-        if error.filename is not None:
-            return fail(f"{error.filename}: {error.strerror}")
-        # The reader of stdout has gone, or its disk is full. Python would try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail(f"stdout: {error.strerror}")
+        return fail(
+            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
+        )
     return 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of the command line. Raises LogError for a bad one, SystemExit after --help."""
     usage, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="compare.py",
         description=usage,
         epilog=details,
@@ -96,26 +112,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> None:
+    """Print the table, the notes and the warnings, and draw the plot if it is asked for."""
     if options.plot is not None and options.plot.suffix.lower() not in FORMATS:
-        raise RecordError(f"--plot {options.plot}: the name must end in {', '.join(FORMATS)}")
-    records, notes = join(r for path in options.run for r in read_records(path))
-    say(*table(records))
-    say(*(f"Note: {note}" for note in notes), *(f"Warning: {w}" for w in warnings(records)))
+        raise LogError(f"--plot {options.plot}: the name must end in {', '.join(FORMATS)}")
+    runs, notes = join(log for path in options.run for log in read_logs(path))
+    say(*table(runs))
+    say(*(f"Note: {note}" for note in notes), *(f"Warning: {w}" for w in warnings(runs)))
     if options.plot is not None:
-        size = plot(records, options.plot)
-        say(f"Wrote {options.plot}: {size / 2**20:.2f} MiB")
+        say(wrote_line(options.plot, plot(runs, options.plot)))
 
 
-def table(records: list[Record]) -> list[str]:
+def table(runs: list[RunLog]) -> list[str]:
     """Lines of a table: for each run its name, its values, and their ratios to the first run's."""
     lines = [row(c.name for c in COLUMNS), row(c.unit for c in COLUMNS)]
-    for run in records:
+    for run in runs:
         words = [run.mode, run.data and f"data {run.data}", run.progress]
         lines.append(f"{run.name}: {', '.join(word for word in words if word)}")
         values = ((c.value(run), c.form) for c in COLUMNS)
         lines.append(row("-" if value is None else format(value, form) for value, form in values))
-        if run is not records[0]:
-            lines.append(row(ratio(run, records[0], column) for column in COLUMNS))
+        if run is not runs[0]:
+            lines.append(row(ratio(run, runs[0], column) for column in COLUMNS))
     return [line for line in lines if line]
 
 
@@ -123,7 +139,7 @@ def row(cells: Iterable[str]) -> str:
     return "  ".join(f"{cell:>{c.width}}" for cell, c in zip(cells, COLUMNS, strict=True)).rstrip()
 
 
-def ratio(run: Record, first: Record, column: Column) -> str:
+def ratio(run: RunLog, first: RunLog, column: Column) -> str:
     value, reference = column.value(run), column.value(first)
     if value is None or not reference or not math.isfinite(value / reference):
         return ""
@@ -132,26 +148,26 @@ def ratio(run: Record, first: Record, column: Column) -> str:
     return f"{value / reference:.2f}x"
 
 
-def warnings(records: list[Record]) -> list[str]:
+def warnings(runs: list[RunLog]) -> list[str]:
     """A line for each difference that makes the comparison unfair, and for each unfinished run."""
-    found = [f"{run.name} is {run.progress}" for run in records if not run.is_finished]
-    for name in conditions(records[0]):
-        groups: dict[str, list[Record]] = {}
-        for run in records:
+    found = [f"{run.name} is {run.progress}" for run in runs if not run.is_finished]
+    for name in conditions(runs[0]):
+        groups: dict[str, list[RunLog]] = {}
+        for run in runs:
             key, _ = conditions(run)[name]
             if key is not None:
                 groups.setdefault(key, []).append(run)
         if len(groups) < 2:
             continue
-        runs = [(conditions(g[0])[name][1], ", ".join(r.name for r in g)) for g in groups.values()]
-        line = f"{name} differs: {'; '.join(f'{value} in {names}' for value, names in runs)}"
-        if name == "base" and len({run.base_path is None for run in records if run.base}) == 2:
+        sides = [(conditions(g[0])[name][1], ", ".join(r.name for r in g)) for g in groups.values()]
+        line = f"{name} differs: {'; '.join(f'{value} in {names}' for value, names in sides)}"
+        if name == "base" and len({run.base_path is None for run in runs if run.base}) == 2:
             line += "; a run from random weights has more to learn than one from a trained base"
         found.append(line)
     return found
 
 
-def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
+def conditions(run: RunLog) -> dict[str, tuple[str | None, str | None]]:
     """What must agree for a fair comparison: by name, what is compared and how it is written."""
     base = f"{run.base_path or 'random weights'} (fingerprint {run.base})"
     kind, _, hardware = (run.device or "").partition(" (")
@@ -166,18 +182,18 @@ def conditions(run: Record) -> dict[str, tuple[str | None, str | None]]:
     return found | {name: (value, value) for name, value in values.items()}
 
 
-def plot(records: list[Record], path: Path) -> int:
+def plot(runs: list[RunLog], path: Path) -> int:
     """Draw the validation losses against steps and seconds; returns the file's size in bytes.
 
-    Raises RecordError, and writes nothing, without matplotlib or without an evaluation.
+    Raises LogError, and writes nothing, without matplotlib or without an evaluation.
     """
     try:
         from matplotlib.figure import Figure  # which needs no display
     except ImportError as error:
-        raise RecordError("--plot needs matplotlib: pip install matplotlib") from error
-    runs = [run for run in records if run.evaluations]
+        raise LogError("--plot needs matplotlib: pip install matplotlib") from error
+    runs = [run for run in runs if run.evaluations]
     if not runs:
-        raise RecordError(f"--plot {path}: there is no evaluation to draw yet")
+        raise LogError(f"--plot {path}: there is no evaluation to draw yet")
     names = [label(run) for run in runs]
     columns = 2 if len(runs) > 2 and max(map(len, names)) < 50 else 1
     height = 3.5 + 0.22 * math.ceil(len(runs) / columns)
@@ -211,14 +227,14 @@ def plot(records: list[Record], path: Path) -> int:
     return len(content.getvalue())
 
 
-def label(run: Record) -> str:
+def label(run: RunLog) -> str:
     """What a legend says of a run; a dollar sign would begin a formula."""
     unfinished = "" if run.is_finished else ", unfinished"
     words = f"{run.mode or 'run'} on {run.data or '?'}{unfinished}: {run.name}"
     return printable(words).replace("$", r"\$")
 
 
-def heading(runs: list[Record]) -> str:
+def heading(runs: list[RunLog]) -> str:
     """The data and the models of a plot in words."""
     names = ("N_LAYER", "N_EMBD", "BLOCK_SIZE")
     shapes = dict.fromkeys(tuple(run.config.get(name, "?") for name in names) for run in runs)
@@ -227,17 +243,17 @@ def heading(runs: list[Record]) -> str:
     return f"data: {' and '.join(data)}; model: {' and '.join(models)}".replace("$", r"\$")
 
 
-def limits(records: list[Record]) -> tuple[float, float, str]:
+def limits(runs: list[RunLog]) -> tuple[float, float, str]:
     """Limits of the axis of losses, and words for what lies above them.
 
     The first losses are so high that they would press what matters into a flat line. The axis has
     the last loss of every run, and all after a tenth of the longest run.
     """
-    every = [e for run in records for e in run.evaluations if math.isfinite(e.val_loss)]
+    every = [e for run in runs for e in run.evaluations if math.isfinite(e.val_loss)]
     if not every:
         return 0.0, 1.0, ""
     late = max(e.step for e in every) / 10
-    ends = [run.evaluations[-1] for run in records]
+    ends = [run.evaluations[-1] for run in runs]
     high = max(e.val_loss for e in every if e.step >= late or e in ends)
     low, highest = min(e.val_loss for e in every), max(e.val_loss for e in every)
     errors = [e.val_error for e in every if e.val_loss <= high and math.isfinite(e.val_error)]
@@ -248,24 +264,35 @@ def limits(records: list[Record]) -> tuple[float, float, str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file beside `path` and rename it into place. Raises RecordError."""
+    """Write a file beside `path` and rename it into place. Raises LogError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
+        raise LogError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise RecordError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def say(*lines: str) -> None:
-    for line in lines:
-        print(printable(line), flush=True)
+    """Print whole lines to stdout at once. Raises LogError when that cannot be written: its disk is
+    full, or its reader has gone (`... | head`)."""
+    try:
+        for line in lines:
+            print(printable(line), flush=True)
+    except OSError as error:
+        # Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise LogError(f"stdout: {error.strerror}") from error
 
 
-def fail(message: str) -> int:
-    print(f"error: {printable(message)}", file=sys.stderr)
-    return 2
+def fail(message: str, exit_code: int) -> int:
+    """Print an error to stderr, if it is open; returns the exit code."""
+    if sys.stderr is not None:  # for want of it `print` would take stdout
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 if __name__ == "__main__":

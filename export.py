@@ -9,11 +9,12 @@ The folders must not exist yet.
 import os
 import sys
 
-from config import ConfigError
-from huggingface import adapter_to_gpt2, read_base, write_gpt2
+from files import OtherKind
 from lora import read_adapter, write_peft
-from lora.files import OtherKind
-from run import exit_code_of, say
+from models import FAMILIES, GPT2
+from models.huggingface import adapter_to_folder, read_base, write_model
+from trainer.console import exit_code_of, say
+from trainer.settings import ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -31,12 +32,13 @@ def work(arguments: list[str]) -> None:
     try:
         adapter = read_adapter(source)
     except OtherKind:
-        size = write_gpt2(folder, read_base(source))
+        size = write_model(folder, read_base(source))
         what = "a GPT-2 model"
     else:
+        family = FAMILIES.get(adapter.metadata.get("family"), GPT2)
         below = adapter.metadata.get("base_checkpoint")
         base_model = below if below is not None and os.path.isdir(below) else None
-        size = write_peft(folder, adapter_to_gpt2(adapter), "CAUSAL_LM", base_model)
+        size = write_peft(folder, adapter_to_folder(adapter, family), "CAUSAL_LM", base_model)
         what = "a PEFT adapter"
     say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB")
 

@@ -17,22 +17,23 @@ from pathlib import Path
 
 import torch
 
-import device as hardware
-from checkpoint import load_base
-from config import ConfigError, GenerateConfig, help_table
+import hardware
 from data import encode, end_token, stream_decoder
-from huggingface import read_base
-from lora import base_state, merge_adapter
-from lora.files import fingerprint, write_err, write_out
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from run import (
-    asks_for_help,
-    check_vocabulary,
-    exit_code_of,
-    format_table,
+from files.streams import write_err, write_out
+from lora import lora_layers, merge_adapter
+from models import LanguageModel
+from trainer.console import asks_for_help, exit_code_of, format_table, say
+from trainer.loading import (
+    LoraOptions,
+    base_fingerprint,
+    build_model,
+    describe_adapters,
+    parts_of,
     put_on_adapters,
-    say,
+    read_adapters,
+    read_checked_base,
 )
+from trainer.settings import ConfigError, GenerateConfig, help_table
 
 
 def main(arguments: list[str]) -> int:
@@ -57,30 +58,32 @@ def work(arguments: list[str]) -> None:
 
 def load_model(
     config: GenerateConfig, device: torch.device
-) -> tuple[BigramLanguageModelLoRA, str | None, str | None]:
+) -> tuple[LanguageModel, str | None, str | None]:
     """The base, with the adapters merged into it, its tokenizer, and the format that it or the
     adapters were trained to be asked in, if any."""
-    base = read_base(config.base_checkpoint or Path(config.out_dir) / "full.pt")
-    check_vocabulary(base)
-    use_lora = config.adapters is not None
-    model = BigramLanguageModelLoRA(**base.shape, device=device, dropout=0.0, use_lora=use_lora)
-    load_base(model, base)
-    lines, facts = [f"Base: {base.path}"], base.metadata
-    if config.adapters is not None:
-        base_id = fingerprint(base_state(model))
+    base = read_checked_base(config.base_checkpoint or str(Path(config.out_dir) / "full.pt"))
+    adapters = read_adapters(config.adapters, base.family, base.sizes)
+    lora = None
+    if adapters:
+        targets, train_embeddings = parts_of(adapters)
+        lora = LoraOptions(targets=targets, train_embeddings=train_embeddings)
+    model = build_model(base.family, base.sizes, base, device, lora=lora)
+    lines, metadata = [f"Base: {base.path}"], base.metadata
+    if adapters:
         rank, any_base = config.lora_rank, config.any_base
-        more, facts = put_on_adapters(model, base_id, config.adapters, rank, any_base)
-        lines += more
+        metadata = put_on_adapters(model, base_fingerprint(model), adapters, rank, any_base)
+        largest_rank = max(layer.rank for layer in lora_layers(model).values())
+        lines += describe_adapters(adapters, metadata, largest_rank)
         merge_adapter(model)
     for line in lines:
         write_err(line)
-    prompt_format = facts.get("prompt_format")
+    prompt_format = metadata.get("prompt_format")
     return model.eval(), base.tokenizer, prompt_format if isinstance(prompt_format, str) else None
 
 
 def write_text(
     config: GenerateConfig,
-    model: BigramLanguageModelLoRA,
+    model: LanguageModel,
     tokenizer: str | None,
     prompt_format: str | None,
     device: torch.device,

@@ -1,30 +1,56 @@
 """Time the operations for which this project takes another form than torch's first choice.
 
     python benchmarks/cpu_operations.py
+    python benchmarks/cpu_operations.py --sections groups,parts
 
-Milliseconds, medians of 30, at the default model's shapes (batch 32, 128 tokens, width 256,
-4 heads): GELU, dropout, LayerNorm, and causal attention forward and backward. And how far off the
-gradients of LayerNorm's weights are, which are float32 in either dtype, as under autocast.
+All figures are milliseconds, forward and backward, medians of 30. The sections are:
+
+    operations     GELU, dropout, LayerNorm and causal attention at the default model's shapes
+                   (batch 32, 128 tokens, width 256, 4 heads). And the error of the gradient of
+                   LayerNorm's weight, which is float32 in either dtype, as under autocast.
+    parts          LoRALinear by the number of parts of a product: PARTS, ENOUGH_TOKENS
+    slices         LoRALinear with dropout by the tokens of a slice: SLICE
+    groups         layers on one input, as one product and one by one: FEW_TOKENS, WIDE_GROUP,
+                   OUTPUTS_PER_TOKEN, PLAIN_GROUP
+    kept weights   LoRALinear with its merged weight kept for backward, and made again:
+                   SMALL_WEIGHT, SMALL_BATCH
+
+The names in capitals are constants of lora/linear.py, which the sections set.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import device as hardware
-from benchmarks.measure import at_least_one
-from lora.dropout import dropout
-from models.transformer import plain_attention
+import hardware
+from benchmarks.measure import at_least_one, interleaved, names_of
+from lora import LoRALinear, grouped_linear
+from lora import linear as lora_linear
+from ops.attention import plain_attention
+from ops.dropout import dropout
 
 WARMUP = 3
+
+# The input and the outputs of queries, keys and values, and of gate and up: of a small GPT and of
+# GPT-2, and as in SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
+GROUPS = [
+    (256, (256, 256, 256)),
+    (768, (768, 768, 768)),
+    (576, (576, 192, 192)),
+    (896, (896, 128, 128)),
+    (2048, (2048, 512, 512)),
+    (576, (1536, 1536)),
+]
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -37,21 +63,21 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times) * 1000
 
 
-def fused_attention(qkv: torch.Tensor, p: float) -> torch.Tensor:
+def fused_attention(qkv: Tensor, p: float) -> Tensor:
     """torch's, on qkv (B, T, 3, H, D): (B, T, H * D)."""
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     return y.transpose(1, 2).flatten(2)
 
 
-def with_backward(function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+def with_backward(function: Callable[..., Tensor], *inputs: Tensor):
     """A call that runs `function` on the inputs, forward and backward."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     gradient = torch.ones_like(function(*leaves))
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, bias.shape, weight, bias)
 
 
@@ -60,7 +86,7 @@ def error_of_norm(dtype: torch.dtype) -> float:
     torch.manual_seed(0)
     x, gradient = torch.randn(2, 4096, 256).to(dtype)
 
-    def found(as_dtype: torch.dtype, weights: torch.dtype) -> torch.Tensor:
+    def found(as_dtype: torch.dtype, weights: torch.dtype) -> Tensor:
         weight = torch.ones(256, dtype=weights, requires_grad=True)
         y = norm(x.to(as_dtype), weight, torch.zeros(256, dtype=weights))
         return torch.autograd.grad(y, weight, gradient.to(as_dtype))[0].double()
@@ -69,14 +95,7 @@ def error_of_norm(dtype: torch.dtype) -> float:
     return ((found(dtype, torch.float32) - exact).norm() / exact.norm()).item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=30, help="calls that are timed (default 30)"
-    )
-    repeats = parser.parse_args().repeats
-    hardware.keep_freed_memory()
-    print(f"device: {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+def operations(repeats: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(32, 128, 1024, dtype=dtype)
         residual = torch.randn(32, 128, 256, dtype=dtype)
@@ -90,18 +109,142 @@ def main() -> None:
             "dropout 0.2, ours": with_backward(lambda x: dropout(x, 0.2, True), residual),
             "LayerNorm": with_backward(norm, residual, torch.ones(256), torch.zeros(256)),
             "attention, torch's": with_backward(lambda t: fused_attention(t, 0.0), qkv),
-            "attention, plain": with_backward(lambda t: plain_attention(t, 0.0), qkv),
+            "attention, plain": with_backward(lambda t: plain_attention(*t.unbind(2), 0.0), qkv),
             "attention with dropout 0.2, torch's": with_backward(
                 lambda t: fused_attention(t, 0.2), qkv
             ),
             "attention with dropout 0.2, plain and ours": with_backward(
-                lambda t: plain_attention(t, 0.2), qkv
+                lambda t: plain_attention(*t.unbind(2), 0.2), qkv
             ),
         }
         print(f"{str(dtype).removeprefix('torch.')}, forward and backward, ms:")
         for name, function in rows.items():
             print(f"   {name:44} {milliseconds(function, repeats):7.2f}")
         print(f"   error of LayerNorm's gradient: {error_of_norm(dtype):.1e}")
+
+
+def compare(title: str, forms: Mapping[str, Callable[[], object]], repeats: int) -> None:
+    """Print a line with the time of each form, measured in turn."""
+    times = interleaved(forms, repeats, WARMUP)
+    medians = [f"{name} {statistics.median(t) * 1000:.2f}" for name, t in times.items()]
+    print(f"   {title:44} {', '.join(medians)}")
+
+
+def adapters(n_in: int, widths: Sequence[int], dtype: torch.dtype, p: float) -> list[LoRALinear]:
+    """LoRALinears of these widths on one input, their bases in `dtype`, adapters' dropout `p`."""
+    layers = [LoRALinear(nn.Linear(n_in, n_out, dtype=dtype), dropout=p) for n_out in widths]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.02)
+    return layers
+
+
+def layer_step(
+    x: Tensor, layers: Sequence[nn.Module], forward: Callable[..., Sequence[Tensor]], **constants
+) -> Callable[[], object]:
+    """A call that runs `forward(x, layers)` and its backward with these constants of linear.py."""
+    x = x.clone().requires_grad_()
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+    def step() -> None:
+        with patch.multiple(lora_linear, **constants):
+            outputs = forward(x, layers)
+            torch.autograd.grad(outputs, [x, *trained], [torch.ones_like(y) for y in outputs])
+
+    return step
+
+
+def one_by_one(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    return [layer(x) for layer in layers]
+
+
+def parts(repeats: int) -> None:
+    print("parts, float32, 256 to 256:")
+    layers = adapters(256, [256], torch.float32, 0.0)
+    for tokens in (256, 512, 1024, 4096):
+        x = torch.randn(tokens, 256)
+        forms = {
+            str(n): layer_step(x, layers, one_by_one, PARTS=n, ENOUGH_TOKENS=0 if n > 1 else 2**62)
+            for n in (1, 4, 8, 16)
+        }
+        compare(f"{tokens} tokens", forms, repeats)
+
+
+def slices(repeats: int) -> None:
+    print("slices, dropout 0.1:")
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (256, 1024):
+            layers = adapters(width, [width], dtype, 0.1)
+            x = torch.randn(4096, width, dtype=dtype)
+            forms = {
+                str(n): layer_step(x, layers, one_by_one, SLICE=n) for n in (256, 512, 1024, 4096)
+            }
+            compare(f"{width} to {width}, {dtype}, 4096 tokens", forms, repeats)
+
+
+def groups(repeats: int) -> None:
+    always = {"FEW_TOKENS": 0, "WIDE_GROUP": 2**62, "OUTPUTS_PER_TOKEN": 2**62}
+    always["PLAIN_GROUP"] = 2**62
+    for kind in ("LoRA", "plain, frozen", "plain, trained"):
+        for dtype in (torch.float32, torch.bfloat16):
+            print(f"groups, {kind}, {str(dtype).removeprefix('torch.')}:")
+            for n_in, widths in GROUPS:
+                layers = adapters(n_in, widths, dtype, 0.0)
+                if kind != "LoRA":
+                    trained = kind == "plain, trained"
+                    layers = [nn.Linear(n_in, n_out, False, dtype=dtype) for n_out in widths]
+                    for layer in layers:
+                        layer.requires_grad_(trained)
+                for tokens in (8, 16, 128, 512, 1024):
+                    x = torch.randn(tokens, n_in, dtype=dtype)
+                    forms = {
+                        "one product": layer_step(x, layers, grouped_linear, **always),
+                        "one by one": layer_step(x, layers, one_by_one, **always),
+                    }
+                    name = f"{n_in} to {'/'.join(map(str, widths))}, {tokens} tokens"
+                    compare(name, forms, repeats)
+
+
+def kept_weights(repeats: int) -> None:
+    print("kept weights, float32, merged:")
+    with patch.object(lora_linear, "merging_pays", lambda *_: True):
+        for width in (128, 256, 512):
+            layers = adapters(width, [width], torch.float32, 0.0)
+            for tokens in (256, 1024, 4096):
+                x = torch.randn(tokens, width)
+                forms = {
+                    "kept": layer_step(
+                        x, layers, one_by_one, SMALL_WEIGHT=2**62, SMALL_BATCH=2**62
+                    ),
+                    "made again": layer_step(x, layers, one_by_one, SMALL_WEIGHT=0),
+                }
+                compare(f"{width} to {width}, {tokens} tokens", forms, repeats)
+
+
+SECTIONS = {
+    "operations": operations,
+    "parts": parts,
+    "slices": slices,
+    "groups": groups,
+    "kept weights": kept_weights,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=30, help="calls that are timed (default 30)"
+    )
+    parser.add_argument(
+        "--sections",
+        type=names_of(list(SECTIONS)),
+        default=list(SECTIONS),
+        help=f"of {', '.join(SECTIONS)} (default: all)",
+    )
+    args = parser.parse_args()
+    hardware.keep_freed_memory()
+    print(f"device: {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    for name in args.sections:
+        SECTIONS[name](args.repeats)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
+import hardware
 from benchmarks.measure import at_least_one, device_of, interleaved, number_printed_by
-from checkpoint import Checkpoint, shape_of
-from huggingface import write_gpt2
 from lora import base_state, save_adapter, store_base
+from models import GPT2
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.checkpoint import Checkpoint
+from models.huggingface import write_model
 
-GPT2 = {
+SIZES = {
     "vocab_size": 50257, "n_embd": 768, "block_size": 1024, "n_head": 12, "n_layer": 12,
     "gelu": "tanh", "tied_head": True,
 }  # fmt: skip
@@ -43,14 +44,14 @@ RANK, ALPHA, SEED = 8, 16.0, 1337
 def our_model(use_lora: bool, device: str | torch.device = "cpu") -> BigramLanguageModelLoRA:
     torch.manual_seed(SEED)
     return BigramLanguageModelLoRA(
-        **GPT2, device=device, dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
+        **SIZES, device=device, dropout=0.0, use_lora=use_lora, lora_rank=RANK, lora_alpha=ALPHA
     )
 
 
 def write_base(folder: Path) -> None:
     """The weights of `our_model`, for transformers."""
     model = our_model(use_lora=False)
-    write_gpt2(folder, Checkpoint("", shape_of(model), base_state(model), {}))
+    write_model(folder, Checkpoint("", GPT2, model.sizes, base_state(model), {}))
 
 
 def peft_model(base: Path) -> nn.Module:
@@ -82,7 +83,7 @@ def make_step(method: str, base: Path, args: argparse.Namespace) -> tuple[nn.Mod
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(GPT2["vocab_size"], (args.batch, args.block + 1), generator=generator)
+    tokens = torch.randint(SIZES["vocab_size"], (args.batch, args.block + 1), generator=generator)
     tokens = tokens.to(args.device)
     idx, targets = tokens[:, :-1], tokens[:, 1:]
 
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.block > GPT2["block_size"]:
+    if args.block > SIZES["block_size"]:
         parser.error(f"--block {args.block} is more than GPT-2's context, {GPT2['block_size']}")
     hardware.keep_freed_memory()
     hardware.allow_tf32(args.device)

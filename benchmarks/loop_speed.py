@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
+import hardware
 from benchmarks.measure import (
     add_memory_option,
     at_least_one,
@@ -48,10 +48,12 @@ from benchmarks.measure import (
     number_printed_by,
 )
 from benchmarks.step_time import DTYPES
-from config import Config
-from data import Corpus, load_corpus, validation_windows, windows_batch
-from run import say, set_up
-from training import learning_rate, train
+from data import TextCorpus, load_corpus
+from trainer.console import say
+from trainer.optimization import learning_rate
+from trainer.settings import Config
+from trainer.setup import set_up
+from training import train
 
 VOCAB_SIZE = 256
 DATA = "python-code"
@@ -162,7 +164,7 @@ def estimated_loss(model: nn.Module, tokens: np.ndarray, config: Config) -> floa
 
 
 def train_plain(
-    model: nn.Module, corpus: Corpus, config: Config, path: Path
+    model: nn.Module, corpus: TextCorpus, config: Config, path: Path
 ) -> tuple[list[float], float, float]:
     """Seconds of each step; of the loop until its last evaluation has ended; of all of it, with the
     checkpoint that it then writes."""
@@ -266,14 +268,12 @@ def run_plain(config: Config, folder: Path) -> Record:
 
 
 @torch.no_grad()
-def windows_loss(model: PlainGPT, corpus: Corpus, config: Config) -> float:
+def windows_loss(model: PlainGPT, corpus: TextCorpus, config: Config) -> float:
     """The mean loss of the windows that our evaluation takes."""
     model.eval()
-    windows = validation_windows(
-        corpus.validation, config.eval_batches * config.batch_size, config.block_size
-    )
+    windows = corpus.validation_windows(config.eval_batches * config.batch_size, config.block_size)
     batches = [
-        windows_batch(corpus.validation, offsets, config.block_size)
+        corpus.validation_batch(offsets, config.block_size)
         for offsets in np.split(windows, config.eval_batches)
     ]
     return statistics.mean(model(*batch)[1].item() for batch in batches)

@@ -17,11 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
+import hardware
 from benchmarks.measure import at_least_one, interleaved, number_printed_by
-from config import Config
-from data import load_corpus, load_records, training_batch
+from data import load_corpus, load_records
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from trainer.settings import Config
 
 KINDS = ("text", "records")
 
@@ -37,15 +37,15 @@ def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], Non
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     if kind == "text":
-        source = load_corpus("python-docs", Path()).train
+        corpus = load_corpus("python-docs", Path())
     else:
-        source = load_records("python-instructions", None, config.block_size).train
+        corpus = load_records("python-instructions", None, config.block_size)
 
     numbers = itertools.count()
 
     def step() -> None:
         shape = (config.batch_size, config.block_size)
-        batch = training_batch(source, *shape, config.seed, next(numbers))
+        batch = corpus.training_batch(*shape, config.seed, next(numbers))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             _, loss = model(*batch)
         loss.backward()

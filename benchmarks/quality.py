@@ -28,18 +28,18 @@ import tempfile
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
-from config import Config, option_fields
-from data import load_corpus, validation_windows
-from run import set_up
-from training import evaluate, train
+import hardware
+from data import Corpus, load_corpus
+from trainer.evaluation import evaluate
+from trainer.settings import Config, option_fields
+from trainer.setup import set_up
+from training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -241,9 +241,9 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
                 train(run)
                 keep_part(run.model, before, method.kept)
 
-        def loss_on(corpus: Any) -> float:
+        def loss_on(corpus: Corpus) -> float:
             n, length = run.config.eval_batches * run.config.batch_size, run.config.block_size
-            windows = validation_windows(corpus.validation, n, length)
+            windows = corpus.validation_windows(n, length)
             return evaluate(dataclasses.replace(run, corpus=corpus), windows)[0]
 
         old_loss = loss_on(load_corpus(OLD, ROOT / "data"))

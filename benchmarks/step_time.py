@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import device as hardware
+import hardware
 from benchmarks.measure import (
     add_memory_option,
     at_least_one,

@@ -35,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import at_least_one
-from config import Config
+from trainer.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is given by options, or would write elsewhere.

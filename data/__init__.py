@@ -1,40 +1,34 @@
-"""Text for training: a corpus by name or path, its tokens, and batches drawn from them.
+"""Data for training: files to rows, to records, to tokens, to batches.
 
-corpus = load_corpus(os.environ.get("DATA"), default_path=Path("data/input.txt"))
-check_length(corpus, block_size=128)
-x, y = training_batch(corpus.train, batch_size=32, block_size=128, seed=1337, number=0)
+corpus = open_corpus(os.environ.get("DATA"), default_path=Path("data/input.txt"), block_size=128)
+x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337, number=0)
+
+    corpus.py       Corpus: the methods that every kind of data has
+    opening.py      open_corpus: which kind DATA is
+    text.py         text_files.py finds and maps it, tokenized.py has it in a tokenizer's tokens,
+                    batches.py draws windows
+    records.py      prompts and completions: forms.py reads rows, packing.py fills blocks
+    tokenizer.py    text to tokens and back
 """
 
-from data.batches import training_batch, validation_windows, windows_batch
-from data.corpora import BUILT_IN, Corpus, DataError, check_length, load_corpus
-from data.records import IGNORED, PROMPT_FORMAT, RecordCorpus, is_records, load_records
-from data.tokenizer import (
-    decode,
-    encode,
-    end_token,
-    stream_decoder,
-    tokenize_corpus,
-    vocabulary_size,
-)
+from data.corpus import Batch, Corpus, DataError
+from data.opening import open_corpus
+from data.records import RecordCorpus, load_records
+from data.text import TextCorpus, load_corpus
+from data.tokenizer import decode, encode, end_token, stream_decoder, vocabulary_size
 
 __all__ = [
-    "BUILT_IN",
-    "IGNORED",
-    "PROMPT_FORMAT",
+    "Batch",
     "Corpus",
     "DataError",
     "RecordCorpus",
-    "check_length",
+    "TextCorpus",
     "decode",
     "encode",
     "end_token",
-    "is_records",
     "load_corpus",
     "load_records",
+    "open_corpus",
     "stream_decoder",
-    "tokenize_corpus",
-    "training_batch",
-    "validation_windows",
     "vocabulary_size",
-    "windows_batch",
 ]

@@ -1,24 +1,18 @@
-"""Batches of windows, gathered from the tokens of a corpus; only what a batch needs is read.
+"""Batches of windows, gathered from the tokens of a text; only what a batch needs is read.
 
-B is the batch size and T the block size: a window is T tokens and the one that follows them. Of
-records (see records.py) a window is a block, and a batch has a third tensor, `segments`, which says
-what record of its block each token is of. So `model(*batch)` takes either.
+B is the batch size and T the block size: a window is T tokens and the one that follows them.
 """
-
-import functools
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from data.records import Blocks
-
-Batch = tuple[Tensor, ...]  # x and y, and of records segments: each (B, T) int64
+from data.corpus import Batch
 
 
 def training_batch(
-    tokens: np.ndarray | Blocks,
+    tokens: np.ndarray,
     batch_size: int,
     block_size: int,
     seed: int,
@@ -26,8 +20,7 @@ def training_batch(
     device: str | torch.device = "cpu",
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Draw windows uniformly, with replacement, from anywhere in the text; or take blocks of
-    records in random order, each once in every pass over all.
+    """Draw windows uniformly, with replacement, from anywhere in the text.
 
     The batch depends on nothing but the arguments, so a run that is resumed at a step needs no
     saved state to see the batches that it would have seen.
@@ -35,7 +28,7 @@ def training_batch(
     Args:
         tokens: (n,) unsigned integers, the split to draw from.
         seed, number: the run's seed, and which of its batches this is, from 0.
-        share: (i, n) for the i-th of n equal parts of the batch, of which alone is read.
+        share: (i, n) for the i-th of n equal parts of the batch; only that part is read.
 
     Returns:
         x and y, (B / n, T) int64 on `device`; y is x one token later.
@@ -43,18 +36,13 @@ def training_batch(
     Raises:
         ValueError: tokens has fewer than block_size + 1 tokens, or a number is negative.
     """
-    if isinstance(tokens, Blocks):
-        n, first = len(tokens), number * batch_size
-        taken = range(first, first + batch_size)
-        offsets = np.array([_order(n, seed, i // n)[i % n] for i in taken])
-    else:
-        random = np.random.default_rng([seed, number])
-        offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
+    random = np.random.default_rng([seed, number])
+    offsets = random.integers(_count_offsets(tokens, block_size), size=batch_size)
     i, n = share
     return windows_batch(tokens, offsets[i::n], block_size, device)
 
 
-def validation_windows(tokens: np.ndarray | Blocks, n_windows: int, block_size: int) -> np.ndarray:
+def validation_windows(tokens: np.ndarray, n_windows: int, block_size: int) -> np.ndarray:
     """Offsets of evenly spaced windows that do not overlap, from the first possible to the last.
 
     They depend on no seed, so that runs that ask for as many can be compared; and as no token is
@@ -70,23 +58,32 @@ def validation_windows(tokens: np.ndarray | Blocks, n_windows: int, block_size: 
     Raises:
         ValueError: tokens has fewer than block_size + 1 tokens, or n_windows is below 1.
     """
+    n_offsets = _count_offsets(tokens, block_size)
+    return even_spread(n_windows, n_offsets, (len(tokens) - 1) // block_size)
+
+
+def even_spread(n_windows: int, n_places: int, most: int) -> np.ndarray:
+    """Places of windows, evenly spaced from the first to the last of `n_places`; at most `most`.
+
+    Returns:
+        (min(n_windows, most),) int64.
+
+    Raises:
+        ValueError: n_windows is below 1.
+    """
     if n_windows < 1:
         raise ValueError(f"n_windows is {n_windows}, but must be at least 1")
-    if isinstance(tokens, Blocks):
-        n_windows = min(n_windows, len(tokens))
-        return np.arange(n_windows) * (len(tokens) - 1) // max(n_windows - 1, 1)
-    n_offsets = _count_offsets(tokens, block_size)
-    n_windows = min(n_windows, (len(tokens) - 1) // block_size)
-    return np.arange(n_windows, dtype=np.int64) * (n_offsets - 1) // max(n_windows - 1, 1)
+    n_windows = min(n_windows, most)
+    return np.arange(n_windows, dtype=np.int64) * (n_places - 1) // max(n_windows - 1, 1)
 
 
 def windows_batch(
-    tokens: np.ndarray | Blocks,
+    tokens: np.ndarray,
     offsets: np.ndarray,
     block_size: int,
     device: str | torch.device = "cpu",
 ) -> Batch:
-    """Gather the windows that start at the given offsets, or the blocks with these numbers.
+    """Gather the windows that start at the given offsets.
 
     Args:
         tokens: (n,) unsigned integers.
@@ -99,25 +96,16 @@ def windows_batch(
         IndexError: an offset is too large.
         ValueError: tokens has fewer than block_size + 1 tokens.
     """
-    if isinstance(tokens, Blocks):
-        parts = (tokens.inputs[offsets], tokens.targets[offsets], tokens.segments[offsets])
-        return tuple(_on(device, torch.from_numpy(part.astype(np.int64))) for part in parts)
     # A view with a row for every offset; the only copy is of the rows that the index picks.
     rows = sliding_window_view(tokens, block_size + 1)  # (n - T, T + 1)
     windows = rows[offsets]  # (B, T + 1)
     if windows.dtype != np.uint8:
         windows = windows.astype(np.int64)  # torch computes with no unsigned integers but bytes
-    windows = _on(device, torch.from_numpy(windows))  # bytes are an eighth of int64
+    windows = on_device(device, torch.from_numpy(windows))  # bytes are an eighth of int64
     return windows[:, :-1].long(), windows[:, 1:].long()
 
 
-@functools.lru_cache(maxsize=2)  # a batch may be of two passes
-def _order(n: int, seed: int, number: int) -> np.ndarray:
-    """In what order pass `number` takes n blocks."""
-    return np.random.default_rng([seed, number]).permutation(n)
-
-
-def _on(device: str | torch.device, tensor: Tensor) -> Tensor:
+def on_device(device: str | torch.device, tensor: Tensor) -> Tensor:
     """The tensor on `device`, copied to a GPU from pinned memory, beside its work."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)

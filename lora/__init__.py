@@ -1,5 +1,6 @@
 """LoRA for PyTorch: the layer, its injection into a model, and adapter files."""
 
+from files import FileError
 from lora.adapters import (
     Adapter,
     BaseMismatch,
@@ -10,14 +11,14 @@ from lora.adapters import (
     load_adapter,
     merge_adapter,
     read_adapter,
-    read_adapters,
     save_adapter,
+    sum_adapters,
+    sum_scaling,
     switch_adapter,
     take_adapter,
     unmerge_adapter,
     write_adapter,
 )
-from lora.files import FileError
 from lora.inject import add_lora, count_parameters, lora_layers, store_base
 from lora.linear import LoRALinear, grouped_linear
 from lora.peft_format import read_peft, write_peft
@@ -38,10 +39,11 @@ __all__ = [
     "lora_layers",
     "merge_adapter",
     "read_adapter",
-    "read_adapters",
     "read_peft",
     "save_adapter",
     "store_base",
+    "sum_adapters",
+    "sum_scaling",
     "switch_adapter",
     "take_adapter",
     "unmerge_adapter",

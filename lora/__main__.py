@@ -12,8 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+from files import FileError, OtherKind
+from files.streams import one_line, write_err, write_out
 from lora.adapters import read_adapter, write_adapter
-from lora.files import FileError, OtherKind, one_line, write_err, write_out
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
 HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "MiB")

@@ -6,14 +6,15 @@ an adapter too, one that changes nothing: `take_adapter` of a model that has not
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.files import FileError, check_tensors, fingerprint, read_file, write_file
+from files import FileError
+from files.tensors import check_tensors, fingerprint, read_file, write_file
 from lora.inject import lora_layers, swap_modules, tied_names
 from lora.linear import LoRALinear
 
@@ -124,13 +125,19 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
     for name, rank in adapter.ranks.items():
         if rank < 1 or adapter.tensors[f"{name}.lora_B"].shape[1] != rank:
             raise FileError(f"{path}: lora_A and lora_B of {name} are of different ranks, or none")
+    check_base(path, adapter, base)
+    return adapter
+
+
+def check_base(path: str | os.PathLike, adapter: Adapter, base: str | None) -> None:
+    """Raise BaseMismatch where the adapter of file `path` is known to belong on another base than
+    that with the fingerprint `base`; None is any."""
     if base is not None and adapter.base not in (None, base):
         below = adapter.metadata.get("base_checkpoint")
         raise BaseMismatch(
             f"{path} was trained on base {adapter.base}{f' ({below})' if below else ''}, "
             f"not on {base}: the weights of the two bases differ"
         )
-    return adapter
 
 
 def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
@@ -223,26 +230,40 @@ def _check_fit(
         raise FileError(f"{name} and the model differ in tied tensors, which are {tied or 'none'}")
 
 
-def read_adapters(
-    weighted: Sequence[tuple[str, float]],
+def sum_adapters(
+    files: Sequence[tuple[str, Adapter, float]],
     bare: Adapter,
     rank: int | None = None,
     any_base: bool = False,
-    convert: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Adapter:
-    """The weighted sum of adapter files; see `combine_adapters`. What one of them lacks, as PEFT's
-    may, is that of `bare`. `convert` gives tensors of other names those that they have in ours.
+    """The weighted sum of adapters that were read from files, as (path, adapter, weight); see
+    `combine_adapters`. What one of them lacks, as PEFT's may, is that of `bare`.
 
-    Raises FileError for a file that cannot be used with `bare`, the base's own adapter, and
+    Raises FileError for one that cannot be used with `bare`, the base's own adapter, and
     BaseMismatch for one that was trained on another base, unless `any_base`.
     """
-    adapters = []
-    for path, weight in weighted:
-        adapter = convert(read_adapter(path, None if any_base else bare.base))
+    weighted = []
+    for path, adapter, weight in files:
+        check_base(path, adapter, None if any_base else bare.base)
         adapter = complete_adapter(adapter, bare)
         _check_fit(path, adapter, bare.tensors, bare.alpha, _tied(bare))
-        adapters.append((adapter, weight))
-    return combine_adapters(adapters, bare, rank)
+        weighted.append((adapter, weight))
+    return combine_adapters(weighted, bare, rank)
+
+
+def sum_scaling(
+    weighted: Sequence[tuple[Adapter, float]], rank: int | None = None
+) -> tuple[int, float]:
+    """The rank and alpha that `combine_adapters` gives the first layer."""
+    first, weight = weighted[0]
+    name = next(iter(first.alpha))
+    if len(weighted) == 1 and weight == 1.0 and rank in (None, *_ranks(first)):
+        return first.ranks[name], first.alpha[name]
+    ranks = [
+        next(iter(a.ranks.values())) if name not in a.ranks else a.ranks[name] for a, _ in weighted
+    ]
+    found = min(sum(ranks), rank or sum(ranks))
+    return found, float(found)  # a scaling of 1
 
 
 def combine_adapters(

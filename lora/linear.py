@@ -1,8 +1,8 @@
 """LoRALinear: a frozen linear and its low-rank adapter, in the fewest and cheapest products.
 
-The layer computes y = x W^T + b + s (x A^T) B^T with s = alpha / rank (Hu et al. 2021, "LoRA",
-arXiv 2106.09685). Left to autograd that is slower than training W itself, for every adapter adds
-small products and keeps intermediate results. Here it takes one of two forms:
+The layer computes `lora_reference`, with s = alpha / rank. Left to autograd that is slower than
+training W itself, for every adapter adds small products and keeps intermediate results. Here it
+takes one of two forms:
 
     merged      y = x M^T + b  and  dx = g M      with M = W + s B A made for each step
     two paths   y = x W^T + b + s (x A^T) B^T     where making M costs more than it saves:
@@ -14,32 +14,74 @@ Only x is kept for backward, and M or W where it was cast for the step, or M whe
 are small; with dropout what is left of x, and a byte an element for the mask.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.dropout import draw_numbers, dropout, mask_of
+from ops.dropout import draw_numbers, dropout, mask_of
+from ops.products import (
+    Tensors,
+    block_diagonal,
+    concatenated,
+    differentiable_once,
+    float32_product,
+    product_dtype,
+    rows_of,
+    scaled_product,
+    stacked,
+    sums_to_float32,
+)
 
-# On a CPU a float32 product of a rank-wide matrix is faster as a batch of this many products, each
-# over its part of the tokens, where these are enough.
+# The constants are set on CPUs. benchmarks/cpu_operations.py has a section for each, under the name
+# that is given here, which compares their values.
+
+# A float32 product of a rank-wide matrix is faster as a batch of this many products, each over its
+# part of the tokens, where these are enough (section "parts").
 PARTS = 8
 ENOUGH_TOKENS = 512
 
 # With dropout a CPU computes for up to this many tokens at a time: a mask takes little memory, and
-# what one operation has written is in the cache for the next.
+# what one operation has written is in the cache for the next (section "slices").
 SLICE = 1024
 
-# Below this many tokens, stacking the weights of a group takes longer than it saves.
+# A group of layers is one product from so many tokens on, unless it is this many times wider than
+# its input: stacking the weights, and in backward the outputs' gradients, then takes longer than
+# it saves. Of unequal widths, or without adapters and biases, it is so only where each token has at
+# most so many outputs, and without adapters only up to so many weights (section "groups").
 FEW_TOKENS = 16
+WIDE_GROUP = 4
+OUTPUTS_PER_TOKEN = 8
+PLAIN_GROUP = 2**20
 
 # Merged weights of up to this many numbers a layer are kept for backward of up to so many tokens,
-# where the time to make them again counts more than their memory.
+# where the time to make them again counts more than their memory (section "kept weights").
 SMALL_WEIGHT = 2**16
 SMALL_BATCH = 1024
+
+
+def lora_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """LoRA in plain operations: y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685).
+
+    Everything below computes this faster, and the tests compare all of it with this.
+
+    Args:
+        x: (..., in_features).
+        W: the frozen weight, (out_features, in_features).
+        b: the frozen bias, (out_features,), or None.
+        A: trained, (rank, in_features).
+        B: trained, (out_features, rank).
+        scaling: s, which is alpha / rank.
+
+    Returns y (..., out_features).
+    """
+    base = F.linear(x, W, b)  # x W^T + b
+    update = F.linear(F.linear(x, A), B)  # (x A^T) B^T
+    return base + scaling * update
 
 
 class LoRALinear(nn.Module):
@@ -112,33 +154,75 @@ class LoRALinear(nn.Module):
         )
 
 
-def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-    """The outputs of `layers` on x (..., in_features) side by side: (..., sum of out_features).
+def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of x (..., in_features): one (..., out_features) for each.
 
-    They are one product where the layers are alike and x has more than a few tokens, for stacking
-    costs a pass over the weights.
-
-    Alike are plain linears with biases, and LoRALinears of one mode, width, rank, scaling and
-    dropout. The latter share the dropout's mask too, since they share its input. Forward hooks of
-    layers that are alike do not run.
+    Where that is faster than one by one they are one product, and the outputs are views of it.
+    Layers in one product are plain linears, or LoRALinears of one mode, rank, scaling and dropout.
+    All of them have a bias or none, and none has hooks, which would not run. LoRALinears in one
+    product share the dropout's mask, since they share its input.
     """
-    first = layers[0]
-    if x.numel() < FEW_TOKENS * x.shape[-1]:
-        return torch.cat([layer(x) for layer in layers], -1)
-    if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        return F.linear(x, weight, bias)
-    if all(
-        type(layer) is LoRALinear
-        and (layer.rank, layer.alpha, layer.dropout) == (first.rank, first.alpha, first.dropout)
-        and layer.training == first.training
-        and (layer.bias is None) == (first.bias is None)
-        and layer.out_features == first.out_features
-        for layer in layers
+    if not (_are_alike(layers) and stacking_pays(x.numel() // max(1, x.shape[-1]), layers)):
+        return tuple(apply_linear(layer, x) for layer in layers)
+    widths = [layer.out_features for layer in layers]
+    if type(layers[0]) is LoRALinear:
+        return _adapted(x, layers).split(widths, -1)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split(widths, -1)
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), where a plain linear may be frozen in a lower precision than the product's."""
+    if (
+        type(layer) is nn.Linear
+        and not layer.weight.requires_grad
+        and layer.weight.itemsize < product_dtype(x).itemsize
+        and not _has_hooks(layer)
     ):
-        return _adapted(x, layers)
-    return torch.cat([layer(x) for layer in layers], -1)
+        return _Frozen.apply(x.to(product_dtype(x)), layer.weight, layer.bias)
+    return layer(x)
+
+
+def _are_alike(layers: Sequence[nn.Module]) -> bool:
+    """Whether `layers` can be one product."""
+
+    def character(layer: nn.Module) -> tuple:
+        if type(layer) is LoRALinear:
+            return (layer.rank, layer.alpha, layer.dropout, layer.training, layer.bias is None)
+        return (layer.bias is None,)
+
+    kind = type(layers[0])
+    return kind in (nn.Linear, LoRALinear) and all(
+        type(layer) is kind and character(layer) == character(layers[0]) and not _has_hooks(layer)
+        for layer in layers
+    )
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def stacking_pays(tokens: int, layers: Sequence[nn.Module]) -> bool:
+    """Whether layers that are alike are faster as one product than one by one.
+
+    One product reads x once, and casts it and draws its dropout once. Stacking copies the weights
+    for it, and in backward the gradients of the outputs.
+    """
+    if len(layers) == 1:
+        return False
+    n_in, widths = layers[0].in_features, [layer.out_features for layer in layers]
+    n_out, adapted = sum(widths), type(layers[0]) is LoRALinear
+    if tokens < FEW_TOKENS or n_out >= WIDE_GROUP * n_in:
+        return False
+    if len(set(widths)) == 1 and (adapted or layers[0].bias is not None):
+        return True
+    return n_out <= OUTPUTS_PER_TOKEN * tokens and (adapted or n_in * n_out <= PLAIN_GROUP)
 
 
 def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
@@ -158,16 +242,8 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
-    numbers, lowest, keep_rate = draw_numbers(_rows(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
+    numbers, lowest, keep_rate = draw_numbers(rows_of(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
     return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, *W, *A, *B)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
-    kind = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype  # meta has no autocast
-    return torch.get_autocast_dtype(kind)
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
@@ -188,7 +264,13 @@ def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
     return merging < tokens * (n_in + n_out) * 2 * dtype.itemsize
 
 
-Tensors = Sequence[Tensor]  # one of each layer: W (out, in), A (rank, in) or B (out, rank)
+def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """The frozen weights of layers on one input, one below the other: (sum of out, in) in `dtype`.
+
+    Every form of the arithmetic takes its base from here, in forward and again in backward. With
+    `copy` the result may be written to; else it can be the single weight itself.
+    """
+    return concatenated(W).to(dtype, copy=copy and len(W) == 1)
 
 
 def _by_autograd(
@@ -196,27 +278,24 @@ def _by_autograd(
 ) -> Tensor:
     """Two paths in autograd's own operations, for a base that was made trainable after all."""
     h = F.linear(dropout(x, p, training=True), concatenated(A).to(x.dtype))
-    adapters = F.linear(h, _block_diagonal(B).to(x.dtype))
-    return F.linear(x, concatenated(W).to(x.dtype), bias) + s * adapters
+    adapters = F.linear(h, block_diagonal(B).to(x.dtype))
+    return F.linear(x, base_weight(W, x.dtype), bias) + s * adapters
 
 
-def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A backward function that raises when its gradients are to be differentiated again.
+class _Frozen(torch.autograd.Function):
+    """x W^T + b of a frozen linear, whose W is cast to the dtype of x anew in backward: autograd
+    would keep the cast one."""
 
-    torch's once_differentiable lets create_graph=True pass where the incoming gradient is constant,
-    as a sum's is, and second derivatives would silently lack this function's part.
-    """
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        return F.linear(x, base_weight([W], x.dtype), None if b is None else b.to(x.dtype))
 
-    @functools.wraps(backward)
-    def checked(ctx, *gradients: Tensor) -> tuple:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the gradients of LoRALinear and of attention on a CPU cannot be differentiated "
-                "again, as create_graph=True asks"
-            )
-        return backward(ctx, *gradients)
-
-    return checked
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (W,) = ctx.saved_tensors
+        return grad @ base_weight([W], grad.dtype), None, None
 
 
 class _Merged(torch.autograd.Function):
@@ -228,7 +307,7 @@ class _Merged(torch.autograd.Function):
         M = _merge(W, A, B, scaling).to(x.dtype)
         ctx.scaling = scaling
         # A large one that was not cast is made again in backward, as memory is dear.
-        small = W[0].numel() <= SMALL_WEIGHT and x.numel() <= SMALL_BATCH * x.shape[-1]
+        small = max(w.numel() for w in W) <= SMALL_WEIGHT and x.numel() <= SMALL_BATCH * x.shape[-1]
         keeps_M = small or x.dtype != W[0].dtype
         ctx.save_for_backward(x, M if keeps_M else None, *parameters)
         return F.linear(x, M, bias)
@@ -238,11 +317,11 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, M, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
-        g = _rows(grad)
+        g = rows_of(grad)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (g @ (_merge(W, A, B, ctx.scaling) if M is None else M)).view(x.shape)
-        dA, dB, _ = _adapter_gradients(_rows(x), g, A, B, ctx.scaling)
+        dA, dB, _ = _adapter_gradients(rows_of(x), g, A, B, ctx.scaling)
         return dx, None, None, *(None for _ in W), *dA, *dB
 
 
@@ -265,10 +344,10 @@ class _TwoPaths(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        wide, down = (concatenated(t).to(x.dtype) for t in (W, A))
-        up = _block_diagonal(B).to(x.dtype).t()  # (n * rank, n * out)
+        wide, down = base_weight(W, x.dtype), concatenated(A).to(x.dtype)
+        up = block_diagonal(B).to(x.dtype).t()  # (n * rank, sum of out)
         y = x.new_empty(*x.shape[:-1], len(wide))
-        rows, outputs = _rows(x), _rows(y)
+        rows, outputs = rows_of(x), rows_of(y)
         adapter_input = rows if numbers is None else torch.empty_like(rows)
         bias = y.new_zeros(len(wide)) if bias is None else bias
         for part in _slices(rows, numbers):
@@ -279,7 +358,8 @@ class _TwoPaths(torch.autograd.Function):
             # F.linear does, to the bit.
             torch.addmm(bias, h, up, out=outputs[part]).addmm_(rows[part], wide.t())
         ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
-        cast = wide if x.dtype != W[0].dtype else None
+        # What was cast to fewer bytes is kept; what was cast to more is cast anew in backward.
+        cast = wide if any(x.itemsize < w.itemsize for w in W) else None
         ctx.save_for_backward(x if numbers is None else adapter_input, numbers, cast, *parameters)
         return y
 
@@ -288,11 +368,12 @@ class _TwoPaths(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, numbers, cast, *parameters = ctx.saved_tensors
         W, A, B = _in_three(parameters)
-        x, g = _rows(x), _rows(grad)
+        x, g = rows_of(x), rows_of(grad)
         dA, dB, gB = _adapter_gradients(x, g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            wide, down = concatenated(W) if cast is None else cast, concatenated(A).to(x.dtype)
+            wide = base_weight(W, x.dtype) if cast is None else cast
+            down = concatenated(A).to(x.dtype)
             gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
             dx = torch.empty_like(x)
             for part in _slices(x, numbers):
@@ -318,29 +399,34 @@ def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
 
 
 def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:
-    """W + s B A of all layers, stacked, added up in W's dtype.
+    """W + s B A of each layer, one below the other, added up in W's dtype: (sum of out, in).
 
     In place, which keeps autocast from adding up in its own dtype and swallowing small updates.
     """
-    M = torch.stack(W)  # (n, out, in)
-    return M.baddbmm_(_batch(B), _batch(A), alpha=s).flatten(0, 1)
+    M = base_weight(W, W[0].dtype, copy=True)
+    if len({len(w) for w in W}) == 1:
+        M.unflatten(0, (len(W), -1)).baddbmm_(stacked(B), stacked(A), alpha=s)
+    else:
+        for part, a, b in zip(M.split([len(w) for w in W]), A, B, strict=True):
+            part.addmm_(b, a, alpha=s)
+    return M
 
 
 def _adapter_gradients(
     x: Tensor, g: Tensor, A: Tensors, B: Tensors, s: float
 ) -> tuple[Tensors, Tensors, Tensor]:
-    """dA and dB of each layer, and s B^T g^T, from x (T, in) and g (T, n * out).
+    """dA and dB of each layer, and s B^T g^T, from x (T, in) and g (T, sum of out).
 
     In the order of operands that a CPU does fastest: dA = (s B^T g^T) x, dB^T = (s A x^T) g. In
     PARTS products s B^T g^T is (PARTS, n * rank, T / PARTS), else (n * rank, T).
     """
-    n, (out, rank), T = len(B), B[0].shape, len(x)
+    n, rank, T = len(B), B[0].shape[1], len(x)
     down, ups = concatenated(A).to(x.dtype), [up.to(x.dtype).t() for up in B]
     in_parts = T >= ENOUGH_TOKENS and T % PARTS == 0
     if in_parts and x.device.type == "cpu" and x.dtype == torch.float32:
         x, g = (t.unflatten(0, (PARTS, -1)) for t in (x, g))
         down, *ups = (t.expand(PARTS, *t.shape) for t in (down, *ups))
-    gs = g.split(out, -1) if n > 1 else [g]
+    gs = g.split([len(up) for up in B], -1) if n > 1 else [g]
     gB = concatenated(
         [scaled_product(s, up, g_layer.mT) for up, g_layer in zip(ups, gs, strict=True)]
     )
@@ -348,50 +434,13 @@ def _adapter_gradients(
     hs = h.split(rank, -2) if n > 1 else [h]
     pairs = zip(hs, gs, strict=True)
     if x.is_cuda:  # where dB may as well come as its parameter lies
-        product = _float32_product if _sums_to_float32(x) else torch.mm
+        product = float32_product if sums_to_float32(x) else torch.mm
         dB = [product(g_layer.t(), h_layer.t()) for h_layer, g_layer in pairs]
         return product(gB, x).split(rank), dB, gB
     dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in pairs]
     if x.dim() == 3:
         dA, dB = dA.sum(0), [t.sum(0) for t in dB]
     return dA.split(rank) if n > 1 else [dA], [t.t() for t in dB], gB
-
-
-_float32_product = functools.partial(torch.mm, out_dtype=torch.float32)
-
-
-def _sums_to_float32(x: Tensor) -> bool:
-    """Whether the GPU gives a product of bfloat16 in float32, without rounding or a cast."""
-    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_properties(x.device).major >= 8
-
-
-def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:
-    """s a b, of matrices or of batches of them, in one operation."""
-    product = a.new_empty(*a.shape[:-1], b.shape[-1])
-    multiply = product.addmm_ if a.dim() == 2 else product.baddbmm_
-    return multiply(a, b, beta=0, alpha=s)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(..., features) -> (T, features)."""
-    return t.reshape(-1, t.shape[-1])
-
-
-def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
-    """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-
-
-def _block_diagonal(tensors: Tensors) -> Tensor:
-    """Of all, with zeros beside them; a single one as it is, for it needs no copy."""
-    return tensors[0] if len(tensors) == 1 else torch.block_diag(*tensors)
-
-
-def _batch(tensors: Tensors) -> Tensor:
-    """(n, ...); of a single one a view, for it needs no copy."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _in_three(parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:

@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from files import FileError, OtherKind
+from files.tensors import fingerprint, read_foreign_tensors, safetensors_for
+from files.writing import write_folder
 from lora.adapters import Adapter
-from lora.files import (
-    FileError,
-    OtherKind,
-    fingerprint,
-    read_foreign_tensors,
-    safetensors_for,
-    write_folder,
-)
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"

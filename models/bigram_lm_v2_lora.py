@@ -1,38 +1,65 @@
 """BigramLanguageModelLoRA: a GPT-2-style language model, trained whole or through LoRA adapters.
 
-It began as a bigram table and kept the name. It is a transformer decoder.
+It began as a bigram table and kept the name. It is a transformer decoder of GPT-2's kind (Radford
+et al. 2019). At the end stands how Hugging Face's folders hold GPT-2.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lora import add_lora, count_parameters
-from lora.dropout import dropout as apply_dropout
-from lora.linear import product_dtype
-from models.transformer import Block, KeyValueCache
+from lora import grouped_linear
+from models.language_model import Family, LanguageModel, StoredTensor
+from ops.attention import KeyValueCache, causal_attention
+from ops.dropout import dropout as apply_dropout
 
 GELUS = ("exact", "tanh")
 
 
-class BigramLanguageModelLoRA(nn.Module):
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model of GPT-2's kind.
+
+    Two options are there for published weights: `gelu`, "exact" or "tanh", and `tied_head`, by
+    which the head's weight is that of the token embedding.
+
+    Raises ValueError when `n_embd` is not divisible by `n_head`, and for an unknown `gelu`.
+    """
+
+    vocab_size: int
+    n_embd: int
+    block_size: int
+    n_head: int
+    n_layer: int
+    gelu: str = "exact"
+    tied_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gelu not in GELUS:
+            raise ValueError(f"gelu={self.gelu!r} is not one of {', '.join(GELUS)}")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+
+
+class BigramLanguageModelLoRA(LanguageModel):
     """A decoder-only transformer over `vocab_size` tokens and up to `block_size` of context.
 
     With `use_lora=True` every attention, MLP and lm_head linear, or those that `lora_targets` names
     (see `lora.add_lora`), is a `LoRALinear`, all base weights are frozen, and adapters train, with
     the embeddings unless `train_embeddings` is False.
 
-    Two options are there for GPT-2's published weights: `gelu`, "exact" or "tanh", and `tied_head`,
-    by which the head's weight is that of the token embedding. Where LoRA freezes the head and
-    trains the embedding, they are two tensors that start as one.
+    `gelu` and `tied_head` are those of `Sizes`. Where LoRA freezes a tied head and trains the
+    embedding, they are two tensors that start as one.
 
-    Raises ValueError when `n_embd` is not divisible by `n_head`, for an unknown `gelu`, and for a
-    target that is no linear of the model.
+    Raises ValueError as `Sizes` does, and for a target that is no linear of the model.
     """
+
+    linears = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")
 
     def __init__(
         self,
@@ -53,32 +80,18 @@ class BigramLanguageModelLoRA(nn.Module):
         tied_head: bool = False,
     ) -> None:
         super().__init__()
-        if gelu not in GELUS:
-            raise ValueError(f"gelu={gelu!r} is not one of {', '.join(GELUS)}")
-        if n_embd % n_head != 0:
-            raise ValueError(f"n_embd={n_embd} is not divisible by n_head={n_head}")
-        self.vocab_size, self.n_embd, self.block_size = vocab_size, n_embd, block_size
-        self.n_head, self.n_layer = n_head, n_layer
-        self.gelu, self.tied_head = gelu, tied_head and not use_lora
+        self.sizes = Sizes(vocab_size, n_embd, block_size, n_head, n_layer, gelu, tied_head)
         self.dropout = dropout
-        self.grad_checkpoint = False  # keep of each block its input alone (Chen et al. 2016)
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, gelu) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.reset_parameters()
-        self.copied_head = tied_head and use_lora and train_embeddings
         if tied_head:
-            weight = self.token_embedding_table.weight
-            if self.copied_head:
-                weight = nn.Parameter(weight.detach().clone())
-            self.lm_head.weight = weight
-        self.use_lora = use_lora
+            self.tie_head(copied=use_lora and train_embeddings)
         if use_lora:
-            add_lora(self, lora_rank, lora_alpha, lora_dropout, lora_targets)
-            for table in self.embedding_tables():
-                table.weight.requires_grad_(train_embeddings)
+            self.adapt(lora_rank, lora_alpha, lora_dropout, lora_targets, train_embeddings)
         self.to(device)
 
     def reset_parameters(self) -> None:
@@ -92,152 +105,158 @@ class BigramLanguageModelLoRA(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        return self.ln_f
+
     def embedding_tables(self) -> list[nn.Embedding]:
         return [self.token_embedding_table, self.position_embedding_table]
 
+    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor]:
+        x = self.token_embedding_table(idx) + self.position_embedding_table(positions)  # (B, T, C)
+        return (apply_dropout(x, self.dropout, self.training),)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with separate key, query, value and proj linears."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.key = nn.Linear(n_embd, n_embd)
+        self.query = nn.Linear(n_embd, n_embd)
+        self.value = nn.Linear(n_embd, n_embd)
+        self.proj = nn.Linear(n_embd, n_embd)
+
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        segments: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, vocab_size) for tokens `idx` (B, T), and the mean cross-entropy in nats
-        of `targets` (B, T), None without targets; a target of -100 is not counted.
-
-        `segments` (B, T) says what text each token is of, where a row holds several: each has its
-        positions from 0, and none sees another.
-
-        With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
-        tokens for empty ones, one token afterwards.
-
-        Raises ValueError when the tokens are more than block_size, those in caches included.
-        """
-        start = caches[0].length if caches else 0
-        if start > 0 and idx.shape[1] != 1:
-            raise ValueError("caches that are not empty take one token at a time")
-        T = start + idx.shape[1]
-        if self.block_size < T:
-            raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
-        if segments is None:
-            positions = self.position_embedding_table.weight[start:T]  # (T, C)
-        else:
-            positions = self.position_embedding_table(segments_positions(segments))  # (B, T, C)
-        # Float32 under autocast too: in bfloat16 small changes would be lost, and torch adds up the
-        # gradients of norms in the dtype of their input, on a CPU.
-        x = self.token_embedding_table(idx) + positions  # (B, T, C)
-        mask = None if segments is None else segments_mask(segments, product_dtype(x))
-        x = apply_dropout(x, self.dropout, self.training)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cache, mask, use_reentrant=False)
-            else:
-                x = block(x, cache, mask)
-        logits = self.lm_head(self.ln_f(x))
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
-        return logits, loss
-
-    @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        use_cache: bool = True,
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Continue `idx` (B, T) by `max_new_tokens` sampled tokens: (B, T + max_new_tokens).
-
-        The arguments are those of `stream`. The mode (train or eval) is restored afterwards.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            options = (temperature, top_k, top_p, use_cache)
-            return torch.cat([idx, *self.stream(idx, max_new_tokens, *options)], dim=1)
-        finally:
-            self.train(was_training)
-
-    @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        use_cache: bool = True,
-    ) -> Iterator[Tensor]:
-        """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
-        dropout.
-
-        `temperature` 0 takes the likeliest token; `top_k` samples from the k likeliest, `top_p`
-        from the fewest that have this probability together (Holtzman et al. 2020). The model sees
-        up to block_size tokens: when they are full, it goes on from the last half of them.
-        `use_cache=False` computes all of them again for each token, to the same effect.
-
-        Raises ValueError for an empty `idx`, and for an argument out of range.
-        """
-        if idx.shape[1] == 0:
-            raise ValueError("generate needs at least one token to continue")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature={temperature} or top_k={top_k} is out of range")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
-        seen = idx[:, -self.block_size :]
-        new, caches = seen, self.new_caches()
-        for _ in range(max_new_tokens):
-            if seen.shape[1] > self.block_size:
-                seen = seen[:, -max(1, self.block_size // 2) :]
-                new, caches = seen, self.new_caches()
-            logits, _ = self(new, caches=caches) if use_cache else self(seen)
-            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
-            yield new
-            seen = torch.cat([seen, new], dim=1)
-
-    def new_caches(self) -> list[KeyValueCache]:
-        """Empty caches for `forward`, one for each block."""
-        return [KeyValueCache(self.block_size) for _ in self.blocks]
-
-    def get_parameter_info(self) -> dict[str, float]:
-        """Counts of parameters: `total` = `trainable` + `frozen`; `lora` in the adapters and
-        `embedding` in the token and position tables; `lora_percentage` = 100 trainable / total.
-        """
-        info: dict[str, float] = dict(count_parameters(self))
-        info["embedding"] = sum(table.weight.numel() for table in self.embedding_tables())
-        info["lora_percentage"] = 100.0 * info["trainable"] / info["total"]
-        return info
+        qkv = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in qkv)  # (B, T, H, D) each
+        y = causal_attention(q, k, v, self.dropout, self.training, mask, cache)  # (B, T, C)
+        return apply_dropout(self.proj(y), self.dropout, self.training)
 
 
-def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token sees another, those before it in its segment and itself, else -inf, to be
-    added to the scores of all heads: (B, 1, T, T)."""
-    seen = (segments[:, :, None] == segments[:, None, :]).tril_()[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+class MLP(nn.Module):
+    """Two linears with a GELU between them, exact or by GPT-2's approximation with tanh."""
+
+    def __init__(self, n_embd: int, dropout: float, gelu: str) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.approximate = "none" if gelu == "exact" else gelu
+        self.fc_in = nn.Linear(n_embd, 4 * n_embd)
+        self.fc_out = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc_in(x), approximate=self.approximate)  # (B, T, 4C)
+        return apply_dropout(self.fc_out(x), self.dropout, self.training)
 
 
-def segments_positions(segments: Tensor) -> Tensor:
-    """How far each token is from the first of its segment: (B, T)."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(1).values
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalized copy of the residual stream (B, T, C)."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float, gelu: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.attn = CausalSelfAttention(n_embd, n_head, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = MLP(n_embd, dropout, gelu)
+
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """A token for each row of logits (B, vocab_size), as `stream` describes: (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
-    probabilities = F.softmax(logits / min(max(temperature, 1e-30), 1e30), dim=-1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it suffice
-        beyond[:, 0] = False  # whatever is left of a tiny top_p in float32
-        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-    return torch.multinomial(probabilities, 1)
+# ---- GPT-2 in Hugging Face's folders
+
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+# Options that change what the model computes, with GPT-2's defaults, which are all that we have.
+FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+def read_config(config: dict[str, Any]) -> Sizes:
+    """The sizes that a config.json of GPT-2 states. Raises ValueError for another model's."""
+    sizes = {ours: config.get(theirs) for ours, theirs in CONFIG_KEYS.items()}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{CONFIG_KEYS[name]} is {size!r}, not a size")
+    activation = config.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation_function {activation!r} is not supported, only {', '.join(ACTIVATIONS)}"
+        )
+    wanted = FIXED | {"n_inner": config.get("n_inner") and 4 * sizes["n_embd"]}
+    for name, value in wanted.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name}={config[name]} is not supported, only {value}")
+    if sizes["n_embd"] % sizes["n_head"] != 0:
+        raise ValueError("n_embd is not a multiple of n_head")
+    tied_head = config.get("tie_word_embeddings", True) is True
+    return Sizes(**sizes, gelu=ACTIVATIONS[activation], tied_head=tied_head)
+
+
+def write_config(sizes: Sizes) -> dict[str, Any]:
+    """The config.json of a GPT-2 of these sizes."""
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    config = {theirs: getattr(sizes, ours) for ours, theirs in CONFIG_KEYS.items()} | FIXED
+    config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    config |= {"activation_function": names[sizes.gelu], "tie_word_embeddings": sizes.tied_head}
+    return config
+
+
+def layout(sizes: Sizes) -> list[StoredTensor]:
+    """All tensors of a GPT-2 of these sizes. It keeps query, key and value in one matrix, `c_attn`,
+    and the matrices of blocks as (in, out)."""
+    C, V, head = sizes.n_embd, sizes.vocab_size, "lm_head.weight"
+    T = sizes.block_size
+    tensors = [
+        StoredTensor("transformer.wte.weight", ("token_embedding_table.weight",), (V, C)),
+        StoredTensor("transformer.wpe.weight", ("position_embedding_table.weight",), (T, C)),
+        *_weight_and_bias("transformer.ln_f", ["ln_f"], (C,)),
+    ]
+    for i in range(sizes.n_layer):
+        h, block = f"transformer.h.{i}", f"blocks.{i}"
+        q_k_v = [f"{block}.attn.{name}" for name in ("query", "key", "value")]
+        tensors += _weight_and_bias(f"{h}.ln_1", [f"{block}.ln_1"], (C,))
+        tensors += _weight_and_bias(f"{h}.attn.c_attn", q_k_v, (C, 3 * C))
+        tensors += _weight_and_bias(f"{h}.attn.c_proj", [f"{block}.attn.proj"], (C, C))
+        tensors += _weight_and_bias(f"{h}.ln_2", [f"{block}.ln_2"], (C,))
+        tensors += _weight_and_bias(f"{h}.mlp.c_fc", [f"{block}.mlp.fc_in"], (C, 4 * C))
+        tensors += _weight_and_bias(f"{h}.mlp.c_proj", [f"{block}.mlp.fc_out"], (4 * C, C))
+    return tensors if sizes.tied_head else [*tensors, StoredTensor(head, (head,), (V, C))]
+
+
+def _weight_and_bias(name: str, ours: list[str], shape: tuple[int, ...]) -> list[StoredTensor]:
+    weights, biases = (tuple(f"{o}.{kind}" for o in ours) for kind in ("weight", "bias"))
+    return [
+        StoredTensor(f"{name}.weight", weights, shape, transposed=len(shape) == 2),
+        StoredTensor(f"{name}.bias", biases, shape[-1:]),
+    ]
+
+
+FAMILY = Family(
+    name="gpt2",
+    model=BigramLanguageModelLoRA,
+    sizes=Sizes,
+    model_types=("gpt2",),
+    read_config=read_config,
+    write_config=write_config,
+    layout=layout,
+    # The causal masks of attention in files as published.
+    ignored=lambda name: name.endswith((".attn.bias", ".attn.masked_bias")),
+)

@@ -1,5 +1,6 @@
 """Adapter and checkpoint files, injection into a model, and what is refused."""
 
+import dataclasses
 import pickle
 import random
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint import VARIANTS, load_base, read_checkpoint, save_checkpoint
+from files.tensors import fingerprint, read_file, write_file
 from lora import (
     BaseMismatch,
     FileError,
@@ -26,10 +27,10 @@ from lora import (
     write_adapter,
 )
 from lora import __main__ as listing
-from lora.files import fingerprint, read_file, write_file
 from lora.inject import lora_layers
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from resume import read_training_state, restore_training_state, save_training_state
+from models.checkpoint import load_base, read_checkpoint, save_checkpoint
+from trainer.resuming import read_training_state, restore_training_state, save_training_state
 
 SHAPE = {"vocab_size": 256, "n_embd": 32, "block_size": 16, "n_head": 2, "n_layer": 2}
 IDX = torch.arange(32).view(2, 16)
@@ -123,7 +124,8 @@ def test_a_checkpoint_loads_into_models_with_and_without_adapters(tmp_path):
     base = make(use_lora=False)
     save_checkpoint(tmp_path / "full.pt", base, {"step": 7})
     checkpoint = read_checkpoint(tmp_path / "full.pt")
-    assert checkpoint.shape == SHAPE | VARIANTS and checkpoint.metadata == {"step": 7}
+    assert dataclasses.asdict(checkpoint.sizes) == SHAPE | {"gelu": "exact", "tied_head": False}
+    assert checkpoint.metadata == {"step": 7}
     for use_lora in (False, True):
         torch.manual_seed(9)
         model = BigramLanguageModelLoRA(**SHAPE, device="cpu", dropout=0.0, use_lora=use_lora)

@@ -1,9 +1,13 @@
 """LoRA on models that are not ours: transformers' architectures, shared and tied linears."""
 
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -19,6 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from files.tensors import fingerprint
 from lora import (
     FileError,
     LoRALinear,
@@ -34,7 +39,6 @@ from lora import (
     unmerge_adapter,
     write_peft,
 )
-from lora.files import fingerprint
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -44,6 +48,17 @@ DECODER = TEXT | {"num_key_value_heads": 2, "tie_word_embeddings": False}
 IDS = torch.arange(32).view(2, 16)
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 LABELS = torch.tensor([0, 1])
+
+
+def test_lora_ops_and_files_are_all_that_another_project_needs(tmp_path):
+    packages = ("lora", "ops", "files")
+    for package in packages:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    code = "import lora, ops, files; print(lora.__file__, ops.__file__, files.__file__)"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
+    paths = [str(tmp_path / package / "__init__.py") for package in packages]
+    assert process.stdout.split() == paths, process.stderr
 
 
 def llama(**options):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import cpu_operations
 import quality
 from bigram import bigram_loss
 from emulated_bfloat16 import EmulatedBfloat16
@@ -26,10 +27,10 @@ from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
 from variables import compared, of_round
 
-from config import Config
 from data import load_corpus
 from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from trainer.settings import Config
 
 
 def test_bigram_loss_is_that_of_the_smoothed_counts():
@@ -49,13 +50,27 @@ def test_bigram_names_its_corpus(tmp_path):
 
 
 def test_cpu_operations_prints_both_forms(tmp_path):
-    output = succeeded(
-        start_script(tmp_path, "--repeats", "1", script="benchmarks/cpu_operations.py")
-    )
+    start = functools.partial(start_script, tmp_path, script="benchmarks/cpu_operations.py")
+    output = succeeded(start("--repeats", "1", "--sections", "operations"))
     for row in ("GELU, exact", "dropout 0.2, ours", "attention, plain"):
         assert output.count(row) == 2  # float32 and bfloat16
     exact, rounded = map(float, re.findall(r"error of LayerNorm's gradient: (\S+)", output))
     assert exact < 1e-5 < rounded
+    wrong = start("--sections", "nothing")
+    assert wrong.returncode == 2 and "kept weights" in wrong.stderr
+
+
+def test_cpu_operations_compares_the_constants_of_lora(monkeypatch, capsys):
+    monkeypatch.setattr(cpu_operations, "WARMUP", 0)
+    monkeypatch.setattr(cpu_operations, "GROUPS", [(8, (8, 4))])
+    for section in ("parts", "slices", "groups", "kept weights"):
+        cpu_operations.SECTIONS[section](1)
+    output, number = capsys.readouterr().out, r"\d+\.\d\d"
+    assert len(re.findall(rf"\d tokens +1 {number}, 4 {number}, 8 {number}, 16 ", output)) == 4
+    assert len(re.findall(rf"4096 tokens +256 {number}, 512 {number}, 1024 ", output)) == 4
+    groups = rf"8 to 8/4, \d+ tokens +one product {number}, one by one {number}$"
+    assert len(re.findall(groups, output, re.M)) == 3 * 2 * 5  # layers, dtypes, tokens
+    assert len(re.findall(rf"\d tokens +kept {number}, made again {number}$", output, re.M)) == 9
 
 
 def test_step_time_compares_methods_and_writes_its_tables(tmp_path):

@@ -1,8 +1,10 @@
 """Runs side by side: what is read, the table, the warnings, the plot, and what is refused."""
 
+import io
 import json
 import math
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -10,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
+from conftest import ROOT, TEXT, TINY, Started, environment_of, refused, start_script, succeeded
 
 import compare
-from run_records import Evaluation, Record, join, output_of, read_records
+from trainer.log_reader import Evaluation, RunLog, join, output_of, read_logs
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +64,21 @@ def warned(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("Warning: ")]
 
 
-def changed(record: str, **variables: str) -> str:
-    """The record with other values of these variables."""
+def changed(log: str, **variables: str) -> str:
+    """The log with other values of these variables."""
     for name, value in variables.items():
-        record, n = re.subn(rf"(?m)^(   {name}: )[^ \n]+", rf"\g<1>{value}", record)
+        log, n = re.subn(rf"(?m)^(   {name}: )[^ \n]+", rf"\g<1>{value}", log)
         assert n == 1, name
-    return record
+    return log
 
 
-def printed(record: str, pattern: str) -> str:
-    return re.search(rf"(?m)^ *{pattern}", record).group(1)
+def printed(log: str, pattern: str) -> str:
+    return re.search(rf"(?m)^ *{pattern}", log).group(1)
 
 
-def metrics(record: str, finished: bool = True) -> list[dict]:
+def metrics(log: str, finished: bool = True) -> list[dict]:
     """The same run as metrics.jsonl has it."""
-    run = output_of(Path("output.txt"), record.splitlines())
+    run = output_of(Path("output.txt"), log.splitlines())
     values = {"True": True, "False": False, "default": None}
     config = {k.lower(): values.get(v, v) for k, v in run.config.items()}
     facts = {name: getattr(run, name) for name in ("device", "dtype", "data", "checksum", "base")}
@@ -89,7 +91,7 @@ def metrics(record: str, finished: bool = True) -> list[dict]:
     ]
     names = ("best_val_loss", "final_val_loss", "training_time", "tokens_per_second")
     summary = {name: getattr(run, name) for name in (*names, "peak_memory")}
-    summary |= {"median_step_time": run.step_time}
+    summary |= {"median_step_time": run.median_step_time}
     summary |= {"files": {path: int(size * 2**20) for path, size in run.files.items()}}
     return [*lines, {"summary": summary}] if finished else lines
 
@@ -105,9 +107,9 @@ def test_the_table_has_the_figures_of_the_outputs(files, capsys):
     rows = {}
     for name in ("full", "lora"):
         (i,) = (i for i, line in enumerate(lines) if line.startswith(f"{name}.txt: "))
-        rows[name], record = lines[i + 1].split(), files[name]
+        rows[name], log = lines[i + 1].split(), files[name]
         total, trainable = (
-            printed(record, pattern)
+            printed(log, pattern)
             for pattern in (r"Total parameters: (\S+)", r"Trainable \(\w+\): (\S+)")
         )
         share = 100 * int(trainable.replace(",", "")) / int(total.replace(",", ""))
@@ -115,17 +117,17 @@ def test_the_table_has_the_figures_of_the_outputs(files, capsys):
             total,
             trainable,
             f"{share:.2f}",
-            printed(record, r"Training time: (\S+) s"),
-            printed(record, r"Median step time: (\S+) ms"),
-            printed(record, r"Tokens per second: (\S+)"),
-            printed(record, r"Peak memory: (\S+) MiB"),
-            printed(record, r"Best validation loss: (\S+)"),
-            printed(record, r"Final validation loss: (\S+)"),
-            printed(record, rf"Wrote out/{name}.pt: (\S+) MiB"),
+            printed(log, r"Training time: (\S+) s"),
+            printed(log, r"Median step time: (\S+) ms"),
+            printed(log, r"Tokens per second: (\S+)"),
+            printed(log, r"Peak memory: (\S+) MiB"),
+            printed(log, r"Best validation loss: (\S+)"),
+            printed(log, r"Final validation loss: (\S+)"),
+            printed(log, rf"Wrote out/{name}.pt: (\S+) MiB"),
         ]
-        (run,) = read_records(f"{name}.txt")
-        milliseconds = float(printed(record, r"Median step time: (\S+) ms"))
-        assert run.step_time == pytest.approx(milliseconds / 1000, rel=1e-9)
+        (run,) = read_logs(f"{name}.txt")
+        milliseconds = float(printed(log, r"Median step time: (\S+) ms"))
+        assert run.median_step_time == pytest.approx(milliseconds / 1000, rel=1e-9)
     assert "full.txt: full, data text.txt, 6 steps" in lines
     assert "lora.txt: LoRA rank 4, data text.txt, 6 steps" in lines
     ratios = lines[lines.index("lora.txt: LoRA rank 4, data text.txt, 6 steps") + 2].split()
@@ -213,7 +215,7 @@ def test_an_output_cut_anywhere_is_shown_or_refused_in_one_line(files, capsys, n
                 assert "cut.txt is " in error_of(capsys, "full.txt", "cut.txt")
                 continue
             output = compared(capsys, "full.txt", "cut.txt")
-            (run,) = read_records("cut.txt")
+            (run,) = read_logs("cut.txt")
             text = "".join(lines[:n])
             assert len(run.evaluations) == len(re.findall(r"(?m)^step \d+ ", text))
             is_unfinished = "\nFinal validation loss" not in text
@@ -240,7 +242,7 @@ def test_other_encodings_and_line_endings_read_the_same(files, encoding):
     text = files["lora"].replace("\n", "\r\n")
     mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
     Path("b.txt").write_bytes((mark + text).encode(encoding))
-    (one,), (two,) = read_records("lora.txt"), read_records("b.txt")
+    (one,), (two,) = read_logs("lora.txt"), read_logs("b.txt")
     assert vars(one) | {"name": ""} == vars(two) | {"name": ""} and one.is_finished
 
 
@@ -266,7 +268,7 @@ def test_other_encodings_and_line_endings_read_the_same(files, encoding):
          "peak_memory is 1000"),
     ],
 )  # fmt: skip
-def test_what_records_no_run_is_refused_in_one_line(files, capsys, content, words):
+def test_what_is_no_log_is_refused_in_one_line(files, capsys, content, words):
     if content is not None:
         Path("b.txt").write_bytes(content)
     assert words in error_of(capsys, "full.txt", "b.txt", "--plot", "p.png")
@@ -275,7 +277,7 @@ def test_what_records_no_run_is_refused_in_one_line(files, capsys, content, word
 
 def test_a_run_that_trains_nothing_is_refused(files, capsys):
     Path("b.txt").write_text(changed(files["full"], EVAL_ONLY="True"))
-    assert "b.txt is of EVAL_ONLY or MERGE, which train nothing" in error_of(capsys, "b.txt")
+    assert "b.txt is a log of EVAL_ONLY or MERGE, which train nothing" in error_of(capsys, "b.txt")
 
 
 def test_runs_in_one_file_are_shown_apart(files, capsys):
@@ -289,7 +291,7 @@ def test_an_interrupted_run_and_its_rest_are_one_run(files, capsys):
     """In two files, in either form of redirection, or the rest alone."""
     Path("appended.txt").write_text(files["interrupted"] + files["resumed"])
     for arguments in (["interrupted.txt", "resumed.txt"], ["appended.txt"]):
-        runs, notes = join(r for path in arguments for r in read_records(path))
+        runs, notes = join(r for path in arguments for r in read_logs(path))
         assert len(runs) == len(notes) == 1 and "shown as one run" in notes[0]
         steps = [e.step for e in runs[0].evaluations]
         assert steps == sorted(set(steps)) and steps[0] == 0 and runs[0].is_finished
@@ -306,8 +308,8 @@ def test_an_interrupted_run_and_its_rest_are_one_run(files, capsys):
 
 def test_the_rest_of_another_run_is_not_joined(files):
     Path("b.txt").write_text(changed(files["interrupted"], SEED="2"))
-    runs, notes = join([*read_records("b.txt"), *read_records("resumed.txt")])
-    assert len(runs) == 2 and "whose record is not given" in notes[0]
+    runs, notes = join([*read_logs("b.txt"), *read_logs("resumed.txt")])
+    assert len(runs) == 2 and "whose log is not given" in notes[0]
 
 
 def test_a_run_that_had_ended_is_not_gone_on_with(files, capsys):
@@ -322,14 +324,14 @@ def test_a_run_that_had_ended_is_not_gone_on_with(files, capsys):
 def test_half_a_number_is_not_read(files):
     text = files["full"]
     Path("b.txt").write_text(text[: text.index("Final validation loss: ") + 26])
-    (run,) = read_records("b.txt")
+    (run,) = read_logs("b.txt")
     assert not run.is_finished and run.best_val_loss is not None
 
 
 def test_the_models_own_words_are_not_read(files):
-    record = files["full"] + "   MAX_STEPS: 9\n   Total parameters: 1\n   N: 1\n"
-    Path("b.txt").write_text(record)
-    (run,), (other,) = read_records("full.txt"), read_records("b.txt")
+    log = files["full"] + "   MAX_STEPS: 9\n   Total parameters: 1\n   N: 1\n"
+    Path("b.txt").write_text(log)
+    (run,), (other,) = read_logs("full.txt"), read_logs("b.txt")
     assert vars(run) | {"name": ""} == vars(other) | {"name": ""}
 
 
@@ -340,7 +342,7 @@ def test_the_base_itself_is_not_the_best_of_a_run():
 
 def test_metrics_and_output_of_a_run_read_the_same(files, capsys):
     write_lines(Path("m.jsonl"), metrics(files["lora"]))
-    (one,), (two,) = read_records("lora.txt"), read_records("m.jsonl")
+    (one,), (two,) = read_logs("lora.txt"), read_logs("m.jsonl")
     same = {"name": "", "files": {}}
     assert vars(one) | same == vars(two) | same
     assert two.file_size == pytest.approx(one.file_size, abs=1e-5)
@@ -357,7 +359,7 @@ def test_metrics_that_grow_are_read_at_every_byte(files, capsys):
     first, *evaluations, summary = ends
     for n in range(first, len(whole)):
         Path("part.jsonl").write_bytes(whole[:n])
-        (run,) = read_records("part.jsonl")
+        (run,) = read_logs("part.jsonl")
         assert len(run.evaluations) == sum(end <= n for end in evaluations)
         assert run.is_finished == (n >= summary)
     Path("part.jsonl").write_bytes(whole[:first])
@@ -368,10 +370,10 @@ def test_metrics_of_a_resumed_run_are_one_run(files):
     lines = metrics(files["full"])
     again = [{**lines[0], "config": lines[0]["config"] | {"resume": True}}]
     write_lines(Path("m.jsonl"), [*lines[:3], *again, *lines[2:]])
-    runs, notes = join(read_records("m.jsonl"))
+    runs, notes = join(read_logs("m.jsonl"))
     assert [e.step for e in runs[0].evaluations] == [0, 3, 6] and len(runs) == len(notes) == 1
     write_lines(Path("m.jsonl"), [*lines[:3], *lines[2:]])  # a kill, and no first line again
-    (run,) = read_records("m.jsonl")
+    (run,) = read_logs("m.jsonl")
     assert [e.step for e in run.evaluations] == [0, 3, 6]
 
 
@@ -389,7 +391,7 @@ def test_a_diverged_run_is_shown(files, capsys):
     text = re.sub(r"(step 6 .*val loss )\S+ \+- \S+", r"\1nan +- nan", files["full"])
     Path("b.txt").write_text(text.partition("Best validation")[0])
     output = compared(capsys, "full.txt", "b.txt", "--plot", "p.png")
-    (run,) = read_records("b.txt")
+    (run,) = read_logs("b.txt")
     assert math.isnan(run.last_loss) and run.best_loss == run.evaluations[1].val_loss
     assert "nan" in output and Path("p.png").exists()
 
@@ -437,9 +439,9 @@ def test_the_axis_of_losses_shows_what_matters():
     assert compare.limits([run_of([0], [math.nan])]) == (0.0, 1.0, "")
 
 
-def run_of(steps: list[int], losses: list[float]) -> Record:
+def run_of(steps: list[int], losses: list[float]) -> RunLog:
     evaluations = zip(steps, losses, strict=True)
-    return Record("x", evaluations=tuple(Evaluation(s, v, 0.01, float(s)) for s, v in evaluations))
+    return RunLog("x", evaluations=tuple(Evaluation(s, v, 0.01, float(s)) for s, v in evaluations))
 
 
 def test_a_plot_that_cannot_be_made_is_one_line_and_no_file(files, capsys, monkeypatch):
@@ -460,14 +462,74 @@ def test_a_plot_that_cannot_be_made_is_one_line_and_no_file(files, capsys, monke
 
 
 def test_the_script_as_a_user_starts_it(files, tmp_path):
-    """With help, with an error, without torch or matplotlib, into a pipe that closes."""
+    """With help, with an error, without torch or matplotlib."""
     assert "--plot FILE" in succeeded(start_script(tmp_path, "--help", script="compare.py"))
     assert "nothing.txt" in refused(start_script(tmp_path, "nothing.txt", script="compare.py"))
     code = "import sys, compare; print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout == "set()\n"
-    process = subprocess.run(
-        f"{sys.executable} -X faulthandler {ROOT}/compare.py full.txt | true",
-        shell=True, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: run"),
+        (["full.txt", "--plott", "p.png"], "unrecognized arguments: --plott"),
+        (["full.txt", "--plot"], "argument --plot: expected one argument"),
+    ],
+)
+def test_a_bad_argument_is_one_line(files, capsys, arguments, words):
+    error = error_of(capsys, *arguments)
+    assert words in error and error.endswith("; python compare.py --help shows what is accepted")
+
+
+@pytest.mark.parametrize("arguments", ["full.txt", "--help"])
+@pytest.mark.parametrize(
+    ("redirection", "exit_code", "errors"),
+    [
+        ("| (exec <&-; sleep 1)", 2, "error: stdout: Broken pipe\n"),
+        (">/dev/full", 2, "error: stdout: No space left on device\n"),
+        (">/dev/full 2>&-", 2, ""),
+    ],
+)
+def test_what_cannot_be_printed_is_one_line(files, arguments, redirection, exit_code, errors):
+    process = shell(f"sleep 0.2; {COMPARE} {arguments}", redirection)
+    assert (process.returncode, process.stderr) == (exit_code, errors)
+
+
+def test_a_closed_stdout_is_no_error(files):
+    process = shell(f"{COMPARE} full.txt", ">&-")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_a_closed_stderr_leaves_stdout_alone(files):
+    for redirection in ("2>&-", ">&- 2>&-"):
+        process = shell(f"{COMPARE} nothing.txt", redirection)
+        assert (process.returncode, process.stdout, process.stderr) == (2, "", "")
+
+
+def test_a_stdout_that_is_no_file_is_printed_to(files, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert compare.main(["full.txt"]) == 0
+    assert "full.txt: full, data text.txt, 6 steps\n" in sys.stdout.getvalue()
+
+
+def test_ctrl_c_is_one_line(files, capsys, monkeypatch):
+    def interrupt(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "read_logs", interrupt)
+    assert compare.main(["full.txt"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+COMPARE = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'compare.py'))}"
+
+
+def shell(command: str, redirection: str) -> subprocess.CompletedProcess:
+    """Run a command with its output redirected; the exit code is the command's."""
+    script = f"set -o pipefail; ({command}) {redirection}"
+    environment = environment_of(
+        {}
+    )  # without PYTHONUNBUFFERED, under which nothing is left at exit
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)

@@ -2,7 +2,16 @@
 
 import pytest
 
-from config import Config, ConfigError, GenerateConfig, help_table, lora_targets, option_fields
+from trainer.settings import (
+    Config,
+    ConfigError,
+    GenerateConfig,
+    help_table,
+    option_fields,
+)
+from trainer.setup import lora_targets
+
+LINEARS = ("query", "key", "value", "proj")
 
 
 def read(**environment: str) -> Config:
@@ -68,8 +77,6 @@ def test_test_mode_has_an_output_folder_of_its_own():
         ("LORA_ALPHA", "nan"),
         ("LORA_ALPHA", "inf"),
         ("LORA_TARGETS", ""),
-        ("LORA_TARGETS", "query,,value"),
-        ("LORA_TARGETS", "all,query"),
         ("TRAIN_EMBEDDINGS", "False"),  # every parameter trains without USE_LORA
         ("LORA_DROPOUT", "1.0"),
         ("LORA_DROPOUT", "-0.1"),
@@ -134,10 +141,14 @@ def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):
 
 
 def test_layers_are_named_and_a_misspelt_one_is_answered():
-    assert lora_targets(read().lora_targets) is None and lora_targets("All") is None
-    assert lora_targets("value, query,value") == ["value", "query"]
-    with pytest.raises(ConfigError, match=r"'querry' is no layer .*did you mean query.*fc_in"):
-        read(LORA_TARGETS="querry,value")
+    assert lora_targets(read().lora_targets, LINEARS) is None
+    assert lora_targets("All", LINEARS) is None
+    assert lora_targets("value, query,value", LINEARS) == ["value", "query"]
+    for wrong in ("query,,value", "all,query", "qeury", "fc_in"):
+        with pytest.raises(ConfigError, match=f"LORA_TARGETS='{wrong}'.*query,key,value,proj"):
+            lora_targets(wrong, LINEARS)
+    with pytest.raises(ConfigError, match=r"'querry' is no layer .*did you mean query"):
+        lora_targets("querry,value", LINEARS)
 
 
 def test_other_programs_variables_are_left_alone():

@@ -14,26 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from data import (
-    Corpus,
-    DataError,
-    check_length,
-    load_corpus,
-    training_batch,
-    validation_windows,
-    windows_batch,
-)
+from data import DataError, TextCorpus, load_corpus, open_corpus
+from data.batches import training_batch, validation_windows, windows_batch
+from data.text import check_length
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DEFAULT = Path("/nowhere/input.txt")
 MIB = 1024 * 1024
 
 
-def load(path: Path | str) -> Corpus:
+def load(path: Path | str) -> TextCorpus:
     return load_corpus(str(path), NO_DEFAULT)
 
 
-def text_of(corpus: Corpus) -> bytes:
+def text_of(corpus: TextCorpus) -> bytes:
     return corpus.tokens.tobytes()
 
 
@@ -43,8 +37,8 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def corpus_of(n_bytes: int) -> Corpus:
-    return Corpus("x", np.zeros(n_bytes, np.uint8), "sha256:0", n_files=1, n_skipped=0)
+def corpus_of(n_bytes: int) -> TextCorpus:
+    return TextCorpus("x", np.zeros(n_bytes, np.uint8), "sha256:0", n_files=1, n_skipped=0)
 
 
 def error_of(name: str) -> str:
@@ -546,8 +540,9 @@ def test_validation_windows_are_evenly_spaced_over_the_whole_split() -> None:
 
 def test_short_split_gives_windows_that_do_not_overlap() -> None:
     assert validation_windows(RAMP[:10], n_windows=100, block_size=4).tolist() == [0, 5]
-    many = validation_windows(RAMP, n_windows=100, block_size=7)
-    assert len(many) == 199 // 7 and np.diff(many).min() >= 7
+    for block_size in (7, 8):  # 8 divides the length, so that one window fewer has a next token
+        many = validation_windows(RAMP, n_windows=100, block_size=block_size)
+        assert len(many) == 199 // block_size and np.diff(many).min() >= block_size
     assert validation_windows(RAMP[:5], n_windows=100, block_size=4).tolist() == [0]
 
 
@@ -571,6 +566,54 @@ def test_batch_on_cuda_equals_batch_on_cpu() -> None:
         assert torch.equal(on_cuda.cpu(), on_cpu)
 
 
+# ---- what every corpus has
+
+
+def ramp_corpus(n_tokens: int) -> TextCorpus:
+    """A text whose tokens are their own places."""
+    return TextCorpus("x", np.arange(n_tokens, dtype=np.uint16), "sha256:0", 1, 0)
+
+
+def test_a_text_draws_from_its_split() -> None:
+    corpus = ramp_corpus(1000)  # 900 train
+    x, y = corpus.training_batch(200, 16, seed=1, number=2, share=(1, 2))
+    assert x.shape == (100, 16) and torch.equal(y, x + 1) and y.max() < 900
+    expected = training_batch(corpus.train, 200, 16, 1, 2)[0][1::2]
+    assert torch.equal(x, expected)
+    windows = corpus.validation_windows(5, 16)
+    assert np.array_equal(windows, validation_windows(corpus.validation, 5, 16))
+    x, y = batch = corpus.validation_batch(windows, 16)
+    assert x[0, 0] == 900 and y[-1, -1] == 999
+    assert corpus.counted(batch).tolist() == [16] * 5
+    assert corpus.passes(1800) == 2.0
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 9, 10, 33, 98, 99])
+def test_all_windows_of_a_text_predict_every_token_but_the_first_once(block_size: int) -> None:
+    corpus = ramp_corpus(1000)
+    predicted = [
+        token
+        for windows, length in corpus.all_validation_windows(block_size)
+        for token in corpus.validation_batch(windows, length)[1].flatten().tolist()
+    ]
+    assert predicted == list(range(901, 1000))
+    assert corpus.count_predicted() == (99, 99)
+
+
+def test_what_a_models_file_says_of_a_text_and_how_a_sample_begins() -> None:
+    corpus = ramp_corpus(1000)
+    assert corpus.metadata() == {"data": "x", "checksum": "sha256:0"}
+    assert corpus.prompt_format is None
+    assert corpus.opening() == ([ord("\n")], None)
+
+
+def test_open_corpus_finds_text_and_asks_for_its_length(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"x" * 100)
+    assert open_corpus(None, path, block_size=9).name == str(path)
+    with pytest.raises(DataError, match="needs at least 101"):
+        open_corpus(str(path), NO_DEFAULT, block_size=10)
+
+
 # ---- memory and time
 
 # VmHWM is the peak of this process alone; ru_maxrss would start at that of the parent.
@@ -578,7 +621,8 @@ MEASURE = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from data import load_corpus, training_batch
+from data import load_corpus
+from data.batches import training_batch
 
 def mib(key):
     lines = open("/proc/self/status").read().splitlines()

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import device as hardware
-from config import Config, ConfigError
+import hardware
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from run import check_checkpointing
-from training import waits_for_python
+from trainer.settings import Config, ConfigError
+from trainer.setup import check_checkpointing
+from training import is_launch_bound
 
 
 def test_a_cpu_times_each_step_and_a_queue_some_together():
@@ -162,7 +162,7 @@ def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
     def waits(device: str = "cuda", parameters: int = 10**7, **variables: str) -> bool:
         config = Config.from_environment({"BATCH_SIZE": "32", "BLOCK_SIZE": "128"} | variables)
         model = SimpleNamespace(get_parameter_info=lambda: {"total": parameters})
-        return waits_for_python(
+        return is_launch_bound(
             SimpleNamespace(config=config, device=torch.device(device), model=model)
         )
 
@@ -170,5 +170,5 @@ def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
     assert not waits("cpu") and not waits("mps")
     assert not waits(parameters=10**9) and waits(parameters=10**9, BATCH_SIZE="2")
     assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
-    monkeypatch.setattr("distributed.size", lambda: 2)
+    monkeypatch.setattr("hardware.processes.world_size", lambda: 2)
     assert not waits()

@@ -11,7 +11,7 @@ import transformers
 from conftest import ROOT, TEXT, start_group, start_script, succeeded
 
 from benchmarks.parameters import table
-from config import Config, GenerateConfig, help_table
+from trainer.settings import Config, GenerateConfig, help_table
 
 DOCUMENTS = ["README.md", "LORA_USAGE.md"]
 # The smallest budget for the default model, which some snippets load.

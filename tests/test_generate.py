@@ -1,5 +1,6 @@
 """generate.py, EVAL_ONLY and MERGE, started as a user starts them."""
 
+import dataclasses
 import math
 import os
 import re
@@ -12,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
 
-from checkpoint import load_base, read_checkpoint
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.checkpoint import load_base, read_checkpoint
 
 GENERATE = {"MAX_NEW_TOKENS": "50", "NUM_THREADS": "1"}
 
@@ -38,7 +39,7 @@ def generate(folder: Path, **variables: str) -> subprocess.CompletedProcess:
 
 def model_of(path: Path) -> BigramLanguageModelLoRA:
     base = read_checkpoint(path)
-    model = BigramLanguageModelLoRA(**base.shape, device="cpu", dropout=0.0)
+    model = BigramLanguageModelLoRA(**dataclasses.asdict(base.sizes), device="cpu", dropout=0.0)
     load_base(model, base)
     return model
 

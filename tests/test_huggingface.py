@@ -14,8 +14,7 @@ import transformers
 from conftest import TEXT, refused, start_script, succeeded
 from torch import nn
 
-from checkpoint import load_base, read_checkpoint
-from huggingface import adapter_from_gpt2, adapter_to_gpt2, read_base, read_gpt2, write_gpt2
+from files.tensors import fingerprint
 from lora import (
     FileError,
     base_state,
@@ -28,9 +27,17 @@ from lora import (
     take_adapter,
     write_peft,
 )
-from lora.files import fingerprint
+from models import GPT2
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from run import check_vocabulary
+from models.checkpoint import load_base, read_checkpoint
+from models.huggingface import (
+    adapter_from_folder,
+    adapter_to_folder,
+    read_base,
+    read_model,
+    write_model,
+)
+from trainer.loading import read_checked_base
 
 SHAPES = [
     {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
@@ -69,7 +76,9 @@ def folder(tmp_path: Path, tokenizer) -> Path:
 
 
 def ours(checkpoint, **options: object) -> BigramLanguageModelLoRA:
-    model = BigramLanguageModelLoRA(**checkpoint.shape, device="cpu", dropout=0.0, **options)
+    model = BigramLanguageModelLoRA(
+        **dataclasses.asdict(checkpoint.sizes), device="cpu", dropout=0.0, **options
+    )
     load_base(model, checkpoint)
     return model.eval()
 
@@ -98,19 +107,19 @@ def test_a_file_of_something_else_is_refused(content, folder):
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(FileError, match="gpt2"):
-        read_gpt2(folder)
+        read_model(folder)
 
 
 def test_flipped_bits_of_a_torch_file_are_seen(folder):
     path = folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
     torch.save(gpt2().state_dict(), path)
-    read_gpt2(folder)
+    read_model(folder)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(FileError, match=r"pytorch_model\.bin holds no tensors, or it is damaged"):
-        read_gpt2(folder)
+        read_model(folder)
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def test_files_as_they_are_published_load_too(folder, tokenizer):
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()
     tokenizer.save_model(str(folder))
-    checkpoint = read_gpt2(folder)
+    checkpoint = read_model(folder)
     assert relative_error(ours(checkpoint)(idx)[0], theirs(idx).logits) < 1e-5
     loaded = tokenizers.Tokenizer.from_str(checkpoint.tokenizer)
     assert loaded.encode(TEXT).ids == tokenizer.encode(TEXT).ids
@@ -138,9 +147,9 @@ def test_transformers_loads_what_is_written_and_reading_it_gives_the_same_bits(
     gpt2(**shape).save_pretrained(tmp_path / "in")
     tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
     checkpoint = read_base(tmp_path / "in")
-    write_gpt2(tmp_path / "out", checkpoint)
+    write_model(tmp_path / "out", checkpoint)
     again = read_base(tmp_path / "out")
-    assert again.shape == checkpoint.shape
+    assert again.sizes == checkpoint.sizes
     assert fingerprint(again.tensors) == fingerprint(checkpoint.tensors)
     theirs, idx = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out"), tokens(shape)
     assert relative_error(theirs(idx).logits, ours(checkpoint)(idx)[0]) < 1e-5
@@ -148,7 +157,7 @@ def test_transformers_loads_what_is_written_and_reading_it_gives_the_same_bits(
     assert words(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
     assert words.eos_token == "<|endoftext|>"
     with pytest.raises(FileError, match="exists already"):
-        write_gpt2(tmp_path / "out", checkpoint)
+        write_model(tmp_path / "out", checkpoint)
 
 
 def test_a_tied_head_counts_once_stays_tied_in_full_fine_tuning_and_is_apart_under_lora(folder):
@@ -213,10 +222,10 @@ def test_an_adapter_gives_pefts_logits_on_transformers_model_and_comes_back_with
     checkpoint = read_base(folder)
     model, idx = trained(checkpoint), tokens(SHAPES[0])
     adapter = take_adapter(model, fingerprint(checkpoint.tensors), {"step": 3})
-    write_peft(tmp_path / "peft", adapter_to_gpt2(adapter), "CAUSAL_LM", str(folder))
+    write_peft(tmp_path / "peft", adapter_to_folder(adapter, GPT2), "CAUSAL_LM", str(folder))
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").eval()
     assert relative_error(theirs(idx).logits, model(idx)[0]) < 1e-5
-    again = adapter_from_gpt2(read_adapter(tmp_path / "peft"))
+    again = adapter_from_folder(read_adapter(tmp_path / "peft"), GPT2)
     assert (again.base, again.alpha, again.metadata) == (
         adapter.base, adapter.alpha, adapter.metadata
     )  # fmt: skip
@@ -255,7 +264,7 @@ def test_an_adapter_that_peft_trained_on_gpt2_gives_its_logits_here(targets, fol
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "only 'gpt2'"),
+        ({"model_type": "gemma"}, "'gemma' is not supported; supported are gpt2, llama"),
         ({"activation_function": "relu"}, "activation_function 'relu'"),
         ({"activation_function": ["gelu"]}, "activation_function"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
@@ -278,7 +287,7 @@ def test_another_model_is_refused_by_what_it_has(change, message, folder):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(FileError, match=message):
-        read_gpt2(folder)
+        read_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +308,7 @@ def test_missing_and_damaged_files_are_refused(name, content, message, folder):
     if content is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(FileError, match=f"gpt2.*{message}"):
-        check_vocabulary(read_base(folder))
+        read_checked_base(folder)
 
 
 def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, tmp_path):
@@ -310,7 +319,7 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
     refusal = refused(start_script(tmp_path, **run | {"BASE_CHECKPOINT": "."}))
     assert "config.json cannot be read" in refusal
     record = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
-    assert "tokens:   " in record and "weights of GPT-2's kind" in record
+    assert "tokens:   " in record and "weights of the family gpt2" in record
     caches = list((tmp_path / "out").glob("tokens-*.bin"))
     assert len(caches) == 1
     asked = start_script(
@@ -348,29 +357,35 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(folder, tmp_path):
     base = read_base(folder)
     del base.tensors["ln_f.weight"]
     with pytest.raises(FileError, match=r"lacks tensor ln_f\.weight"):
-        write_gpt2(tmp_path / "new", base)
+        write_model(tmp_path / "new", base)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("there", [["key"], ["query", "value"], ["key", "value", "fc_in"]])
 def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, there):
     model = BigramLanguageModelLoRA(
-        **read_base(folder).shape, device="cpu", dropout=0.0, use_lora=True, lora_targets=there
+        **dataclasses.asdict(read_base(folder).sizes),
+        device="cpu",
+        dropout=0.0,
+        use_lora=True,
+        lora_targets=there,
     )
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B)
     adapter = take_adapter(model, "base")
-    again = adapter_from_gpt2(adapter_to_gpt2(adapter))
+    again = adapter_from_folder(adapter_to_folder(adapter, GPT2), GPT2)
     assert again.alpha == adapter.alpha and again.tensors.keys() == adapter.tensors.keys()
     for name, tensor in adapter.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
-    odd = dict(adapter_to_gpt2(adapter).tensors)
+    odd = dict(adapter_to_folder(adapter, GPT2).tensors)
     odd["transformer.h.0.attn.c_attn.lora_B"] = torch.ones(4, 24)
     with pytest.raises(FileError, match="4 rows, which are not 3 equal parts"):
-        adapter_from_gpt2(dataclasses.replace(adapter_to_gpt2(adapter), tensors=odd))
+        adapter_from_folder(
+            dataclasses.replace(adapter_to_folder(adapter, GPT2), tensors=odd), GPT2
+        )
     foreign = dataclasses.replace(adapter, alpha=adapter.alpha | {"layers.0.q_proj": 1.0})
-    with pytest.raises(FileError, match=r"layers\.0\.q_proj is no layer of GPT-2's"):
-        adapter_to_gpt2(foreign)
+    with pytest.raises(FileError, match=r"layers\.0\.q_proj is no layer of gpt2's"):
+        adapter_to_folder(foreign, GPT2)
 
 
 def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, tmp_path):

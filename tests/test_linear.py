@@ -3,7 +3,8 @@
 import copy
 import math
 import pickle
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -14,12 +15,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora import LoRALinear, grouped_linear
-from lora import dropout as dropout_module
 from lora import linear as module
-from lora.dropout import draw_numbers, mask_of
+from lora.linear import base_weight, lora_reference, stacking_pays
+from ops import dropout as dropout_module
+from ops.dropout import draw_numbers, mask_of
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
+# Relative to the norm of what float64 gives: about twice an input's rounding in the low precisions.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2.5e-3,
+}
 
 FORMS = ("merged", "two paths")
 
@@ -39,12 +46,12 @@ def make(out_features=7, in_features=5, rank=3, bias=True, alpha=16.0, dtype=tor
 
 
 def reference(layer: LoRALinear, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output and gradients by plain autograd in float64."""
+    """Output and gradients of lora_reference in float64."""
     x = x.detach().double().requires_grad_()
     A, B = (p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B))
-    bias = None if layer.bias is None else layer.bias.double()
-    y = nn.functional.linear(x, layer.weight.double(), bias)
-    y = y + layer.alpha / layer.rank * ((x @ A.T) @ B.T)
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    W = layer.weight.detach().double()
+    y = lora_reference(x, W, bias, A, B, layer.alpha / layer.rank)
     y.backward(g.double())
     return {"y": y.detach(), "x": x.grad, "A": A.grad, "B": B.grad}
 
@@ -76,6 +83,132 @@ def assert_agrees(layer: LoRALinear, x: torch.Tensor, dtype: torch.dtype, autoca
         assert value.dtype == kinds[name]
         error = (value.double() - exact[name]).norm() / size[name].clamp_min(1e-30)
         assert error < TOLERANCE[dtype], name
+
+
+@contextmanager
+def drawn_masks() -> Iterator[list[torch.Tensor]]:
+    """The masks of dropout that are drawn within, in float64 and scaled by 1 / (1 - p)."""
+    masks = []
+    real = dropout_module.draw_numbers
+
+    def draw(x, p, bits=16):
+        numbers, lowest, kept = real(x, p, bits)
+        masks.append(mask_of(numbers, lowest, out=numbers.double()) / kept)
+        return numbers, lowest, kept
+
+    with (
+        patch.object(dropout_module, "draw_numbers", draw),
+        patch.object(module, "draw_numbers", draw),
+    ):
+        yield masks
+
+
+def test_the_reference_is_the_formula():
+    """By hand: y = x W^T + b + s (x A^T) B^T."""
+    x, W, b, A, B = (
+        torch.tensor(t) for t in ([[2.0, 3.0]], [[5.0, 7.0]], [11.0], [[1.0, -2.0]], [[4.0]])
+    )
+    assert lora_reference(x, W, b, A, B, 0.5).item() == 2 * 5 + 3 * 7 + 11 + 0.5 * (2 - 6) * 4
+    assert lora_reference(x, W, None, A, B, 0.5).item() == 2 * 5 + 3 * 7 + 0.5 * (2 - 6) * 4
+
+
+MODES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOKENS = [1, 7, 64, 600, 1024]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", MODES)
+@pytest.mark.parametrize(
+    ("widths", "bias"),
+    [((40,), True), ((16,), False), ((24, 24, 24), True), ((40, 16, 16), True), ((48, 8), False)],
+)
+@pytest.mark.parametrize("which", [*FORMS, "dropout", "trainable base"])
+def test_every_fast_form_computes_the_reference(which, widths, bias, dtype, tokens):
+    """One layer, and groups of equal and unequal widths as one product.
+
+    In the low precisions the base is stored in them, but merged it is float32 under autocast.
+    """
+    torch.manual_seed(0)
+    autocast = which == "merged" and dtype.itemsize == 2
+    stored = torch.float32 if autocast else dtype
+    layers = [make(n_out, 24, 4, bias, dtype=stored) for n_out in widths]
+    for layer in layers:
+        layer.dropout = 0.3 if which == "dropout" else 0.0
+        layer.weight.requires_grad_(which == "trainable base")
+    x = torch.randn(tokens, 24).to(stored).requires_grad_()
+    one_product = patch.object(LoRALinear, "forward") if len(layers) > 1 else nullcontext()
+    with (
+        form(which),
+        drawn_masks() as masks,
+        patch.object(module, "stacking_pays", lambda tokens, layers: True),
+        torch.autocast("cpu", dtype, enabled=autocast),
+        one_product as called,
+    ):
+        found = grouped_linear(x, layers) if called else [layers[0](x)]
+    assert not (called and called.called)
+    assert [y.shape for y in found] == [(tokens, n_out) for n_out in widths]
+    assert {y.dtype for y in found} == {dtype} and len(masks) == (which == "dropout")
+    gradients = [torch.randn_like(y) for y in found]
+    torch.autograd.backward(found, gradients)
+
+    mask = masks[0] if masks else torch.ones_like(x).double()
+    exact_x = x.detach().double().requires_grad_()
+    exact_parameters = []
+    pairs = []
+    for layer, y, g in zip(layers, found, gradients, strict=True):
+        W, A, B = (p.detach().double() for p in (layer.weight, layer.lora_A, layer.lora_B))
+        b = layer.bias.detach().double() if bias else None
+        exact_parameters.append((W.requires_grad_(), A.requires_grad_(), B.requires_grad_()))
+        base = lora_reference(exact_x, W, b, A, torch.zeros_like(B), 1.0)
+        update = lora_reference(exact_x * mask, torch.zeros_like(W), None, A, B, 16 / 4)
+        (base + update).backward(g.double())
+        pairs.append((y, (base + update).detach()))
+    pairs.append((x.grad, exact_x.grad))
+    for layer, (W, A, B) in zip(layers, exact_parameters, strict=True):
+        pairs += [(layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad)]
+        if which == "trainable base":
+            pairs.append((layer.weight.grad, W.grad))
+    for value, exact in pairs:
+        assert relative_error(value, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("which", [*FORMS, "dropout", "trainable base"])
+@pytest.mark.parametrize("small_batch", [0, module.SMALL_BATCH])
+def test_every_form_takes_its_base_from_base_weight(which, small_batch):
+    """In forward and in backward: with another weight there, all is that of the other weight."""
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(6, 5, requires_grad=True)
+    layer.bias.requires_grad_(which == "trainable base")
+    layer.dropout = 1e-9 if which == "dropout" else 0.0  # which is 1/256 there
+
+    def tripled(W, dtype, copy=False):
+        return base_weight([3 * w for w in W], dtype, copy)
+
+    with (
+        form(which),
+        drawn_masks() as masks,
+        patch.object(module, "base_weight", tripled),
+        patch.object(module, "SMALL_BATCH", small_batch),
+    ):
+        y = layer(x)
+        g = torch.randn_like(y)
+        y.backward(g)
+    assert all(mask.all() for mask in masks)  # with this seed
+    layer.weight.data *= 3
+    exact = reference(layer, x, g)
+    found = {"y": y, "x": x.grad, "A": layer.lora_A.grad, "B": layer.lora_B.grad}
+    tolerance = 1e-2 if masks else 1e-5
+    assert all(relative_error(found[name], exact[name]) < tolerance for name in found)
+
+
+def test_a_base_weight_is_the_layers_own_unless_a_copy_is_asked_for():
+    one, two = torch.randn(4, 3), torch.randn(2, 3)
+    assert base_weight([one], torch.float32) is one
+    copied = base_weight([one], torch.float32, copy=True)
+    assert torch.equal(copied, one) and copied.data_ptr() != one.data_ptr()
+    both = base_weight([one, two.bfloat16()], torch.bfloat16)
+    assert both.dtype == torch.bfloat16
+    assert torch.equal(both, torch.cat([one, two]).bfloat16())
 
 
 @settings(max_examples=150)
@@ -215,7 +348,8 @@ def test_with_dropout_too_it_starts_as_its_base_to_the_bit(tokens):
     linears, x = [nn.Linear(128, 128) for _ in range(3)], torch.randn(tokens, 128)
     layers = [LoRALinear(linear, dropout=0.1) for linear in linears]
     assert torch.equal(layers[0](x), linears[0](x))
-    assert torch.equal(grouped_linear(x, layers), grouped_linear(x, linears))
+    for y, base in zip(grouped_linear(x, layers), grouped_linear(x, linears), strict=True):
+        assert torch.equal(y, base)
 
 
 @pytest.mark.parametrize(
@@ -229,20 +363,8 @@ def test_dropout_acts_on_the_adapters_input_with_one_mask(device, which, mode):
     layer.dropout = 0.3
     layer.bias.requires_grad_(which == "trainable base")
     x = torch.randn(3, 50, 20, device=device, requires_grad=True)
-    masks = []
-
-    def draw(x, p, bits=16):
-        numbers, lowest, kept = real(x, p, bits)
-        assert kept == pytest.approx(0.7, abs=2**-bits)
-        masks.append(mask_of(numbers, lowest, out=numbers.double()) / kept)
-        return numbers, lowest, kept
-
-    real = dropout_module.draw_numbers
-    with (
-        patch.object(dropout_module, "draw_numbers", draw),
-        patch.object(module, "draw_numbers", draw),
-        torch.autocast(device, torch.bfloat16, enabled=mode == "autocast"),
-    ):
+    autocast = torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
+    with drawn_masks() as masks, autocast:
         y = layer(x)
     g = torch.randn_like(y)
     y.backward(g)
@@ -279,22 +401,25 @@ def test_masks_of_few_bits_keep_their_rate_and_the_mean(p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [50, module.ENOUGH_TOKENS])
-@pytest.mark.parametrize("which", FORMS)
+@pytest.mark.parametrize("widths", [(24, 24, 24), (40, 16, 16)])
+@pytest.mark.parametrize("which", [*FORMS, "plain"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_group_gives_what_its_layers_give(device, which, tokens, dtype):
+def test_a_group_gives_what_its_layers_give(device, which, widths, tokens, dtype):
     torch.manual_seed(0)
-    layers = [make(40, 24, rank=4).to(device) for _ in range(3)]
+    layers = [make(n_out, 24, rank=4).to(device) for n_out in widths]
+    if which == "plain":
+        layers = [nn.Linear(24, n_out, bias=False, device=device) for n_out in widths]
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     x = torch.randn(3, tokens, 24, device=device)
-    gradients = []
-    for run in (grouped_linear, lambda x, layers: torch.cat([layer(x) for layer in layers], -1)):
-        for layer in layers:
-            layer.zero_grad()
+    factors = torch.arange(1, 73, device=device).split(widths)
+    found = []
+    for run in (grouped_linear, lambda x, layers: [layer(x) for layer in layers]):
         leaf = x.clone().requires_grad_()
         with form(which), torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = run(leaf, layers)
-        (y.float() * torch.arange(120, device=device)).square().mean().backward()
-        gradients.append([y, leaf.grad, *(p.grad for la in layers for p in (la.lora_A, la.lora_B))])
-    for a, b in zip(*gradients, strict=True):
+            outputs = run(leaf, layers)
+        loss = sum((y.float() * f).square().sum() for y, f in zip(outputs, factors, strict=True))
+        found.append([*outputs, *torch.autograd.grad(loss, [leaf, *trained])])
+    for a, b in zip(*found, strict=True):
         assert relative_error(a, b.double()) < TOLERANCE[dtype]
 
 
@@ -302,16 +427,73 @@ def test_a_group_of_unlike_layers_falls_back_to_each():
     x = torch.randn(module.FEW_TOKENS, 5)
     for layers in (
         [make(rank=2), make(rank=3)],
-        [make(7), make(8)],
+        [make(alpha=8.0), make(alpha=16.0)],
+        [make(), make(bias=False)],
+        [make(bias=False), make()],
         [make(), nn.Linear(5, 4)],
+        [nn.Linear(5, 4), nn.Linear(5, 4, bias=False)],
         [nn.Linear(5, 4), nn.Linear(5, 4)],
+        [nn.Sequential(nn.Linear(5, 4)), nn.Identity()],
+        [make()],
     ):
-        expected = torch.cat([layer(x) for layer in layers], -1)
-        torch.testing.assert_close(grouped_linear(x, layers), expected)
+        for found, layer in zip(grouped_linear(x, layers), layers, strict=True):
+            torch.testing.assert_close(found, layer(x))
     layers = [make(), make().eval()]  # of which the second drops nothing
     for layer in layers:
         layer.dropout = 0.5
-    torch.testing.assert_close(grouped_linear(x, layers)[:, 7:], layers[1](x))
+    torch.testing.assert_close(grouped_linear(x, layers)[1], layers[1](x))
+
+
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_hooks_of_a_layer_in_a_group_run(adapted, hook):
+    layers = [make(8, 8) if adapted else nn.Linear(8, 8) for _ in range(3)]
+    x = torch.randn(module.FEW_TOKENS, 8, requires_grad=True)
+    with patch.object(type(layers[0]), "forward") as called:  # without it they are one product
+        grouped_linear(x, layers)
+    assert not called.called
+    calls = []
+    getattr(layers[1], hook)(lambda *_: calls.append(hook))
+    sum(y.sum() for y in grouped_linear(x, layers)).backward()
+    assert calls == [hook]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_in", "widths", "adapted", "bias", "expected"),
+    [
+        (1, 128, (128, 128, 128), True, True, False),  # a token of generation
+        (16, 128, (128, 128, 128), True, True, True),
+        (16, 768, (768, 768, 768), False, True, True),
+        (512, 768, (768, 768, 768), False, False, False),
+        (512, 256, (256, 256, 256), False, False, True),
+        (64, 576, (576, 192, 192), True, False, False),
+        (128, 576, (576, 192, 192), True, False, True),
+        (256, 2048, (2048, 512, 512), True, True, False),
+        (512, 2048, (2048, 512, 512), True, True, True),
+        (1024, 2048, (2048, 512, 512), False, True, False),
+        (512, 896, (896, 128, 128), False, True, True),
+        (1024, 576, (1536, 1536), True, False, False),  # gate and up
+    ],
+)
+def test_layers_are_one_product_where_that_is_faster(tokens, n_in, widths, adapted, bias, expected):
+    with torch.device("meta"):
+        layers = [nn.Linear(n_in, n_out, bias) for n_out in widths]
+        if adapted:
+            layers = [LoRALinear(layer) for layer in layers]
+    assert stacking_pays(tokens, layers) == expected
+    with patch.object(module, "stacking_pays", lambda *_: expected):
+        x = torch.empty(tokens, n_in, device="meta")
+        with patch.object(type(layers[0]), "forward") as called:
+            grouped_linear(x, layers)
+    assert called.called != expected
 
 
 def test_small_updates_survive_bfloat16():

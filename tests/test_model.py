@@ -7,10 +7,8 @@ import torch
 from conftest import DEVICES
 
 from lora import LoRALinear, lora_layers, store_base
-from lora.dropout import dropout
-from models import transformer
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, segments_mask
-from models.transformer import causal_attention
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from ops.dropout import dropout
 
 SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
 
@@ -236,68 +234,6 @@ def test_dropout_is_seeded_differentiable_and_off_in_eval():
     assert dropout(x, 0.0, training=True) is x
 
 
-def exact_attention(qkv, kept, mask=None):
-    """dropout(softmax(q k^T / sqrt(D) + mask)) v of qkv (B, T, 3, H, D), by autograd; `kept`
-    (B, H, T, T) is what the dropout multiplies the weights by."""
-    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-    T, D = q.shape[2:]
-    if mask is None:
-        mask = torch.full((T, T), -math.inf, dtype=qkv.dtype, device=qkv.device).triu(1)
-    weights = (q @ k.mT / math.sqrt(D) + mask).softmax(-1)
-    return (weights * kept @ v).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 64, 2, 16), (2, 100, 1, 8), (1, 300, 1, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("device", DEVICES)
-def test_attention_agrees_with_float64(device, shape, dtype):
-    """Both forms, with and without segments, values and gradients."""
-    torch.manual_seed(0)
-    B, T, H, D = shape
-    qkv, g = torch.randn(B, T, 3, H, D).double(), torch.randn(B, T, H * D).double()
-    qkv, g = qkv.to(device), g.to(device)
-    segments = torch.randint(2, (B, T)).cumsum(1).to(device)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for mask in (None, segments_mask(segments, torch.float64)):
-        results = []
-        for function, kind in (
-            (lambda qkv, mask: exact_attention(qkv, 1.0, mask), torch.float64),
-            (lambda qkv, mask: transformer.causal_attention(qkv, 0.0, True, mask), dtype),
-            (lambda qkv, mask: transformer.plain_attention(qkv, 0.0, mask), dtype),
-        ):
-            leaf = qkv.to(kind, copy=True).requires_grad_()
-            y = function(leaf, None if mask is None else mask.to(kind))
-            y.backward(g.to(kind))
-            results.append((y.detach().double(), leaf.grad.double()))
-        for found in results[1:]:
-            for a, b in zip(found, results[0], strict=True):
-                assert (a - b).norm() / b.norm() < tolerance
-
-
-@pytest.mark.parametrize("T", [32, 150])
-def test_attention_dropout_drops_whole_weights(T):
-    """With one-hot values the output is the dropped weights themselves, and it and the gradients
-    are those of these weights."""
-    torch.manual_seed(0)
-    qkv = torch.zeros(2, T, 3, 1, T)  # uniform attention: every weight of row i is 1 / (i + 1)
-    qkv[:, :, 2, 0] = torch.eye(T)
-    kept = transformer.plain_attention(qkv, 0.25) * torch.arange(1, T + 1)[:, None]  # (B, T, T)
-    seen = torch.ones(T, T).tril() == 1
-    assert set((kept * 0.75).round(decimals=4).unique().tolist()) == {0.0, 1.0}
-    assert not kept[:, ~seen].any()
-    deviation = math.sqrt(0.25 * 0.75 / (2 * seen.sum()))
-    assert abs(kept[:, seen].mean().item() * 0.75 - 0.75) < 4 * deviation
-
-    leaf = torch.randn_like(qkv).requires_grad_()
-    torch.manual_seed(0)
-    found = transformer.plain_attention(leaf, 0.25)
-    expected = exact_attention(leaf, kept[:, None])
-    g = torch.randn_like(found)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad(y, leaf, g) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_lora_linear_is_importable_from_lora():
     assert LoRALinear.__module__ == "lora.linear"
 
@@ -319,16 +255,6 @@ def test_cached_logits_are_those_without_a_cache(device, use_lora):
             model(idx[:, :1], caches=caches)
         with pytest.raises(ValueError, match="one token at a time"):
             model(idx[:, :2], caches=caches)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_context_of_one_token_has_dropout_too(dtype):
-    """With one key its weight is 1: dropped, or scaled by 1 / (1 - p)."""
-    torch.manual_seed(0)
-    qkv = torch.ones(200, 1, 3, 2, 4, dtype=dtype)
-    y = causal_attention(qkv, 0.5, training=True)
-    assert y.unique().tolist() == [0.0, 2.0]
-    assert causal_attention(qkv, 0.5, training=False).unique().tolist() == [1.0]
 
 
 def test_gradients_of_norms_are_not_added_up_in_bfloat16():
@@ -354,14 +280,3 @@ def test_a_model_with_dropout_compiles_as_one_graph(options):
     _, loss = torch.compile(model, backend="aot_eager", fullgraph=True)(idx, idx)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_compiled_attention_has_one_mask_forward_and_backward():
-    """The output is linear in the values, for one mask: their gradients say what it was."""
-    torch._dynamo.reset()
-    attention = torch.compile(causal_attention, backend="aot_eager", fullgraph=True)
-    qkv = torch.randn(3, 70, 3, 2, 8, requires_grad=True)
-    y, gradient = attention(qkv, 0.3, True), torch.randn(3, 70, 16)
-    y.backward(gradient)
-    found = (qkv.grad * qkv)[:, :, 2].sum()
-    torch.testing.assert_close(found, (y * gradient).sum(), rtol=1e-4, atol=1e-4)

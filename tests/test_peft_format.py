@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import generate
-from checkpoint import save_checkpoint
+from files import OtherKind
+from files.tensors import fingerprint
 from lora import (
     Adapter,
     FileError,
@@ -29,9 +30,9 @@ from lora import (
     write_peft,
 )
 from lora import __main__ as command
-from lora.files import OtherKind, fingerprint
 from lora.peft_format import HARMLESS, REQUIRED, SUPPORTED
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.checkpoint import save_checkpoint
 
 SHAPE = {"vocab_size": 256, "n_embd": 32, "block_size": 16, "n_head": 2, "n_layer": 2}
 IDX = torch.arange(32).view(2, 16)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,19 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import losses
 
-from checkpoint import read_checkpoint
-from data import IGNORED, DataError, training_batch
-from data.records import (
-    OPENING,
-    PROMPT_FORMAT,
-    TURN,
-    is_records,
-    load_records,
-    pack,
-    parse_records,
-)
-from data.tokenizer import encode
+from data import DataError, RecordCorpus, open_corpus
+from data.corpus import IGNORED
+from data.forms import OPENING, PROMPT_FORMAT, TURN, parse_records
+from data.packing import pack
+from data.records import is_records, load_records
+from data.tokenizer import decode, encode, end_token
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.checkpoint import read_checkpoint
 
 ASKED = {"prompt": "2 + 2?", "completion": "4"}
 
@@ -179,6 +175,55 @@ def test_packing_loses_nothing_but_what_it_says(lengths, block_size, count_promp
     assert (blocks.n_records, blocks.n_cut, blocks.n_dropped) == (len(records), n_cut, n_dropped)
 
 
+def test_what_could_teach_nothing_is_left_out():
+    """A text of white space, which a tokenizer may leave out, is the mark of its end alone."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    records = parse_records("a.jsonl", lines({"text": " "}, {"text": "a"}), "</s>")
+    blocks = pack(records, words.to_str(), 4)
+    assert (len(blocks), blocks.n_cut, blocks.n_dropped) == (1, 0, 1)
+    described = RecordCorpus("x", "sha256:0", blocks, blocks, "{prompt}").describe()
+    assert described[2].endswith("; 0 cut to a block, 1 left out, whose prompts fill one")
+
+
+def test_the_order_of_blocks_says_nothing_of_their_length():
+    """Packing takes the longest first, so in its order a run would begin with all of them."""
+    blocks = pack([[("a" * n, True)] for n in range(33, 65)], None, 64)
+    lengths = (blocks.segments > 0).sum(1)
+    assert len(blocks) == 32
+    assert abs(np.corrcoef(np.arange(32), lengths)[0, 1]) < 0.5
+
+
+def test_a_description_counts_records_tokens_and_padding():
+    train = pack([[("q" * 3, False), ("a", True), (None, True)]] * 2, None, 9)
+    validation = pack([[("q" * 30, False), ("a", True)], [("a", True), ("q" * 30, True)]], None, 9)
+    described = RecordCorpus("caf\u00e9", "sha256:0", train, validation, "{prompt}\n").describe()
+    assert described == [
+        r"name:       caf\xe9",
+        "checksum:   sha256:0",
+        # 10 tokens in a block of 9 and the one that follows them, which is no input
+        "train:      2 records, 9 tokens (4 counted) in 1 blocks, 0.0% padding",
+        "validation: 2 records, 9 tokens (9 counted) in 1 blocks, 0.0% padding; 2 cut to a block, "
+        "1 left out, whose prompts fill one",
+        r'prompt:     "{prompt}\n"',
+    ]
+    half = pack([[("a" * 5, True)]], None, 9)
+    described = RecordCorpus("x", "sha256:0", half, half, "{prompt}").describe()
+    assert "1 records, 5 tokens (4 counted) in 1 blocks, 44.4% padding" in described[2]
+
+
+def test_the_end_that_none_may_have_is_the_tokenizers_own(tmp_path, bpe):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*[{"text": "a\0b"}] * 2))
+    assert load_records(str(path), bpe, 32).train.n_records == 1
+    with pytest.raises(DataError, match="ends a record"):
+        load_records(str(path), None, 32)
+    path.write_bytes(lines(*[{"text": "a<|endoftext|>b"}] * 2))
+    assert load_records(str(path), None, 32).train.n_records == 1
+    with pytest.raises(DataError, match="ends a record"):
+        load_records(str(path), bpe, 32)
+
+
 def test_a_hundred_thousand_records_are_packed_in_seconds_with_little_padding():
     choose = random.Random(0)
     records = [[("q" * choose.randint(5, 300), False), ("a", True)] for _ in range(100_000)]
@@ -193,15 +238,16 @@ def test_every_block_is_trained_on_once_in_a_pass_and_in_another_order_in_the_ne
     blocks = pack(records, None, 24)
     n, size = len(blocks), 7
     assert n == 50
-    rows = [training_batch(blocks, size, 24, seed=3, number=i)[0] for i in range(2 * n)]
+    draw = RecordCorpus("x", "sha256:0", blocks, blocks, "{prompt}").training_batch
+    rows = [draw(size, 24, seed=3, number=i)[0] for i in range(2 * n)]
     rows = torch.cat(rows).tolist()
     passes = [rows[i * n : (i + 1) * n] for i in range(2 * size)]
     for one in passes:
         assert sorted(one) == sorted(blocks.inputs.tolist())
     assert passes[0] != passes[1]
-    whole = training_batch(blocks, 60, 24, seed=3, number=0)[0].tolist()  # more than a pass
+    whole = draw(60, 24, seed=3, number=0)[0].tolist()  # more than a pass
     assert whole == rows[:60]
-    parts = [training_batch(blocks, 60, 24, 3, 0, share=(i, 2))[0].tolist() for i in range(2)]
+    parts = [draw(60, 24, 3, 0, share=(i, 2))[0].tolist() for i in range(2)]
     assert parts == [whole[0::2], whole[1::2]]
 
 
@@ -243,11 +289,72 @@ def test_validation_is_valid_jsonl_or_every_tenth_record(tmp_path):
     both = load_records(str(tmp_path), None, 32)
     assert (both.train.n_records, both.validation.n_records) == (25, 1)
     assert both.checksum != corpus.checksum
+    path.write_bytes(lines({"text": "another"}))
+    assert load_records(str(tmp_path), None, 32).checksum not in (both.checksum, corpus.checksum)
     path.write_bytes(lines(ASKED))
     with pytest.raises(DataError, match="one record is too few"):
         load_records(str(path), None, 32)
     with pytest.raises(DataError, match="no completion is left"):
         load_records(str(tmp_path), None, 4)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> str:
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(["user: assistant: \u20ac" * 50], 400, show_progress=False)
+    trained.add_special_tokens(["<|endoftext|>"])
+    return trained.to_str()
+
+
+@pytest.mark.parametrize("count_prompts", [False, True])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_records_have_what_every_corpus_has(tmp_path, bpe, with_tokenizer, count_prompts):
+    tokenizer = bpe if with_tokenizer else None
+    asked = [{"prompt": f"{i}?", "completion": "\u20ac" * i} for i in range(1, 9)]
+    (tmp_path / "train.jsonl").write_bytes(lines(*asked))
+    (tmp_path / "valid.jsonl").write_bytes(lines(*asked[2:5]))
+    corpus = open_corpus(str(tmp_path), Path(), tokenizer, 64, count_prompts)
+    assert corpus.passes(2 * 64 * len(corpus.train)) == 2.0
+    assert corpus.metadata() == {
+        "data": str(tmp_path), "checksum": corpus.checksum, "prompt_format": PROMPT_FORMAT
+    }  # fmt: skip
+
+    ((windows, length),) = corpus.all_validation_windows(64)
+    batch = corpus.validation_batch(windows, length)
+    assert np.array_equal(batch[0], corpus.validation.inputs) and len(batch) == 3
+    completions = sum(len(encode("\u20ac" * i, tokenizer)) for i in (3, 4, 5))
+    prompts = [PROMPT_FORMAT.replace("{prompt}", f"{i}?") for i in (3, 4, 5)]
+    n_tokens, n_bytes = completions + 3, 3 * (3 + 4 + 5) + 3  # with three ends
+    if count_prompts:  # all but a first token, which nothing predicts; here it is one byte
+        n_tokens += sum(len(encode(prompt, tokenizer)) - 1 for prompt in prompts)
+        firsts = [decode(encode(prompt, tokenizer)[:1], tokenizer) for prompt in prompts]
+        n_bytes += sum(map(len, prompts)) - sum(map(len, firsts))
+    assert corpus.counted(batch).sum() == n_tokens
+    assert corpus.count_predicted() == (n_tokens, n_bytes)
+
+    first = decode(corpus.validation.inputs[0].tolist(), tokenizer)
+    opening, end = corpus.opening()
+    assert end == end_token(tokenizer)
+    if count_prompts:
+        assert len(opening) == 1 and first.startswith(decode(opening, tokenizer))
+    else:
+        assert decode(opening, tokenizer) == first[: first.index(OPENING) + len(OPENING)]
+    with pytest.raises(ValueError, match="block_size is 32, but the blocks have 64"):
+        corpus.training_batch(4, 32, seed=0, number=0)
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 7, 20, 99])
+def test_validation_blocks_are_evenly_spaced(n_windows):
+    records = [[("q" * 20, False), (f"{i:03}", True)] for i in range(50)]
+    blocks = pack(records[:20], None, 24)
+    corpus = RecordCorpus("x", "sha256:0", pack(records, None, 24), blocks, "{prompt}")
+    windows = corpus.validation_windows(n_windows, 24)
+    assert windows.dtype == np.int64 and len(windows) == min(n_windows, 20)
+    assert windows[0] == 0 and (len(windows) == 1 or windows[-1] == 19)
+    gaps = np.diff(windows)
+    assert len(windows) < 3 or (gaps.min() > 0 and gaps.max() - gaps.min() <= 1)
+    x, _, _ = corpus.validation_batch(windows, 24)
+    assert np.array_equal(x, blocks.inputs[windows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -312,6 +419,9 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
 
     tuned = {"DATA": ".", "USE_LORA": "True", "SAMPLE_TOKENS": "9"}
     budget = {"BATCH_SIZE": "4", "MAX_STEPS": "4", "EVAL_INTERVAL": "2", "NUM_THREADS": "1"}
+    # The base knows the answers. At the default rate four steps may spoil them, and whether they do
+    # depends on the dtype that DTYPE=auto finds; this test is of the way to an answer alone.
+    budget["LEARNING_RATE"] = "1e-4"
     record = succeeded(start_script(tmp_path, **tuned | budget))
     assert "user: one?" in record.rpartition("Sample")[2]
     everything = succeeded(start_script(tmp_path, LOSS_ON_PROMPT="True", **tuned | budget))

@@ -18,9 +18,11 @@ import torch
 from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 from test_training import losses
 
-from lora.files import FileError, lock_folder, write_file
-from resume import read_training_state, restore_training_state, save_training_state
-from run import TrainingError
+from files import FileError
+from files.tensors import write_file
+from files.writing import lock_folder
+from trainer.console import TrainingError
+from trainer.resuming import read_training_state, restore_training_state, save_training_state
 
 BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
 
@@ -236,7 +238,9 @@ def test_damaged_states_are_refused(lora_folder, tmp_path):
 
 
 def test_the_generator_of_a_gpu_goes_on_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("resume.generators", lambda model: {"cpu": torch, "mps": torch.mps})
+    monkeypatch.setattr(
+        "trainer.resuming.generators", lambda model: {"cpu": torch, "mps": torch.mps}
+    )
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
     restored = []
     monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)

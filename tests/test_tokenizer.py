@@ -1,5 +1,7 @@
 """Tokens: bytes, or a tokenizer's, of a text at once, in chunks, and one by one."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,10 @@ from conftest import TEXT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data import DataError, load_corpus, tokenizer
-from data.tokenizer import (
-    decode,
-    encode,
-    end_token,
-    stream_decoder,
-    tokenize_corpus,
-    vocabulary_size,
-)
+from data import DataError, TextCorpus, load_corpus, open_corpus, text, tokenized
+from data.text import check_length
+from data.tokenized import tokenize_corpus
+from data.tokenizer import decode, encode, end_mark, end_token, stream_decoder, vocabulary_size
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +26,20 @@ def bpe() -> str:
     return trained.to_str()
 
 
+def corpus_of(text: str) -> TextCorpus:
+    return TextCorpus("x", np.frombuffer(text.encode(), np.uint8), "sha256:0", 1, 0)
+
+
 @given(st.text(st.sampled_from("ab \n\t\r'sé€\x1c\x85 "), max_size=400))
 def test_chunks_have_the_tokens_of_the_whole(bpe, text):
     """Also where white space meets the end of a chunk, which decides how it is split."""
-    size = tokenizer.CHUNK_CHARACTERS
-    tokenizer.CHUNK_CHARACTERS = 5
+    sizes = tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS
+    tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS = 5, 3
     try:
-        corpus = type("Corpus", (), {"tokens": np.frombuffer(text.encode(), np.uint8), "name": "x"})
-        ids = [i for chunk in tokenizer._token_chunks(corpus, bpe) for i in chunk]
+        corpus = corpus_of(text)
+        ids = [i for chunk in tokenized._token_chunks(corpus, bpe) for i in chunk]
     finally:
-        tokenizer.CHUNK_CHARACTERS = size
+        tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS = sizes
     assert ids == encode(text, bpe)
 
 
@@ -61,10 +62,9 @@ def test_tokens_come_back_one_by_one(bpe, text):
 @pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n", " "])
 def test_chunks_are_short_whatever_ends_a_line(between):
     text = between.join(["words"] * 200_000)
-    corpus = type("Corpus", (), {"tokens": np.frombuffer(text.encode(), np.uint8), "name": "x"})
-    chunks = list(tokenizer._text_chunks(corpus))
+    chunks = list(tokenized._text_chunks(corpus_of(text)))
     assert "".join(chunks) == text
-    assert max(map(len, chunks)) < tokenizer.CHUNK_CHARACTERS + 20
+    assert max(map(len, chunks)) < tokenized.CHUNK_CHARACTERS + 20
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 1001])
@@ -99,11 +99,79 @@ def test_a_corpus_is_tokenized_once_and_again_when_text_or_tokenizer_change(bpe,
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_vocabulary_beyond_16_bits_takes_32(bpe, tmp_path, monkeypatch):
+def test_a_corpus_in_tokens_knows_the_bytes_that_they_stand_for(bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DECODED", 50)  # several chunks
     (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.setattr(tokenizer, "vocabulary_size", lambda _: 2**16 + 1)
+    turns = []
+
+    @contextlib.contextmanager
+    def in_turn():
+        turns.append(list(tmp_path.glob("out/*")))
+        yield
+        turns.append(list(tmp_path.glob("out/*")))
+
+    corpus = open_corpus(
+        str(tmp_path / "text.txt"), Path(), bpe, 8, token_folder=tmp_path / "out", in_turn=in_turn()
+    )
+    assert len(turns[0]) == 0 and len(turns[1]) == 1  # the file is made within
+    predicted = corpus.validation[1:].tolist()
+    n_bytes = len(decode(predicted, bpe).encode())
+    assert len(predicted) < n_bytes and corpus.count_predicted() == (len(predicted), n_bytes)
+    assert corpus.opening() == (encode("\n", bpe), None)
+    assert any(line.startswith("tokens:") for line in corpus.describe())
+    with pytest.raises(DataError, match=f"has {len(corpus.tokens):,} tokens"):
+        check_length(corpus, len(corpus.tokens))
+
+
+def test_a_sample_begins_with_the_text_where_a_tokenizer_leaves_white_space_out(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "text.txt").write_text("a " * 180 + "b " * 20)
+    corpus = load_corpus(str(tmp_path / "text.txt"), Path())
+    assert tokenize_corpus(corpus, words.to_str(), tmp_path).opening() == ([1], None)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_vocabulary_beyond_16_bits_takes_32(bpe, tmp_path, monkeypatch, size, dtype):
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(tokenized, "vocabulary_size", lambda _: size)
     corpus = tokenize_corpus(load_corpus(str(tmp_path / "text.txt"), Path()), bpe, tmp_path)
-    assert corpus.tokens.dtype == np.uint32 and corpus.tokens.tolist() == encode(TEXT, bpe)
+    assert corpus.tokens.dtype == dtype and corpus.tokens.tolist() == encode(TEXT, bpe)
+
+
+def test_a_character_may_lie_on_both_sides_of_what_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(tokenized, "MIB", 5)
+    text = "words of café, \u20ac and \U0001f600\U0001f600\U0001f600 \u20ac"
+    assert "".join(tokenized._text_chunks(corpus_of(text))) == text
+    latin = dataclasses.replace(
+        corpus_of(""), tokens=np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
+    )
+    with pytest.raises(DataError, match=r"DATA=x: .* not UTF-8 \(near byte 12\)"):
+        list(tokenized._text_chunks(latin))
+
+
+def test_bytes_that_are_no_text_are_kept_as_bytes_and_marked_for_a_tokenizer(bpe):
+    assert encode("a\udcff", None) == [97, 255]
+    assert decode([97, 255], None) == "a\ufffd"
+    assert encode("a\udcff", bpe) == encode("a\ufffd", bpe)
+
+
+def test_special_tokens_are_shown_and_not_added(bpe):
+    loaded = tokenizers.Tokenizer.from_str(bpe)
+    end = loaded.token_to_id("<|endoftext|>")
+    template = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)]
+    )
+    loaded.post_processor = template
+    assert encode("the", loaded.to_str()) == encode("the", bpe)
+    assert list(tokenized._token_chunks(corpus_of("the"), loaded.to_str())) == [encode("the", bpe)]
+    assert decode([end], bpe) == "<|endoftext|>" == stream_decoder(bpe)(end)
+
+
+def test_of_several_ends_that_a_tokenizer_has_the_first_is_taken(bpe):
+    loaded = tokenizers.Tokenizer.from_str(bpe)
+    loaded.add_special_tokens(["</s>", "<eos>"])
+    assert end_mark(loaded.to_str()) == "<|endoftext|>"
 
 
 def test_text_that_is_not_utf8_is_refused_by_a_tokenizer(bpe, tmp_path):

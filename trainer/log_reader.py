@@ -1,27 +1,8 @@
-"""Read what a run recorded: training.py's redirected output, or metrics.jsonl, as one `Record`.
+"""Read the log of a run as a `RunLog`: training.py's redirected output, or its metrics.jsonl.
 
-The output is what `python training.py > output.txt` leaves, in UTF-8 or UTF-16 (PowerShell).
-metrics.jsonl has one JSON object in a line. The first describes the run:
-
-    {"config": {"use_lora": false, "max_steps": 1000, ...},       every variable, in lower case
-     "run": {"device": "cpu (Intel Xeon, 2 threads)", "dtype": "bfloat16",
-             "data": "python-code", "checksum": "sha256:72bf4d52312c98b7",
-             "base": "5fbca86079505ce4", "base_checkpoint": null,  a path, null for random weights
-             "parameters": {"total": 3323392, "trainable": 3323392}, "processes": 1}}
-
-then come the evaluations, with losses in nats per token and `elapsed` in seconds:
-
-    {"step": 100, "train_loss": 2.77, "val_loss": 2.40, "val_error": 0.017,
-     "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9}
-
-and when the run has ended, with seconds, MiB of memory and bytes of files:
-
-    {"summary": {"best_val_loss": 1.46, "final_val_loss": 1.46, "training_time": 178.6,
-                 "median_step_time": 0.1696, "tokens_per_second": 24075, "peak_memory": 792,
-                 "files": {"out/full.pt": 13316789}}}
-
-Keys that are not named here are ignored, and one that is missing is unknown. null is nan where a
-number is due. A run that goes on after an interruption begins with a first line of its own.
+A redirected output is UTF-8 or UTF-16 (PowerShell). It may hold several runs, and what terminals
+and collectors of logs add: colours, the traces of a progress bar, and a prefix of each line, such
+as a container's name or a time. trainer/log.py says what the lines hold. Nothing here needs torch.
 """
 
 import codecs
@@ -35,20 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-START = "Configuration (* set in the environment):"
-SAMPLE = "Sample ("
-NUMBER = r"(nan|inf|\d+(?:\.\d+)?)"
+from trainer.log import EVALUATION, SAMPLE, START, SUMMARY, WROTE, fields_of
+
 COUNT = r"(\d[\d,]{0,20})"
-EVALUATION = re.compile(
-    rf"step (\d{{1,18}}) \| train loss \S+ \| val loss {NUMBER} \+- {NUMBER} \| .* \| "
-    rf"elapsed {NUMBER} s"
-)
 VARIABLE = re.compile(r"   ([A-Z][A-Z0-9_]*): (.*?)(?: \*)?")
-WRITTEN = re.compile(rf"Wrote (.*): {NUMBER} MiB")
+# What a terminal obeys and does not show: control sequences (colours), titles, other escapes.
+ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
+# The part of a prefix that changes from line to line: a time of day, with or without its date, or
+# seconds since 1970.
+TIME = (
+    r"(?:(?:\d{4}[-/]\d\d[-/]\d\d[T ]|[A-Z][a-z]{2} [ \d]\d )?"
+    r"\d{1,2}:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?|\d{10}(?:\.\d+)?)"
+)
 
 
-class RecordError(ValueError):
-    """A file that records no run: names the file and what is wrong with it."""
+class LogError(ValueError):
+    """A file that is no log of a run: names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +45,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What one run recorded. None and nothing stand for what is unknown or has yet to come."""
+class RunLog:
+    """What the log of one run says; None or empty is what is unknown or has yet to come."""
 
     name: str
     config: Mapping[str, str] = field(default_factory=dict)  # MAX_STEPS: "1000", as printed
@@ -80,7 +63,7 @@ class Record:
     best_val_loss: float | None = None  # nats per token; this and all below are of the summary
     final_val_loss: float | None = None
     training_time: float | None = None  # seconds, evaluations included
-    step_time: float | None = None  # seconds, the median
+    median_step_time: float | None = None  # seconds
     tokens_per_second: float | None = None
     peak_memory: float | None = None  # MiB
     files: Mapping[str, float] = field(default_factory=dict)  # MiB by path
@@ -145,7 +128,7 @@ class Record:
         sizes = (s for path, s in self.files.items() if PureWindowsPath(path).name in names)
         return next(sizes, None)
 
-    def goes_on_with(self, earlier: "Record") -> bool:
+    def goes_on_with(self, earlier: "RunLog") -> bool:
         """Whether this is the rest of the run that was interrupted in `earlier`."""
         same = ("checksum", "base", "total", "trainable")
         return (
@@ -157,78 +140,74 @@ class Record:
         )
 
 
-def read_records(path: str | os.PathLike) -> list[Record]:
-    """The runs in a file, in their order; of a folder those in all its `*metrics.jsonl`.
+def read_logs(path: str | os.PathLike) -> list[RunLog]:
+    """The logs in a file, in their order; of a folder those in all its `*metrics.jsonl`.
 
-    Raises RecordError for a file that cannot be read or records no run.
+    Raises LogError for a file that cannot be read or is no log of a run that trains.
     """
     path = Path(path)
     try:
         if path.is_dir():
             files = sorted(path.glob("*metrics.jsonl"))
             if not files:
-                raise RecordError(f"{path} is a folder without a *metrics.jsonl")
-            return [record for file in files for record in read_records(file)]
+                raise LogError(f"{path} is a folder without a *metrics.jsonl")
+            return [log for file in files for log in read_logs(file)]
         text = decode(path.read_bytes())
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        if isinstance(error, RecordError):
+        if isinstance(error, LogError):
             raise
-        raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
+        raise LogError(f"{path} cannot be read: {_reason(error)}") from error
     if not text.strip():
-        raise RecordError(f"{path} is empty")
+        raise LogError(f"{path} is empty")
     if "\0" in text:
-        raise RecordError(f"{path} is a binary file, neither an output of training.py nor JSON")
-    records = metrics_of(path, text) if text.lstrip().startswith("{") else outputs_of(path, text)
-    for record in records:
-        if record.config.get("EVAL_ONLY") == "True" or record.config.get("MERGE") == "True":
-            raise RecordError(f"{path} is of EVAL_ONLY or MERGE, which train nothing")
-    if len(records) == 1:
-        return records
-    return [dataclasses.replace(record, name=f"{path}[{i}]") for i, record in enumerate(records, 1)]
+        raise LogError(f"{path} is a binary file, neither an output of training.py nor JSON")
+    logs = metrics_of(path, text) if text.lstrip().startswith("{") else outputs_of(path, text)
+    for log in logs:
+        if log.config.get("EVAL_ONLY") == "True" or log.config.get("MERGE") == "True":
+            raise LogError(f"{path} is a log of EVAL_ONLY or MERGE, which train nothing")
+    if len(logs) == 1:
+        return logs
+    return [dataclasses.replace(log, name=f"{path}[{i}]") for i, log in enumerate(logs, 1)]
 
 
 def decode(content: bytes) -> str:
-    """The text of a file: UTF-16 if a byte order mark says so, else UTF-8. Lines end in \\n."""
+    """The text of a file: UTF-16 if a byte order mark says so, else UTF-8."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf16 else "utf-8", errors="replace")
-    return text.replace("\r", "").replace("\ufeff", "")
+    return text.replace("\ufeff", "")
 
 
-def join(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
-    """Make one of an interrupted run and its continuation, where both are there.
+def join(logs: Iterable[RunLog]) -> tuple[list[RunLog], list[str]]:
+    """Make one log of an interrupted run's and its continuation's, where both are there.
 
-    Returns the runs and a note for each continuation.
+    Returns a log for each run, and a note for each continuation.
     """
-    runs: list[Record] = []
+    runs: list[RunLog] = []
     notes = []
-    for record in records:
-        before = [i for i, run in enumerate(runs) if record.goes_on_with(run)]
-        start = record.evaluations[0].step if record.evaluations else None
+    for log in logs:
+        before = [i for i, run in enumerate(runs) if log.goes_on_with(run)]
+        start = log.evaluations[0].step if log.evaluations else None
         if before:
             run = runs[before[-1]]
             kept = tuple(e for e in run.evaluations if start is None or e.step < start)
-            evaluations = kept + record.evaluations
-            runs[before[-1]] = dataclasses.replace(record, name=run.name, evaluations=evaluations)
-            notes.append(f"{record.name} goes on with {run.name}: shown as one run")
+            evaluations = kept + log.evaluations
+            runs[before[-1]] = dataclasses.replace(log, name=run.name, evaluations=evaluations)
+            notes.append(f"{log.name} goes on with {run.name}: shown as one run")
             continue
-        if record.config.get("RESUME") == "True" and start != 0:
+        if log.config.get("RESUME") == "True" and start != 0:
             notes.append(
-                f"{record.name} goes on with an interrupted run, whose record is not given: "
+                f"{log.name} goes on with an interrupted run, whose log is not given: "
                 f"its evaluations begin at {'the end' if start is None else f'step {start}'}"
             )
-        runs.append(record)
+        runs.append(log)
     return runs, notes
-
-
-SUMMARY = ("best_val_loss", "final_val_loss", "training_time", "median_step_time",
-           "tokens_per_second", "peak_memory")  # fmt: skip
 
 
 def count(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-# What an output says in lines of its own: the field, the line, and the value in it.
+# What run.py prints in lines of their own: the field, the line, and the value in it.
 FACTS = [
     ("device", r"Device: (.*\)), .*", str),
     ("dtype", r"dtype: (\w+), .*", str),
@@ -239,70 +218,88 @@ FACTS = [
     ("processes", rf"Processes: {COUNT}, .*", count),
     ("total", rf"   Total parameters: {COUNT}", count),
     ("trainable", rf"   Trainable \(.*\): {COUNT}", count),
-    ("best_val_loss", f"Best validation loss: {NUMBER}", float),
-    ("final_val_loss", f"Final validation loss: {NUMBER}", float),
-    ("training_time", f"Training time: {NUMBER} s", float),
-    ("step_time", f"Median step time: {NUMBER} ms", lambda ms: float(ms) / 1000),
-    ("tokens_per_second", f"Tokens per second: {NUMBER}", float),
-    ("peak_memory", f"Peak memory: {NUMBER} MiB", float),
 ]
 
 
-def outputs_of(path: Path, text: str) -> list[Record]:
-    """The runs in an output of training.py, of which an unfinished last line is left out."""
-    lines = [printable(line) for line in text.split("\n")[:-1]]
-    starts = [i for i, line in enumerate(lines) if line == START]
+def outputs_of(path: Path, text: str) -> list[RunLog]:
+    """The logs in an output of training.py, of which an unfinished last line is left out.
+
+    A log ends where another starts with the same prefix, or without one. So logs that a collector
+    interleaved, each with a prefix of its own, are told apart.
+    """
+    lines = [as_shown(line) for line in text.split("\n")[:-1]]
+    starts = [(i, prefix_of(line)) for i, line in enumerate(lines) if line.endswith(START)]
     if not starts:
-        raise RecordError(f"{path} is no output of training.py: it has no line {START!r}")
-    ends = [*starts[1:], len(lines)]
-    return [output_of(path, lines[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+        raise LogError(f"{path} is no output of training.py: it has no line {START!r}")
+    logs = []
+    for i, prefix in starts:
+        ends = (j for j, other in starts if j > i and other in (prefix, ""))
+        own = lines[i + 1 : next(ends, len(lines))]
+        logs.append(output_of(path, [re.sub(f"^{prefix}", "", line) for line in own]))
+    return logs
 
 
-def output_of(path: Path, lines: list[str]) -> Record:
+def as_shown(line: str) -> str:
+    """What a terminal shows of a line: no escapes, and nothing that a progress bar overwrote."""
+    return ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2]
+
+
+def prefix_of(line: str) -> str:
+    """The pattern of the prefix that a line has before START: the same text, but any time."""
+    prefix = line.removesuffix(START)
+    return TIME.join(map(re.escape, re.split(TIME, prefix)))
+
+
+def output_of(path: Path, lines: Iterable[str]) -> RunLog:
+    """The log whose lines after START these are."""
     values: dict[str, Any] = {}
     config, files, evaluations = {}, {}, []
-    for line in lines:
-        if line.startswith(SAMPLE):  # the model's own words follow
+    for line in map(printable, lines):
+        if line.startswith(SAMPLE):
             break
         if match := VARIABLE.fullmatch(line):
             config[match[1]] = match[2]
-        elif match := EVALUATION.fullmatch(line):
-            evaluations.append(Evaluation(int(match[1]), *map(float, match.groups()[1:])))
-        elif match := WRITTEN.fullmatch(line):
-            files[match[1]] = float(match[2])
+        elif found := fields_of(EVALUATION, line):
+            numbers = (float(found[name]) for name in ("val_loss", "val_error", "elapsed"))
+            evaluations.append(Evaluation(int(found["step"]), *numbers))
+        elif found := fields_of(WROTE, line):
+            files[found["path"]] = float(found["size"])
         for name, pattern, convert in FACTS:
             if match := re.fullmatch(pattern, line):
                 values.setdefault(name, convert(match[1]))
+        for figure in SUMMARY:
+            if (value := figure.read(line)) is not None:
+                values.setdefault(figure.key, value)
     if values.get("base_path") == "none, random weights":
         values["base_path"] = None
-    return Record(str(path), config, evaluations=tuple(evaluations), files=files, **values)
+    return RunLog(str(path), config, evaluations=tuple(evaluations), files=files, **values)
 
 
-def metrics_of(path: Path, text: str) -> list[Record]:
-    """The runs in a metrics.jsonl, of which an unfinished last line is left out."""
-    records: list[Record] = []
+def metrics_of(path: Path, text: str) -> list[RunLog]:
+    """The logs in a metrics.jsonl, of which an unfinished last line is left out."""
+    logs: list[RunLog] = []
     lines = text.split("\n")
     for n, line in enumerate(lines, 1):
         try:
             content = json.loads(line) if line.strip() else None
             if content is not None:
-                add_metrics(records, str(path), content)
+                add_metrics(logs, str(path), content)
         except RecursionError:
-            raise RecordError(f"{path}, line {n} is nested too deeply") from None
+            raise LogError(f"{path}, line {n} is nested too deeply") from None
         except json.JSONDecodeError as error:
             if n < len(lines):
-                raise RecordError(f"{path}, line {n} is not JSON") from error
+                raise LogError(f"{path}, line {n} is not JSON") from error
         except ValueError as error:
-            raise RecordError(f"{path}, line {n}: {error}") from error
-    if not records:
-        raise RecordError(f"{path} has no complete line yet")
-    return records
+            raise LogError(f"{path}, line {n}: {error}") from error
+    if not logs:
+        raise LogError(f"{path} has no complete line yet")
+    return logs
 
 
-def add_metrics(records: list[Record], name: str, line: Any) -> None:
-    """Add what one line says to the last record, or the record that it begins.
+def add_metrics(logs: list[RunLog], name: str, line: Any) -> None:
+    """Add what one line says to the last log, or begin another with it.
 
-    Raises ValueError for a line that is none of metrics.jsonl.
+    Raises ValueError for what is no line of a metrics.jsonl.
     """
     if isinstance(line, dict) and "config" in line:
         run = part(line, "run")
@@ -314,21 +311,20 @@ def add_metrics(records: list[Record], name: str, line: Any) -> None:
         if "processes" in run:
             values["processes"] = whole(run, "processes")
         config = {k: printable(str(v)) for k, v in config.items()}
-        records.append(Record(name, config, **values))
-    elif not isinstance(line, dict) or not records:
+        logs.append(RunLog(name, config, **values))
+    elif not isinstance(line, dict) or not logs:
         raise ValueError('it is no part of a metrics.jsonl, which begins with {"config": ...}')
     elif "step" in line:
         numbers = (number(line, key) for key in ("val_loss", "val_error", "elapsed"))
         new = Evaluation(whole(line, "step"), *numbers)
-        before = tuple(e for e in records[-1].evaluations if e.step < new.step)
-        records[-1] = dataclasses.replace(records[-1], evaluations=(*before, new))
+        before = tuple(e for e in logs[-1].evaluations if e.step < new.step)
+        logs[-1] = dataclasses.replace(logs[-1], evaluations=(*before, new))
     elif "summary" in line:
         summary = part(line, "summary")
-        names = {"median_step_time": "step_time"}
-        values = {names.get(k, k): number(summary, k) for k in SUMMARY if k in summary}
+        values = {f.key: number(summary, f.key) for f in SUMMARY if f.key in summary}
         files = part(summary, "files")
         values["files"] = {printable(path): number(files, path) / 2**20 for path in files}
-        records[-1] = dataclasses.replace(records[-1], **values)
+        logs[-1] = dataclasses.replace(logs[-1], **values)
 
 
 def part(values: Mapping[str, Any], key: str) -> dict[str, Any]:

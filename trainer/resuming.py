@@ -1,5 +1,6 @@
 """Resuming: what an interrupted run needs to go on as if it had not been, in one file."""
 
+import inspect
 import math
 import os
 import signal
@@ -10,17 +11,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-import distributed
-from checkpoint import SHAPE
-from lora.files import FileError, check_tensors, read_file, write_file
-from run import Run, TrainingError, identity, say
+from files import FileError
+from files.tensors import check_tensors, read_file, write_file
+from hardware import processes
+from trainer.console import TrainingError
+from trainer.setup import SIZES, Run, identity
 
 FORMAT = "training state"
 VERSION = 2
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
 FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
-FIXED += SHAPE[1:]
+FIXED += SIZES
 # And these say where and how it runs, not what it computes.
 FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
 
@@ -39,13 +41,13 @@ class StopSignals:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None and distributed.size() > 1:
+        if error is not None and processes.world_size() > 1:
             return
         for kind, handler in self.former.items():
             signal.signal(kind, handler)
 
     def _keep(self, number: int, _: object) -> None:
-        if self.received and distributed.size() == 1:
+        if self.received and processes.world_size() == 1:
             raise KeyboardInterrupt
         self.received = number
 
@@ -64,7 +66,9 @@ class Progress:
 
     def plain(self) -> dict[str, Any]:
         """The same as numbers and lists of numbers, the losses as means over the processes."""
-        return vars(self) | {"losses": distributed.mean(torch.tensor(self.losses)).tolist()}
+        return vars(self) | {
+            "losses": processes.all_reduce_mean(torch.tensor(self.losses)).tolist()
+        }
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
@@ -84,9 +88,9 @@ class TrainingState:
     """What a run needs to go on as if it had not been interrupted.
 
     `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
-    are the trained parameters by name, `optimizer` its state by `<parameter>.<name>`, `random` the
-    states of the random generators by device, those of further processes as in `cpu.1`; `digest`
-    tells the file from others.
+    are the trained parameters by name; `optimizer` is its class and its state, as it is, by
+    `<parameter>.<name>`; `random` are the states of the random generators by device, those of
+    further processes as in `cpu.1`; `digest` tells the file from others.
     """
 
     identity: dict[str, Any]
@@ -94,20 +98,21 @@ class TrainingState:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    optimizer_class: str = "AdamW"
     digest: str = ""
 
 
-def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore the run that was interrupted; one that never got to save starts afresh.
+def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[str]]:
+    """Restore the run that was interrupted; one that never got to save starts afresh. Returns how
+    far it was, and lines for the log.
 
     Raises FileError, and changes nothing, when that run was another one than this.
     """
     path, config = run.files.resume, run.config
     state = read_training_state(path) if path.exists() else None
-    distributed.check_agreement({"the state to go on from": state and state.digest})
+    processes.check_agreement({"the state to go on from": state and state.digest})
     if state is None:
-        say(f"Nothing to resume in {config.output_folder}: starting from step 0")
-        return Progress()
+        return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
     for name, words in (("checksum", "other DATA"), ("base", "another base")):
         if before.get(name) != now[name]:
@@ -133,11 +138,11 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
         progress.step < config.max_steps
     ):
         progress.step_times = []  # of steps of other sizes
-    say(f"Resuming {path} at step {progress.step}")
+    lines = [f"Resuming {path} at step {progress.step}"]
     if changed:
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
-        say(f"Note: changed since the interruption: {', '.join(differences)}")
-    return progress
+        lines.append(f"Note: changed since the interruption: {', '.join(differences)}")
+    return progress, lines
 
 
 def save_training_state(
@@ -153,24 +158,29 @@ def save_training_state(
     numbers that are not finite, from which nothing can go on, and leaves the file as it was.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    tensors = {name: distributed.whole_tensor(p.detach()) for name, p in trained}
+    tensors = {name: processes.full_tensor(p.detach()) for name, p in trained}
     states = {name: kind.get_rng_state() for name, kind in generators(model).items()}
     random = {
         _generator(name, rank): state
-        for rank, states in enumerate(distributed.gather(states))
+        for rank, states in enumerate(processes.all_gather(states))
         for name, state in states.items()
     }
-    moments = _optimizer_tensors(optimizer)
-    if not distributed.is_first():
+    state = {
+        f"{i}.{name}": processes.full_tensor(value)
+        for i, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+    if not processes.is_main_process():
         return 0
-    if not all(torch.isfinite(t).all() for t in [*tensors.values(), *moments.values()]):
+    if not all(torch.isfinite(t).all() for t in [*tensors.values(), *state.values()]):
         raise TrainingError(
-            "the weights, or AdamW's means of their gradients, are no longer finite: lower "
+            "the weights, or the optimizer's means of their gradients, are no longer finite: lower "
             f"LEARNING_RATE; {path} is as it was"
         )
     content = {"format": FORMAT, "version": VERSION, "identity": dict(identity)}
-    content |= {"progress": dict(progress), "tensors": tensors, "optimizer": moments}
-    return write_file(path, content | {"random": random})
+    content |= {"progress": dict(progress), "tensors": tensors, "random": random}
+    content |= {"optimizer": state, "optimizer_class": type(optimizer).__name__}
+    return write_file(path, content)
 
 
 def read_training_state(path: str | os.PathLike) -> TrainingState:
@@ -180,7 +190,8 @@ def read_training_state(path: str | os.PathLike) -> TrainingState:
     parts = {name: content.get(name) for name in names}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{path} is damaged: it lacks a part of a training state")
-    return TrainingState(**parts, digest=content["digest"])
+    kind = content.get("optimizer_class", "AdamW")  # which earlier versions did not write
+    return TrainingState(**parts, optimizer_class=kind, digest=content["digest"])
 
 
 def restore_training_state(
@@ -195,19 +206,13 @@ def restore_training_state(
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     check_tensors(path, state.tensors, parameters)
-    groups = optimizer.state_dict()["param_groups"]
-    moments: dict[int, dict[str, Tensor]] = {}
-    expected = {}
-    optimized = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, parameter in enumerate(optimized):
-        shapes = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        expected |= {f"{i}.{name}": like for name, like in shapes.items()}
-        moments[i] = {name: state.optimizer.get(f"{i}.{name}") for name in shapes}
-    if state.optimizer:  # empty before the first step
-        check_tensors(path, state.optimizer, expected)
+    kind = type(optimizer).__name__
+    if state.optimizer_class != kind:
+        raise FileError(f"{path} is of the optimizer {state.optimizer_class}, not of {kind}")
+    optimizer_state = _optimizer_state(path, state.optimizer, optimizer)
     try:
         for name, kind in generators(model).items():
-            saved = _generator(name, distributed.rank())
+            saved = _generator(name, processes.rank())
             # It is not there when there were fewer processes, or another device.
             if saved in state.random or saved == "cpu":
                 kind.set_rng_state(state.random[saved])
@@ -215,13 +220,46 @@ def restore_training_state(
         raise FileError(f"{path} is damaged: it holds no state of the random generator") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(distributed.share_of(state.tensors[name], parameter))
-    if state.optimizer:
-        for i, parameter in enumerate(optimized):
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[i][name] = distributed.share_of(moments[i][name], parameter)
+            parameter.copy_(processes.shard_like(state.tensors[name], parameter))
+    if optimizer_state:
         # Its settings, such as weight decay, are the present run's.
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+
+
+def _optimizer_state(
+    path: str | os.PathLike, saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """What was saved of an optimizer, by the number of the parameter and as this process has it.
+
+    Raises FileError unless all parameters have the state that the optimizer keeps for them, each of
+    a parameter's shape or a number. Nothing is saved before the first step.
+    """
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = {}
+    for i, parameter in enumerate(optimized if saved else ()):
+        for name, value in state_of_one_step(optimizer).items():
+            expected[f"{i}.{name}"] = parameter if value.dim() else torch.empty(())
+    check_tensors(path, saved, expected)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        i, _, name = key.partition(".")
+        if value.dim():
+            value = processes.shard_like(value, optimized[int(i)])
+        state.setdefault(int(i), {})[name] = value
+    return state
+
+
+def state_of_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer of this class and these settings keeps for a matrix: a number, or a tensor
+    of the matrix's shape, for each name."""
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    matrix.grad = torch.zeros(2, 2)
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    trial = type(optimizer)([matrix], **settings)
+    trial.step()
+    return dict(trial.state[matrix])
 
 
 def generators(model: nn.Module) -> dict[str, Any]:
@@ -229,15 +267,6 @@ def generators(model: nn.Module) -> dict[str, Any]:
     their state. No others: to ask for a GPU's state takes memory there."""
     kind = next(model.parameters()).device.type
     return {"cpu": torch} | ({kind: getattr(torch, kind)} if kind in ("cuda", "mps") else {})
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{name}": distributed.whole_tensor(t)
-        for i, entry in state.items()
-        for name, t in entry.items()
-    }
 
 
 def _generator(device: str, rank: int) -> str:

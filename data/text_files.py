@@ -1,8 +1,7 @@
-"""Corpora by name or path: finds the text and maps it into memory as byte tokens.
+"""Text by name or path: finds its files and maps their bytes into memory.
 
-Tokens are bytes (vocabulary 256), so a file is a corpus as it lies on the disk. Nothing here reads
-a corpus into the process: a single file is memory-mapped, and the files of a folder are joined in
-an anonymous temporary file that is memory-mapped in turn.
+Nothing here reads a text into the process. A single file is memory-mapped. The files of a folder
+are joined in an anonymous temporary file, which is memory-mapped in turn.
 """
 
 import codecs
@@ -14,11 +13,12 @@ import stat
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from data.corpus import DataError, printable
 
 BUILT_IN_RECORDS = "python-instructions"  # see records.py
 BUILT_IN = ("python-code", "python-docs", BUILT_IN_RECORDS)
@@ -35,79 +35,36 @@ N_SAMPLES = 64  # of 1 MiB each: what the checksum of a larger corpus reads
 HEAD_BYTES = 64 * 1024  # how much of a file decides whether it is text
 
 
-class DataError(ValueError):
-    """The corpus that DATA names cannot be used; the message is one line for the user."""
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A text as byte tokens, with what a record of the run needs to identify it.
+class Text(NamedTuple):
+    """A text as it lies on the disk.
 
     Attributes:
         name: what was asked for: a built-in name, or the path as the user wrote it.
-        tokens: (n_tokens,), read-only, in mapped memory: uint8, one for each byte of the text, or
-            what a tokenizer made of it (see tokenizer.py).
+        content: (n_bytes,) uint8, read-only, in mapped memory.
         checksum: "sha256:" and 16 hex digits; ends in " (64 samples)" if not every byte was read.
         n_files: how many texts were joined (for python-docs, its topics).
         n_skipped: how many files of the folder were left out because they are not text. Empty
             and hidden files are not counted.
-        n_bytes: how long the text is; None where tokens are bytes.
     """
 
     name: str
-    tokens: np.ndarray = field(repr=False)
+    content: np.ndarray
     checksum: str
     n_files: int
     n_skipped: int
-    n_bytes: int | None = None
-
-    @property
-    def n_train(self) -> int:
-        """Tokens in the training split: 90% of all, rounded down."""
-        return len(self.tokens) * 9 // 10
-
-    @property
-    def train(self) -> np.ndarray:
-        """The first 90% of the tokens: (n_train,), a view."""
-        return self.tokens[: self.n_train]
-
-    @property
-    def validation(self) -> np.ndarray:
-        """The last 10% of the tokens: (n_tokens - n_train,), a view."""
-        return self.tokens[self.n_train :]
-
-    def describe(self) -> list[str]:
-        """The corpus as `key: value` lines for the record, aligned, ASCII only."""
-        n_validation = len(self.tokens) - self.n_train
-        unit = "bytes" if self.n_bytes is None else "tokens"
-        facts = {
-            "name": printable(self.name),
-            "bytes": f"{self.n_bytes or len(self.tokens):,}",
-            "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
-            "files": f"{self.n_files:,}",
-            "skipped": f"{self.n_skipped:,} (not text)",
-            "checksum": self.checksum,
-            "split": f"first 90% train ({self.n_train:,} {unit}), "
-            f"last 10% validation ({n_validation:,} {unit})",
-        }
-        if self.n_bytes is None:
-            del facts["tokens"]
-        if self.n_skipped == 0:
-            del facts["skipped"]
-        return aligned(facts)
 
 
-def load_corpus(name: str | None, default_path: Path) -> Corpus:
-    """Find a corpus and map it into memory.
+def find_text(name: str | None, default_path: Path) -> Text:
+    """Find a text and map it into memory.
 
     Args:
-        name: the variable DATA. `python-code` and `python-docs` come with Python itself; anything
-            else is the path of a file, of which every byte is a token, or of a folder, of which
-            the text files count. A file of the same name as a built-in corpus is reached as
-            `./python-code`. None stands for `default_path` if that is a file, else `python-code`.
-        default_path: the corpus of the project, used when it exists and DATA is not set.
+        name: the variable DATA. `python-code` and `python-docs` come with Python itself. Anything
+            else is the path of a file, whose every byte counts, or of a folder, whose text files
+            count. A file of the same name as a built-in corpus is reached as `./python-code`.
+            None stands for `default_path` if that is a file, else for `python-code`.
+        default_path: the text of the project, used when it exists and DATA is not set.
 
-    A mapped file must not shrink while the corpus is in use.
+    A mapped file must not shrink while the text is in use.
 
     Raises:
         DataError: nothing there, nothing in it, not readable, or neither a file nor a folder.
@@ -134,28 +91,10 @@ def load_corpus(name: str | None, default_path: Path) -> Corpus:
     raise _data_error(name, "neither a regular file nor a folder")
 
 
-def check_length(corpus: Corpus, block_size: int) -> None:
-    """Check that each split holds a window of block_size tokens and the token that follows it.
-
-    Raises:
-        DataError: it does not; says how many bytes the corpus has and how many it needs.
-    """
-    if min(corpus.n_train, len(corpus.tokens) - corpus.n_train) >= block_size + 1:
-        return
-    # The validation split decides: it has ceil(n / 10) tokens, and more than block_size from here.
-    needed = 10 * block_size + 1
-    unit = "bytes" if corpus.n_bytes is None else "tokens"
-    raise DataError(
-        f"DATA={printable(corpus.name)}: the corpus has {len(corpus.tokens):,} {unit}, but "
-        f"BLOCK_SIZE={block_size} needs at least {needed:,} (a tenth is kept for validation); "
-        "accepted: a longer text or a smaller BLOCK_SIZE"
-    )
+# ---- the four kinds of text
 
 
-# ---- the four kinds of corpus
-
-
-def _python_code() -> Corpus:
+def _python_code() -> Text:
     """The standard library's sources, about 9 MB with Python 3.11."""
     name = "python-code"
     root = sysconfig.get_path("stdlib")
@@ -168,7 +107,7 @@ def _python_code() -> Corpus:
     return _join_text_files(name, sources)
 
 
-def _python_docs() -> Corpus:
+def _python_docs() -> Text:
     """The language reference that help() prints, about 465,000 characters of English."""
     name = "python-docs"
     try:
@@ -176,23 +115,23 @@ def _python_docs() -> Corpus:
     except ImportError as error:
         raise _data_error(name, "this Python has no pydoc_data.topics", ACCEPTED_PATH) from error
     texts = ([topics[key].encode()] for key in sorted(topics))
-    tokens, checksum = _join(name, texts)
-    return Corpus(name, tokens, checksum, n_files=len(topics), n_skipped=0)
+    content, checksum = _join(name, texts)
+    return Text(name, content, checksum, n_files=len(topics), n_skipped=0)
 
 
-def _file(name: str, path: str) -> Corpus:
+def _file(name: str, path: str) -> Text:
     """One regular file, every byte of it, whatever it holds."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise _data_error(name, "the file is empty")
-            tokens, checksum = map_file(file), _checksum(file)
+            content, checksum = map_file(file), _checksum(file)
     except OSError as error:
         raise _data_error(name, _what_failed(error)) from error
-    return Corpus(name, tokens, checksum, n_files=1, n_skipped=0)
+    return Text(name, content, checksum, n_files=1, n_skipped=0)
 
 
-def _folder(name: str, path: str) -> Corpus:
+def _folder(name: str, path: str) -> Text:
     """The text files of a folder and of the folders in it, except hidden ones."""
     files = _files_below(name, path, lambda folder: True)
     return _join_text_files(name, files)
@@ -208,7 +147,7 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
     twice, so that a loop of links ends.
 
     Raises:
-        DataError: a folder cannot be listed. To pass over it would train on another corpus.
+        DataError: a folder cannot be listed. To pass over it would train on another text.
     """
 
     def fail(error: OSError) -> None:
@@ -230,11 +169,11 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
     return sorted(files, key=lambda path: Path(path).relative_to(root).as_posix())
 
 
-def _join_text_files(name: str, paths: Iterable[str]) -> Corpus:
-    """A corpus of those files that are text.
+def _join_text_files(name: str, paths: Iterable[str]) -> Text:
+    """Those files that are text, joined.
 
     Raises:
-        DataError: none is, or one cannot be read. To pass over it would train on another corpus.
+        DataError: none is, or one cannot be read. To pass over it would train on another text.
     """
     texts: list[str] = []
     n_skipped = 0
@@ -258,8 +197,8 @@ def _join_text_files(name: str, paths: Iterable[str]) -> Corpus:
     if not texts:
         others = f" ({n_skipped:,} that are not text)" if n_skipped else ""
         raise _data_error(name, f"the folder has no text files{others}")
-    tokens, checksum = _join(name, (_chunks(name, path) for path in texts))
-    return Corpus(name, tokens, checksum, n_files=len(texts), n_skipped=n_skipped)
+    content, checksum = _join(name, (_chunks(name, path) for path in texts))
+    return Text(name, content, checksum, n_files=len(texts), n_skipped=n_skipped)
 
 
 def _is_text(head: bytes) -> bool:
@@ -328,7 +267,7 @@ def _checksum(file: BinaryIO) -> str:
 
     It reads the file beside the map, or each page of it would count as our memory.
 
-    Samples keep a corpus of any size quick to load. They tell corpora apart, and do not prove
+    Samples keep a text of any size quick to load. They tell texts apart, and do not prove
     that two are equal, so the string says that they are samples.
     """
     size = os.fstat(file.fileno()).st_size
@@ -365,16 +304,3 @@ def _what_failed(error: OSError | ValueError) -> str:
 def _did_you_mean(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def aligned(facts: dict[str, str]) -> list[str]:
-    """`key: value` lines whose values stand below each other."""
-    width = max(map(len, facts)) + 1
-    return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
-
-
-def printable(text: str) -> str:
-    """The text on one line of ASCII: a path may hold line breaks, or bytes that are no text."""
-    return "".join(
-        c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text
-    )

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,6 @@ FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
 LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond what is of use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
-LINEARS = ("query", "key", "value", "proj", "fc_in", "fc_out", "lm_head")  # of the model
 
 # What changes defaults, the later one first of all.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
@@ -31,44 +30,33 @@ class ConfigError(ValueError):
     """A variable that cannot be used: names the variable, what was found, what is accepted."""
 
 
-def adapter_weights(text: str) -> list[tuple[str, float]]:
-    """The files and weights that ADAPTERS=`text` names: `a.pt`, or `a.pt:0.7,b.pt:-0.3`.
+@dataclass(frozen=True)
+class WeightedAdapters:
+    """What ADAPTERS names: paths and weights, as in `a.pt` or `a.pt:0.7,b.pt:-0.3`."""
 
-    Raises ConfigError for an empty name and for a weight that is not finite or too large.
-    """
-    weighted = []
-    for part in text.split(","):
-        path, _, weight = part.strip().rpartition(":")
-        try:
-            value = float(weight)
-        except ValueError:  # no weight: the colon, if any, belongs to the path
-            path, value = part.strip(), 1.0
-        if not path or not abs(value) <= LARGEST_WEIGHT:
-            raise ConfigError(
-                f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, as in "
-                f"out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
-            )
-        weighted.append((path, value))
-    return weighted
+    text: str
+    parts: tuple[tuple[str, float], ...]
 
+    def __str__(self) -> str:
+        return self.text
 
-def lora_targets(text: str) -> list[str] | None:
-    """The layers that LORA_TARGETS=`text` names, as in `query,value`; None for `all`.
-
-    Raises ConfigError for a name that is no linear of the model.
-    """
-    if text.strip().lower() == "all":
-        return None
-    targets = [part.strip() for part in text.split(",")]
-    for target in targets:
-        if target not in LINEARS:
-            near = difflib.get_close_matches(target.lower(), LINEARS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigError(
-                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model{hint}; accepted: all, "
-                f"or some of {','.join(LINEARS)}"
-            )
-    return list(dict.fromkeys(targets))
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ConfigError for an empty name and for a weight that is not finite or too large."""
+        parts = []
+        for part in text.split(","):
+            path, _, weight = part.strip().rpartition(":")
+            try:
+                value = float(weight)
+            except ValueError:  # no weight: the colon, if any, belongs to the path
+                path, value = part.strip(), 1.0
+            if not path or not abs(value) <= LARGEST_WEIGHT:
+                raise ConfigError(
+                    f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, "
+                    f"as in out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
+                )
+            parts.append((path, value))
+        return cls(text, tuple(parts))
 
 
 def option(
@@ -84,12 +72,11 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
-    check: Callable[[str], Any] | None = None,
     verbatim: bool = False,
 ) -> Any:
     """A field: its default, that with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE if it differs,
-    the range or the words that it accepts, a check that raises ConfigError, whether spaces around a
-    value count, and its line in `--help`."""
+    the range or the words that it accepts, whether spaces around a value count, and its line in
+    `--help`."""
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -153,8 +140,7 @@ class Config(Settings):
     )
     lora_targets: str = option(
         "all",
-        f"layers to adapt: all, or some of {','.join(LINEARS)} [with ADAPTERS, theirs]",
-        check=lora_targets,
+        "linears to adapt: all, or names of the base's, as in query,value [with ADAPTERS, theirs]",
     )
     train_embeddings: bool = option(
         True, "under USE_LORA train the embeddings too [with ADAPTERS, if they hold them]"
@@ -176,11 +162,10 @@ class Config(Settings):
         "checkpoint or GPT-2 folder to start from [full.pt in OUT_DIR; none when training every "
         "weight]",
     )
-    adapters: str | None = option(
+    adapters: WeightedAdapters | None = option(
         None,
         "adapters to start from: a file or a folder of PEFT's, or several with weights, as in "
         "a.pt:0.7,b.pt:-0.3",
-        check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
 
@@ -278,11 +263,10 @@ class GenerateConfig(Settings):
 
     out_dir: str = option("out", "folder of the default base")
     base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
-    adapters: str | None = option(
+    adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
         "a.pt:0.7,b.pt:-0.3",
-        check=adapter_weights,
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
     lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
@@ -325,14 +309,14 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
         if text.lower() in TRUE_WORDS + FALSE_WORDS:
             return text.lower() in TRUE_WORDS
         raise ConfigError(f"{name}={text!r} is neither True nor False")
-    if kind is str:
+    if kind is WeightedAdapters and text:
+        return WeightedAdapters.parse(text)
+    if kind in (str, WeightedAdapters):
         choices = field.metadata["choices"]
         if choices and text.lower() not in choices:
             raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
         if not text:
             raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
-        if field.metadata["check"] is not None:
-            field.metadata["check"](text)
         return text.lower() if choices else text
     accepted = ("a whole number" if kind is int else "a number") + _range(field)
     try:

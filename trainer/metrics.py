@@ -1,8 +1,7 @@
-"""metrics.jsonl: a run's record for programs, an object a line, which can be read while it grows.
+"""metrics.jsonl: the log of a run for programs, a JSON object a line, which can be read while it
+grows. trainer/log.py says what the lines hold.
 
-The first line is {"config": ..., "run": ...}; then one for each evaluation; the last, when the run
-has ended, {"summary": ...}. The file of an earlier run stays until this one has trained and
-evaluated, as do the others of its files.
+The file of an earlier run stays until this one has trained and evaluated, as its other files do.
 """
 
 import json
@@ -10,20 +9,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import distributed
-from lora.files import FileError, replacing
+from files import FileError
+from files.writing import replacing
+from hardware import processes
 
 
 class Metrics:
-    """Writes the file, from the first evaluation after a step on; each line is there, whole, when
-    `write` returns.
+    """Writes the file, from the first evaluation after a step on.
 
-    Of several processes the first does, and the others write nothing.
+    A line is in the file, whole, when `write` returns. Of several processes the first writes.
     """
 
     def __init__(self, path: Path, first: dict[str, Any], evaluated: int) -> None:
-        """The file will begin with the line `first`, and keep what a run that is resumed had
-        written of its evaluations, up to step `evaluated`; -1 for a new run.
+        """The file begins with the line `first`.
+
+        `evaluated` is the step of a resumed run's last evaluation: the file keeps the evaluations
+        up to it that are there already. It is -1 for a new run.
         """
         self.path, self.begun = path, False
         self.lines = [json.dumps(plain(first))]
@@ -32,7 +33,7 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line. Raises FileError when it cannot be written."""
-        if not distributed.is_first():
+        if not processes.is_main_process():
             return
         self.lines.append(json.dumps(plain(values)))
         if values.get("step") == 0:
@@ -52,7 +53,7 @@ class Metrics:
 
 
 def earlier_evaluations(path: Path, evaluated: int) -> list[str]:
-    """The file's lines of evaluations up to a step; what is no such line is left out."""
+    """The file's lines of evaluations up to the step `evaluated`, without broken lines."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -65,7 +66,7 @@ def earlier_evaluations(path: Path, evaluated: int) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: no NaN and no infinity."""
+    """The value with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {str(name): plain(v) for name, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -29,20 +29,27 @@ class GroupError(ValueError):
     """Processes that cannot work together."""
 
 
-def started_together() -> bool:
+def in_group() -> bool:
     """Whether torchrun, or whatever sets its variables, started more processes than this one."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def place() -> tuple[int, int]:
-    """Which of the processes of its machine this is, and how many they are.
+def local_rank() -> int:
+    """The number of this process among those of its machine, from 0. Raises GroupError."""
+    return _local("LOCAL_RANK", alone=0)
 
-    Raises GroupError when the variables of torchrun are there in part.
-    """
-    if not started_together():
-        return 0, 1
+
+def local_world_size() -> int:
+    """How many processes this machine has. Raises GroupError."""
+    return _local("LOCAL_WORLD_SIZE", alone=1)
+
+
+def _local(name: str, alone: int) -> int:
+    """A variable of torchrun's. Raises GroupError when only some of its variables are there."""
+    if not in_group():
+        return alone
     try:
-        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ[name])
     except (KeyError, ValueError) as error:
         raise GroupError(
             "RANK and WORLD_SIZE are set, but LOCAL_RANK and LOCAL_WORLD_SIZE are not, as torchrun "
@@ -50,9 +57,9 @@ def place() -> tuple[int, int]:
         ) from error
 
 
-def join(device: torch.device) -> None:
+def init_process_group(device: torch.device) -> None:
     """Meet the other processes; nothing for one that was started alone. Raises GroupError."""
-    if not started_together():
+    if not in_group():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -60,18 +67,19 @@ def join(device: torch.device) -> None:
         # The first process keeps the store by which all find each other, and may be through before
         # the others have read it: if it then stopped, they would report that loss and not its
         # reason. So all wait.
-        total(torch.zeros(1))
+        all_reduce_sum(torch.zeros(1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GroupError(f"the processes cannot meet: {reason}") from error
 
 
-def leave() -> None:
-    if size() > 1:
+def destroy_process_group() -> None:
+    """Leave the other processes; nothing for one that was started alone."""
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
-def is_lost(error: BaseException) -> bool:
+def is_connection_lost(error: BaseException) -> bool:
     """Whether an error says that another process has gone; gloo has no type of its own for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
@@ -81,61 +89,62 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes files."""
     return rank() == 0
 
 
-# ---- what every process must call, or all wait
+# ---- collectives: every process must call them, or all wait
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape."""
-    if size() > 1:
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape, in place."""
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def mean(values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """The mean of all processes' tensors of one shape."""
-    return total(values) / size()
+    return all_reduce_sum(values) / world_size()
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of all processes' numbers."""
-    if size() == 1:
+    if world_size() == 1:
         return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order."""
-    values = [value] * size()
-    if size() > 1:
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
-def first_of_machine_first() -> Iterator[None]:
+def local_main_process_first() -> Iterator[None]:
     """Let the first process of each machine do it, then the others, who find what it left."""
-    is_late = place()[0] > 0
-    if is_late:
+    waits = local_rank() > 0
+    if waits:
         dist.barrier()
     yield
-    if size() > 1 and not is_late:
+    if world_size() > 1 and not waits:
         dist.barrier()
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Raise GroupError in every process unless these facts are the same in all."""
-    first, *others = gather(dict(facts))
+    first, *others = all_gather(dict(facts))
     for number, found in enumerate(others, start=1):
         for name in first:
             if found[name] != first[name]:
@@ -166,7 +175,7 @@ def replicate(model: nn.Module, traffic: Traffic) -> nn.Module:
     Only the gradients of what trains travel, under LoRA those of adapters and embeddings. The
     weights do not: the processes must have the same ones.
     """
-    if size() == 1 or is_sharded(model):
+    if world_size() == 1 or is_sharded(model):
         return model
     replica = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     replica.register_comm_hook(traffic, Traffic.average)
@@ -182,7 +191,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -193,30 +202,30 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def averaging(model: nn.Module, now: bool) -> Iterator[None]:
-    """Within it, backward averages the gradients only if `now`: while they are accumulated, once
-    for all is enough."""
+def synchronize_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Within it, backward averages the gradients over the processes only where `enabled`: while a
+    step accumulates them, once for all its batches is enough."""
     if is_sharded(model):
-        model.set_requires_gradient_sync(now)
-    with contextlib.nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync():
+        model.set_requires_gradient_sync(enabled)
+    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():
         yield
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Within it a sharded model has all of the weights that train, in the first process and on the
-    CPU, and cannot compute."""
+def full_parameters(model: nn.Module) -> Iterator[None]:
+    """Within it the main process has all of a sharded model's trained weights, on the CPU, and the
+    model cannot compute."""
     places = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad and is_sharded(model)
     ]
-    wholes: dict[int, nn.Parameter] = {}  # tied ones once
+    full: dict[int, nn.Parameter] = {}  # tied ones once
     for module, name, parameter in places:
-        if id(parameter) not in wholes:
-            wholes[id(parameter)] = nn.Parameter(whole_tensor(parameter.detach()))
-        module._parameters[name] = wholes[id(parameter)]
+        if id(parameter) not in full:
+            full[id(parameter)] = nn.Parameter(full_tensor(parameter.detach()))
+        module._parameters[name] = full[id(parameter)]
     try:
         yield
     finally:
@@ -224,17 +233,17 @@ def whole(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; of one that is sharded the first process has it, and the others
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU; of one that is sharded the main process has it, and the others
     nothing."""
     if not hasattr(tensor, "full_tensor"):
         return tensor.cpu()
-    whole = tensor.full_tensor()
-    return whole.cpu() if is_first() else torch.empty(0)
+    full = tensor.full_tensor()
+    return full.cpu() if is_main_process() else torch.empty(0)
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a tensor that all have, as `like` is sharded; all of it if not."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a tensor that all have, as `like` is sharded; all of it if not."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,0 +1,43 @@
+"""Opens DATA, whatever it is: which layout it has decides what reads it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from data.corpus import Corpus
+from data.records import is_records, load_records
+from data.text import check_length, load_corpus
+from data.tokenized import tokenize_corpus
+
+
+def open_corpus(
+    name: str | None,
+    default_path: Path,
+    tokenizer: str | None = None,
+    block_size: int = 1,
+    count_prompts: bool = False,
+    token_folder: Path = Path(),
+    in_turn: AbstractContextManager = nullcontext(),  # noqa: B008  it has no state
+) -> Corpus:
+    """The corpus that DATA=`name` stands for, long enough for windows of `block_size` tokens.
+
+    Args:
+        name: DATA; records as `is_records` says, else a text as `find_text` says.
+        default_path: the text that no name stands for, if it is there.
+        tokenizer: the content of a tokenizer.json; None where tokens are bytes.
+        count_prompts: whether the loss counts the prompts of records too.
+        token_folder: where a text in the tokens of `tokenizer` is kept; made when needed.
+        in_turn: entered while that file is looked for and made. Of several processes one should
+            make it, and the others find it.
+
+    Raises:
+        DataError: the data cannot be used.
+        FileError: the file of tokens cannot be written.
+    """
+    if is_records(name):
+        return load_records(name, tokenizer, block_size, count_prompts)
+    corpus = load_corpus(name, default_path)
+    if tokenizer is not None:
+        with in_turn:
+            corpus = tokenize_corpus(corpus, tokenizer, token_folder)
+    check_length(corpus, block_size)
+    return corpus

@@ -1,0 +1,171 @@
+"""Files of tensors: ours and those of others, read without running code and checked before use."""
+
+import contextlib
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from files import FileError, OtherKind
+from files.writing import replacing
+
+PART = 2**22  # numbers that are checked or hashed at a time
+
+
+def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
+    """Save `content` (tensors, numbers, strings, dicts and lists of these) and return its bytes.
+
+    The file is written beside `path`, synced to disk and renamed into place, so that a kill or a
+    full disk leaves what was there before. Raises FileError when it cannot be written.
+    """
+    content = dict(content) | {"digest": fingerprint(_tensors_in(content))}
+    with replacing(path) as file:
+        torch.save(content, file)
+        return file.tell()
+
+
+def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any]:
+    """The content of a file that `write_file` made, with `format` kind and this `version`.
+
+    Nothing but plain data is unpickled. Raises FileError for anything else, and for tensors that
+    are not those that were written, or not under their names.
+    """
+    with _reading(path, OtherKind(f"{path} is not a {kind}, or it is damaged")):
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        digest = fingerprint(_tensors_in(content))
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        what = f"a {found}" if isinstance(found, str) else "some other file"
+        raise OtherKind(f"{path} is {what}, not a {kind}")
+    if content.get("version") != version:
+        raise FileError(f"{path} has format version {content.get('version')}, not {version}")
+    if content.get("digest") != digest:
+        raise FileError(f"{path} is damaged: its tensors are not those that were saved")
+    return content
+
+
+def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name of a file that others wrote, .safetensors or torch's .bin, and what text
+    the header of the former has.
+
+    They are mapped, not read: what is used takes memory, which processes that use the same share
+    until one writes to it. The file must not shrink meanwhile.
+
+    Raises FileError when it cannot be read or is damaged, or without the package safetensors.
+    """
+    header: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        safetensors = safetensors_for(path)
+    with _reading(path, FileError(f"{path} holds no tensors, or it is damaged")):
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                header = file.metadata() or {}
+        else:
+            is_zip = zipfile.is_zipfile(path)  # which files of torch before 1.6 are not
+            if is_zip:
+                _check_archive(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor) or not name.isprintable():
+                raise ValueError("no table of tensors by name")
+    return found, header
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
+    """Raise FileError where a file cannot be read, and `otherwise` for whatever else is wrong with
+    it: a damaged or foreign file fails in many ways, all of them alike."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise FileError(f"{path} cannot be read: it is no regular file")
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise otherwise from error
+
+
+def safetensors_for(path: str | os.PathLike) -> Any:
+    """The package safetensors, or FileError that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise FileError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def check_tensors(
+    path: str | os.PathLike, found: Any, expected: Mapping[str, Tensor], finite: bool = True
+) -> None:
+    """Raise FileError unless `found` has the names, shapes and kind of `expected`, and only numbers
+    that are finite, of which `finite=False` reads none."""
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise FileError(f"{path} holds no table of tensors")
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has an unexpected", found.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FileError(f"{path} {what} tensor {min(map(str, names))}{more}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise FileError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                f"the model's has {tuple(expected[name].shape)}"
+            )
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise FileError(f"{path}: {name} is {tensor.dtype}, not floating-point numbers")
+        if finite and not all(torch.isfinite(part).all() for part in _in_parts(tensor)):
+            raise FileError(f"{path}: {name} holds numbers that are not finite")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values, which tells one base model from another.
+
+    A value is the same in float32 and below, such as bfloat16, in float64 another.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        for part in _in_parts(tensors[name].detach()):
+            digest.update(part.cpu().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The values of a tensor in float32 or above, some rows at a time: of a large one in a lower
+    precision there is no room for all."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    n = max(1, PART * len(rows) // max(1, rows.numel()))
+    for start in range(0, len(rows), n):
+        yield rows[start : start + n].to(dtype).contiguous()
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Raise BadZipFile unless a file of torch's is whole: torch itself checks no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+
+
+def _tensors_in(content: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors of nested dicts and lists, by the path of keys that leads to them."""
+    if isinstance(content, Tensor):
+        return {name: content}
+    parts: Iterator = iter(())
+    if isinstance(content, Mapping):
+        parts = iter(content.items())
+    elif isinstance(content, list | tuple):
+        parts = enumerate(content)
+    return {n: t for key, part in parts for n, t in _tensors_in(part, f"{name}/{key}").items()}

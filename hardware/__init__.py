@@ -1,0 +1,33 @@
+"""The machine: devices, dtypes and memory (device.py), and several processes (processes.py)."""
+
+from hardware.device import (
+    DeviceError,
+    StepTimer,
+    allow_tf32,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    device_name,
+    gpus,
+    in_cuda_graphs,
+    is_out_of_memory,
+    keep_freed_memory,
+    peak_memory,
+    synchronize,
+)
+
+__all__ = [
+    "DeviceError",
+    "StepTimer",
+    "allow_tf32",
+    "choose_device",
+    "choose_dtype",
+    "choose_threads",
+    "device_name",
+    "gpus",
+    "in_cuda_graphs",
+    "is_out_of_memory",
+    "keep_freed_memory",
+    "peak_memory",
+    "synchronize",
+]

@@ -1,0 +1,155 @@
+"""Full checkpoints: all weights of a model, its sizes, and where they come from."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from files import FileError
+from files.tensors import check_tensors, read_file, write_file
+from lora import base_state
+from models import FAMILIES, GPT2, Family, LanguageModel
+
+FORMAT = "model checkpoint"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: a base.
+
+    `sizes` is an instance of `family.sizes`; `tokenizer` is the content of a tokenizer.json, None
+    where tokens are bytes; `files` are those that a Hugging Face folder has beside its weights.
+    """
+
+    path: str
+    family: Family
+    sizes: Any
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, Any]
+    tokenizer: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def sizes_of(model: LanguageModel) -> Any:
+    """The sizes that a checkpoint of this model has: where LoRA parted the head from the embedding,
+    they are no longer tied."""
+    tied = {"tied_head": model.tied_head} if hasattr(model.sizes, "tied_head") else {}
+    return dataclasses.replace(model.sizes, **tied)
+
+
+def family_of(model: LanguageModel) -> Family:
+    """The family that a model is of."""
+    return next(family for family in FAMILIES.values() if isinstance(model, family.model))
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    model: LanguageModel,
+    metadata: Mapping[str, Any],
+    base: Checkpoint | None = None,
+) -> int:
+    """Write all weights of a model without adapters, with the tokenizer and the files of the base
+    that it began as; returns the file's size in bytes."""
+    tensors = {name: tensor.cpu() for name, tensor in base_state(model).items()}
+    content = {"format": FORMAT, "version": VERSION, "family": family_of(model).name}
+    content |= {"shape": dataclasses.asdict(sizes_of(model))}
+    content["tokenizer"] = base.tokenizer if base is not None else None
+    if base is not None:  # bytes as tensors, which torch reads without running code
+        content["files"] = {
+            name: torch.frombuffer(bytearray(file), dtype=torch.uint8)
+            for name, file in base.files.items()
+        }
+    return write_file(path, content | {"metadata": dict(metadata), "tensors": tensors})
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a checkpoint. Raises FileError when it is missing, damaged or of another kind."""
+    content = read_file(path, FORMAT, VERSION)
+    shape, tensors, metadata = (content.get(key) for key in ("shape", "tensors", "metadata"))
+    name = content.get("family", GPT2.name)  # which earlier versions did not write
+    tokenizer = content.get("tokenizer")
+    damaged = FileError(f"{path} is damaged: its tensors do not fit the shape that it states")
+    if not all(isinstance(part, dict) for part in (shape, tensors, metadata)):
+        raise damaged
+    if name not in FAMILIES:
+        raise FileError(f"{path} is of family {name!r}; supported are {', '.join(FAMILIES)}")
+    if not isinstance(tokenizer, str | None):
+        raise damaged
+    family = FAMILIES[name]
+    try:
+        sizes = checked_sizes(family, shape)
+        # Before a model of this size is built: its tensors must be there.
+        if sizes.n_layer > len(tensors):
+            raise damaged
+        check_tensors(path, tensors, meta_model(family, sizes).state_dict(), finite=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise damaged from error
+    files = content.get("files", {})
+    if not isinstance(files, dict) or not all(
+        isinstance(n, str) and n == os.path.basename(n) and isinstance(t, Tensor)
+        for n, t in files.items()
+    ):
+        raise damaged
+    files = {name: t.numpy().tobytes() for name, t in files.items()}
+    return Checkpoint(str(path), family, sizes, tensors, metadata, tokenizer, files)
+
+
+def checked_sizes(family: Family, values: Mapping[str, Any]) -> Any:
+    """The family's sizes of these values. Raises TypeError or ValueError unless each has its
+    field's type, and numbers are positive."""
+    sizes = family.sizes(**values)
+    for size in dataclasses.fields(sizes):
+        value = getattr(sizes, size.name)
+        if type(value) is not size.type:
+            raise TypeError(f"{size.name} is {value!r}")
+        if size.type is int and value < 1:
+            raise ValueError(f"{size.name} is {value!r}")
+    return sizes
+
+
+def meta_model(family: Family, sizes: Any, dropout: float = 0.0) -> LanguageModel:
+    """A model of these sizes without numbers: names and shapes of its tensors, in no memory."""
+    with torch.device("meta"):
+        return family.model(**dataclasses.asdict(sizes), device="meta", dropout=dropout)
+
+
+def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Make a checkpoint's weights those of a model of its sizes, with or without adapters.
+
+    What trains is a copy in float32. What is frozen keeps the checkpoint's dtype and, on a CPU, its
+    memory, such as that of a mapped file. A model on the meta device is on the CPU afterwards.
+
+    Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
+    """
+    path, found = checkpoint.path, checkpoint.tensors
+    if checkpoint.family is not family_of(model):
+        raise FileError(f"{path} is of the family {checkpoint.family.name}")
+    for size in dataclasses.fields(model.sizes):  # some of which show in no tensor
+        stated, wanted = getattr(checkpoint.sizes, size.name), getattr(model.sizes, size.name)
+        if stated != wanted and size.name != "tied_head":
+            raise FileError(f"{path} has {size.name}={stated}, the model has {wanted}")
+    check_tensors(path, found, base_state(model))
+    loaded: dict[int, nn.Parameter] = {}  # by the parameter that it replaces, tied ones once
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            full_name = f"{module_name}.{name}".removeprefix(".")
+            if full_name not in found or parameter is None:
+                continue
+            if id(parameter) not in loaded:
+                trains = parameter.requires_grad
+                tensor = _loaded(found[full_name], parameter, trains)
+                loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)
+            module._parameters[name] = loaded[id(parameter)]
+
+
+def _loaded(tensor: Tensor, parameter: Tensor, trains: bool) -> Tensor:
+    """A checkpoint's tensor as a parameter holds it."""
+    device = "cpu" if parameter.is_meta else parameter.device
+    if trains:
+        return tensor.to(device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    return tensor.to(device).contiguous()

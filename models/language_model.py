@@ -1,0 +1,286 @@
+"""LanguageModel: what all families of models share, from the loss to sampling and counts.
+
+A family is one file beside this one: its sizes, its blocks, its names, and how Hugging Face's
+folders hold it. `models/__init__.py` lists the families.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora import add_lora, count_parameters
+from lora.linear import apply_linear
+from ops.attention import KeyValueCache
+from ops.products import product_dtype
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a Hugging Face folder, and the tensors of our model that it holds.
+
+    `ours` has several names where the folder keeps them in one tensor, one below the other;
+    `shape` is the folder's; a `transposed` one lies there as (in, out).
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def our_modules(self) -> list[str]:
+        return [name.rpartition(".")[0] for name in self.ours]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: what the rest of the project needs to know of it.
+
+    Attributes:
+        name: as checkpoint files have it.
+        model: its class, which takes the fields of `sizes` as arguments.
+        sizes: its dataclass of numbers and options that fix the arithmetic, with at least
+            `vocab_size`, `block_size`, `n_embd`, `n_head` and `n_layer`. Raises ValueError for
+            values that do not go together.
+        model_types: the `model_type`s of config.json that it reads.
+        read_config: the sizes that a config.json states. Raises ValueError for what is not
+            supported, without the file's name.
+        write_config: the config.json for these sizes; None where a model of the family always
+            begins as a folder that has one.
+        layout: every tensor of a folder with these sizes.
+        ignored: whether a folder's tensor of this name holds nothing that the model needs.
+    """
+
+    name: str
+    model: type["LanguageModel"]
+    sizes: type
+    model_types: tuple[str, ...]
+    read_config: Callable[[dict[str, Any]], Any]
+    layout: Callable[[Any], list[StoredTensor]]
+    write_config: Callable[[Any], dict[str, Any]] | None = None
+    ignored: Callable[[str], bool] = lambda name: False
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer, of which a family gives the parts.
+
+    A family's class sets, before it calls `adapt`, the attributes `sizes`, `blocks`, `final_norm`
+    and `lm_head`, says its `linears` in the order of the forward pass, and gives
+    `embedding_tables` and `embed`. T is the number of tokens in a row, C the width.
+    """
+
+    linears: ClassVar[tuple[str, ...]]
+    sizes: Any
+    blocks: nn.ModuleList
+    final_norm: nn.Module
+    lm_head: nn.Linear
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpoint = False  # keep of each block its input alone (Chen et al. 2016)
+        self.use_lora = False
+        self.copied_head = False
+
+    def embedding_tables(self) -> list[nn.Embedding]:
+        """The embeddings: that of tokens first."""
+        raise NotImplementedError
+
+    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What enters the first block, (B, T, C), and tensors that every block takes beside it.
+
+        `idx` is (B, T), `positions` (T,), or (B, T) where rows hold several texts.
+        """
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+    @property
+    def block_size(self) -> int:
+        return self.sizes.block_size
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head's weight is the token embedding's."""
+        return self.lm_head.weight is self.embedding_tables()[0].weight
+
+    def tie_head(self, copied: bool) -> None:
+        """Make the head's weight that of the token embedding, or where `copied` a copy that starts
+        as it: LoRA freezes the head's, and may train the embedding."""
+        weight = self.embedding_tables()[0].weight
+        self.copied_head = copied
+        self.lm_head.weight = nn.Parameter(weight.detach().clone()) if copied else weight
+
+    def adapt(
+        self,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str] | str | None,
+        train_embeddings: bool,
+    ) -> None:
+        """Put LoRA on every linear, or on `targets`, and freeze the rest but the embeddings, which
+        `train_embeddings` decides on. Raises ValueError as `lora.add_lora` does."""
+        add_lora(self, rank, alpha, dropout, targets)
+        for table in self.embedding_tables():
+            table.weight.requires_grad_(train_embeddings)
+            if train_embeddings and table.weight.itemsize < 4:
+                table.weight.data = table.weight.data.float()  # as all that trains
+        self.use_lora = True
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        caches: list[KeyValueCache] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, vocab_size) for idx (B, T), and the mean cross-entropy if `targets` (B, T)
+        is given, over those that are not negative.
+
+        `segments` (B, T) says what text each token is of, where a row holds several: each has its
+        positions from 0, and none sees another.
+
+        With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
+        tokens for empty ones, one token afterwards.
+
+        Raises ValueError when the tokens are more than block_size, those in caches included.
+        """
+        start = caches[0].length if caches else 0
+        if start > 0 and idx.shape[1] != 1:
+            raise ValueError("caches that are not empty take one token at a time")
+        T = start + idx.shape[1]
+        if self.block_size < T:
+            raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
+        if segments is None:
+            positions = torch.arange(start, T, device=idx.device)  # (T,)
+        else:
+            positions = segments_positions(segments)  # (B, T)
+        # Float32 under autocast too: in bfloat16 small changes would be lost, and torch adds up the
+        # gradients of norms in the dtype of their input, on a CPU.
+        x, *shared = self.embed(idx, positions)  # (B, T, C)
+        mask = None if segments is None else segments_mask(segments, product_dtype(x))
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, *shared, cache=cache, mask=mask, use_reentrant=False)
+            else:
+                x = block(x, *shared, cache=cache, mask=mask)
+        logits = apply_linear(self.lm_head, self.final_norm(x))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue `idx` (B, T) by `max_new_tokens` sampled tokens: (B, T + max_new_tokens).
+
+        The arguments are those of `stream`. The mode (train or eval) is restored afterwards.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            options = (temperature, top_k, top_p, use_cache)
+            return torch.cat([idx, *self.stream(idx, max_new_tokens, *options)], dim=1)
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
+        dropout.
+
+        `temperature` 0 takes the likeliest token; `top_k` samples from the k likeliest, `top_p`
+        from the fewest that have this probability together (Holtzman et al. 2020). The model sees
+        up to block_size tokens: when they are full, it goes on from the last half of them.
+        `use_cache=False` computes all of them again for each token, to the same effect.
+
+        Raises ValueError for an empty `idx`, and for an argument out of range.
+        """
+        if idx.shape[1] == 0:
+            raise ValueError("generate needs at least one token to continue")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature} or top_k={top_k} is out of range")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
+        seen = idx[:, -self.block_size :]
+        new, caches = seen, self.new_caches()
+        for _ in range(max_new_tokens):
+            if seen.shape[1] > self.block_size:
+                seen = seen[:, -max(1, self.block_size // 2) :]
+                new, caches = seen, self.new_caches()
+            logits, _ = self(new, caches=caches) if use_cache else self(seen)
+            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
+            yield new
+            seen = torch.cat([seen, new], dim=1)
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for `forward`, one for each block."""
+        return [KeyValueCache(self.block_size) for _ in self.blocks]
+
+    def get_parameter_info(self) -> dict[str, float]:
+        """Counts of parameters: `total` = `trainable` + `frozen`; `lora` in the adapters and
+        `embedding` in the embedding tables; `lora_percentage` = 100 trainable / total.
+        """
+        info: dict[str, float] = dict(count_parameters(self))
+        info["embedding"] = sum(table.weight.numel() for table in self.embedding_tables())
+        info["lora_percentage"] = 100.0 * info["trainable"] / info["total"]
+        return info
+
+
+def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees another, those before it in its segment and itself, else -inf, to be
+    added to the scores of all heads: (B, 1, T, T)."""
+    seen = (segments[:, :, None] == segments[:, None, :]).tril_()[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+
+
+def segments_positions(segments: Tensor) -> Tensor:
+    """How far each token is from the first of its segment: (B, T)."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """A token for each row of logits (B, vocab_size), as `stream` describes: (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
+    probabilities = F.softmax(logits / min(max(temperature, 1e-30), 1e30), dim=-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it suffice
+        beyond[:, 0] = False  # whatever is left of a tiny top_p in float32
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return torch.multinomial(probabilities, 1)

@@ -1,0 +1,1 @@
+"""Kernels below both the models and LoRA."""

@@ -1,0 +1,186 @@
+"""Causal attention, with as many heads of keys and values as of queries or fewer."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.dropout import draw_numbers, mask_of
+from ops.products import concatenated, differentiable_once, scaled_product
+
+# On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
+# up to this context length.
+PLAIN_ATTENTION_MAX_CONTEXT = 256
+
+# The plain form takes so many queries at a time, with the keys up to the last of them: what is
+# masked beyond is neither computed nor kept.
+QUERIES = 64
+
+# Whether torch's fused form on a CPU reads one key head for a group of query heads. In earlier
+# versions enable_gqa=True takes a form there that keeps all scores.
+CPU_TAKES_GROUPS = torch.__version__ >= (2, 9)
+
+
+class KeyValueCache:
+    """The keys and values that one attention layer has computed, each (B, K, T, D)."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens; returns all so far."""
+        if self.keys is None:
+            B, K, _, D = k.shape
+            self.keys = k.new_empty(B, K, self.block_size, D)
+            self.values = v.new_empty(B, K, self.block_size, D)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    training: bool,
+    mask: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+) -> Tensor:
+    """Causal scaled dot-product attention of queries (B, T, H, D) to keys and values
+    (B, T, K, D): (B, T, H * D).
+
+    H is a multiple of K, and query head i reads key head i // (H // K), so that groups of H // K
+    query heads share one (Ainslie et al. 2023, "GQA", arXiv 2305.13245).
+
+    With a `cache`, keys and values join those in it, and the queries are of the last T of its S
+    tokens; else S is T. `mask` (B, 1, T, S) is 0 where a query sees a key, none of them after it,
+    and else -inf; None lets a query see all keys up to its own.
+
+    Raises ValueError where H is not a multiple of K.
+    """
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    if H % K != 0:
+        raise ValueError(f"{H} heads of queries are not a multiple of {K} heads of keys")
+    dropout_p = dropout_p if training else 0.0
+    if (
+        q.device.type == "cpu"
+        and cache is None
+        and (dropout_p > 0.0 or (q.dtype == torch.bfloat16 and T <= PLAIN_ATTENTION_MAX_CONTEXT))
+    ):
+        return plain_attention(q, k, v, dropout_p, mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if cache is not None:
+        k, v = cache.append(k, v)
+    S = k.shape[2]
+    if mask is None and 1 < T < S:  # is_causal=True would take the queries for the first T tokens
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril_(S - T)
+    grouped = {}
+    if K < H and T == 1 and mask is None:
+        # All see the same keys, so a group is as good as so many queries of one head.
+        q = q.reshape(B, K, H // K, D)
+    elif K < H and _fused_form_takes_groups(q, mask):
+        grouped = {"enable_gqa": True}
+    elif K < H:
+        k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal=mask is None and T > 1, **grouped
+    )
+    return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
+
+
+def _fused_form_takes_groups(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether enable_gqa=True leaves torch its fused form.
+
+    On CUDA only the kernel without masks and float32 takes groups (FlashAttention).
+    """
+    if q.device.type == "cpu":
+        return CPU_TAKES_GROUPS
+    return q.device.type == "cuda" and q.dtype == torch.bfloat16 and mask is None
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
+) -> Tensor:
+    """The same without a cache, as batched products with a softmax between them."""
+    return _PlainAttention.apply(q, k, v, dropout_p, mask)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Left to autograd it would keep three tensors of the size of the scores; this keeps one and
+    the dropout's random numbers.
+
+    A group of G = H // K query heads is one product with its key head: its rows are ordered by
+    token, and by head within a token, so that those of some successive tokens lie together.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None
+    ) -> Tensor:
+        B, T, H, D = q.shape
+        K = k.shape[2]
+        G = H // K
+        q = q.unflatten(2, (K, G)).transpose(1, 2).reshape(B * K, T * G, D)
+        k, v = (t.transpose(1, 2).reshape(B * K, T, D) for t in (k, v))
+        ctx.lowest, ctx.kept = 0, 1.0
+        outputs, saved = [], []
+        for start in range(0, T, QUERIES):
+            end = min(start + QUERIES, T)
+            if mask is None:
+                seen = torch.full((end - start, end), -math.inf, dtype=q.dtype, device=q.device)
+                seen = seen.triu_(start + 1)[:, None].expand(-1, G, -1).flatten(0, 1)
+            else:
+                seen = mask[:, :, start:end, None, :end].expand(B, K, -1, G, -1)
+                seen = seen.reshape(B * K, -1, end)
+            queries = q[:, start * G : end * G]
+            scores = torch.baddbmm(seen, queries, k[:, :end].mT, alpha=1 / math.sqrt(D))
+            weights = F.softmax(scores, dim=-1)  # (B * K, queries * G, keys)
+            numbers, dropped = None, weights
+            if dropout_p > 0.0:
+                numbers, ctx.lowest, ctx.kept = draw_numbers(weights, dropout_p)
+                dropped = mask_of(numbers, ctx.lowest, out=torch.empty_like(weights)).mul_(weights)
+            outputs.append(scaled_product(1 / ctx.kept, dropped, v[:, :end]))
+            saved += [weights, numbers]
+        ctx.save_for_backward(q, k, v, *saved)
+        y = concatenated(outputs)  # (B * K, T * G, D)
+        return y.view(B, K, T, G * D).transpose(1, 2).reshape(B, T, H * D)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        B, (T, D) = len(grad), k.shape[1:]
+        K, G = len(k) // B, q.shape[1] // T
+        g = grad.view(B, T, K, G * D).transpose(1, 2).reshape(q.shape)
+        scaling = 1 / math.sqrt(D) / ctx.kept
+        d_queries = []
+        # From the last queries, which see all keys, to the first.
+        for i in reversed(range(len(saved) // 2)):
+            weights, numbers = saved[2 * i : 2 * i + 2]
+            end = min((i + 1) * QUERIES, T)
+            rows = slice(i * QUERIES * G, end * G)
+            d_weights = g[:, rows] @ v[:, :end].mT
+            dropped = weights
+            if numbers is not None:
+                dropped = mask_of(numbers, ctx.lowest, out=torch.empty_like(weights))
+                d_weights.mul_(dropped)
+                dropped.mul_(weights)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            dv_part = scaled_product(1 / ctx.kept, dropped.mT, g[:, rows])
+            dk_part = scaled_product(scaling, d_scores.mT, q[:, rows])
+            d_queries.append(scaled_product(scaling, d_scores, k[:, :end]))
+            if end == T:
+                dk, dv = dk_part, dv_part
+            else:
+                dk[:, :end] += dk_part
+                dv[:, :end] += dv_part
+        dq = concatenated(d_queries[::-1]).view(B, K, T, G, D).transpose(1, 2).flatten(2, 3)
+        dk, dv = (t.view(B, K, T, D).transpose(1, 2) for t in (dk, dv))
+        return dq, dk, dv, None, None

@@ -1,0 +1,73 @@
+"""Small matrix products and what surrounds them, for models and LoRA alike."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
+    kind = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype  # meta has no autocast
+    return torch.get_autocast_dtype(kind)
+
+
+def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:
+    """s a b, of matrices or of batches of them, in one operation."""
+    product = a.new_empty(*a.shape[:-1], b.shape[-1])
+    multiply = product.addmm_ if a.dim() == 2 else product.baddbmm_
+    return multiply(a, b, beta=0, alpha=s)
+
+
+float32_product = functools.partial(torch.mm, out_dtype=torch.float32)
+
+
+def sums_to_float32(x: Tensor) -> bool:
+    """Whether x's GPU gives a product of bfloat16 in float32, without rounding or a cast."""
+    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """(..., features) -> (T, features)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
+    """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def block_diagonal(matrices: Tensors) -> Tensor:
+    """All on the diagonal, zeros beside them; a single one as it is, for it needs no copy."""
+    return matrices[0] if len(matrices) == 1 else torch.block_diag(*matrices)
+
+
+def stacked(tensors: Tensors) -> Tensor:
+    """A batch (n, ...) of them; of a single one a view, for it needs no copy."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward function that raises when its gradients are to be differentiated again.
+
+    torch's once_differentiable lets create_graph=True pass where the incoming gradient is constant,
+    as a sum's is, and second derivatives would silently lack this function's part.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradients of LoRALinear and of attention on a CPU cannot be differentiated "
+                "again, as create_graph=True asks"
+            )
+        return backward(ctx, *gradients)
+
+    return checked

@@ -1,0 +1,1 @@
+"""What a run is made of: settings, setting up, evaluation, optimizer, log and resuming."""

@@ -1,0 +1,85 @@
+"""What a command says: its log on stdout, errors in one line on stderr, and its exit code."""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import hardware
+from data import DataError
+from files import FileError
+from files.streams import one_line, write_err, write_out
+from hardware import processes
+from trainer.settings import ConfigError
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on, such as one whose loss is no longer a number."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after the run was saved; holds the message and the signal's number."""
+
+
+BAD_INPUT = (
+    ConfigError, DataError, FileError, TrainingError, hardware.DeviceError, processes.GroupError
+)  # fmt: skip
+
+
+def say(*lines: str) -> None:
+    """Print lines to the log, each whole and at once; of several processes the main one does."""
+    for line in lines if processes.is_main_process() else ():
+        write_out(one_line(line) + "\n")
+
+
+def indent(lines: Iterable[str]) -> list[str]:
+    """The lines of a section of the log."""
+    return [f"   {line}".rstrip() for line in lines]
+
+
+def format_table(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Lines of three columns, the first two as wide as their longest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
+
+
+def asks_for_help(arguments: list[str], example: str) -> bool:
+    """Whether a command's arguments are --help; raises ConfigError for any others."""
+    if arguments and arguments not in (["--help"], ["-h"]):
+        raise ConfigError(
+            f"{arguments[0]!r} is not understood: configuration comes from the environment, "
+            f"as in {example}; --help lists the variables"
+        )
+    return bool(arguments)
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """Do a command's work; returns 0, or says in one line what failed and returns its exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # not when the caller closed it, nor in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        work()
+    except BAD_INPUT as error:
+        return fail(str(error), 2)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if processes.is_connection_lost(error):
+            return fail("lost another process; RESUME=True goes on from the last evaluation", 1)
+        if not hardware.is_out_of_memory(error):
+            raise
+        variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
+        return fail(f"not enough memory; lower {variables}", 2)
+    except Interrupted as stop:
+        message, number = stop.args
+        return fail(message, 128 + number)
+    except KeyboardInterrupt:
+        return fail("interrupted; the files of the last evaluation are as they were", 130)
+    except OSError as error:
+        return fail(
+            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
+        )
+    return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Say what failed, on stderr; returns the exit code."""
+    number = f" (process {processes.rank()})" if processes.world_size() > 1 else ""
+    write_err(f"error{number}: {message}")
+    return exit_code

@@ -1,0 +1,108 @@
+"""What the log says of a run before it begins."""
+
+import hardware
+from hardware import processes
+from lora import lora_layers
+from models import LanguageModel
+from models.checkpoint import Checkpoint
+from trainer.console import indent
+from trainer.loading import describe_adapters
+from trainer.log import START
+from trainer.settings import Config
+from trainer.setup import Run, trains
+
+
+def describe(run: Run) -> list[str]:
+    """The lines of the log on what a run works with, from its configuration to notes."""
+    config, device = run.config, run.device
+    lines = [START, *indent(config.describe())]
+    lines.append(f"Device: {device} ({hardware.device_name(device)}), {run.device_reason}")
+    lines.append(f"dtype: {str(run.dtype).removeprefix('torch.')}, {run.dtype_reason}")
+    if processes.world_size() > 1:
+        lines.append(f"Processes: {describe_processes(config)}")
+    if run.corpus is not None:
+        lines += ["Data:", *indent(run.corpus.describe())]
+    if trains(config):
+        passes = run.corpus.passes(config.max_steps * config.tokens_per_step)
+        lines.append(f"Passes: {passes:.3g} over the training data in MAX_STEPS")
+    lines.append(describe_base(run))
+    lines += describe_adapters(run.adapters, run.adapter_metadata, config.lora_rank)
+    lines += describe_parameters(config, run.model)
+    return lines + [f"Note: {note}" for note in notes(run)]
+
+
+def describe_processes(config: Config) -> str:
+    n, sequences = processes.world_size(), config.batch_size
+    how = "weights sharded (FSDP2)" if config.fsdp else "weights replicated"
+    return f"{n}, each with {sequences // n} of a batch's {sequences} sequences, {how}"
+
+
+def describe_base(run: Run) -> str:
+    base: Checkpoint | None = run.base
+    if base is None:
+        return f"Base: none, random weights (fingerprint {run.base_id})"
+    metadata = base.metadata
+    line = f"Base: {base.path} (fingerprint {run.base_id})"
+    if not metadata:
+        return f"{line}, weights of the family {base.family.name}"
+    if "merged" in metadata:
+        return f"{line}, merged from {metadata['merged']}"
+    val_loss = metadata.get("val_loss")
+    reached = f" to validation loss {val_loss:.4f}" if isinstance(val_loss, float) else ""
+    line += f", {metadata.get('step')} steps on {metadata.get('data')}{reached}"
+    if run.corpus is None:
+        return line
+    same = metadata.get("checksum") == run.corpus.checksum
+    return f"{line}; this run is on {'the same data' if same else 'other data'}"
+
+
+def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
+    info = model.get_parameter_info()
+    if not config.use_lora:
+        return [
+            "Parameter Statistics:",
+            f"   Total parameters: {info['total']:,}",
+            f"   Trainable (all): {info['trainable']:,}",
+        ]
+    embeddings = info["trainable"] - info["lora"]
+    layers = [f"   LoRA layers: {config.lora_targets}"] if config.lora_targets != "all" else []
+    return [
+        "Using LoRA for efficient fine-tuning",
+        f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
+        f"dropout: {config.lora_dropout}",
+        *layers,
+        "Parameter Statistics:",
+        f"   Total parameters: {info['total']:,}",
+        f"   Trainable (LoRA): {info['trainable']:,}",
+        f"   Frozen (base): {info['frozen']:,}",
+        f"   LoRA percentage: {info['lora_percentage']:.2f}%",
+        f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
+        f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
+    ]
+
+
+def notes(run: Run) -> list[str]:
+    """What is legal and probably not what the user meant."""
+    config, found = run.config, []
+    if trains(config) and not config.resume and run.files.resume.exists():
+        found.append(
+            f"{run.files.resume} is of an earlier run, which RESUME=True would go on with; this "
+            "run replaces it at its first evaluation"
+        )
+    unused = sorted(name for name in config.explicit if name.startswith("LORA_"))
+    if unused and not config.use_lora:
+        found.append(f"{', '.join(unused)} set without USE_LORA=True: no effect")
+    if config.use_lora and run.base is None:
+        test = "TEST_MODE=True " if config.test_mode else ""
+        found.append(
+            f"there is no base in {config.output_folder}, so the adapters train on random weights, "
+            f"which cannot work well; run `{test}python training.py` first or set BASE_CHECKPOINT"
+        )
+    layers = lora_layers(run.model).items()
+    small = [name for name, layer in layers if config.lora_rank > min(layer.weight.shape)]
+    if small:
+        found.append(
+            f"LORA_RANK={config.lora_rank} is larger than the smaller side of {len(small)} layers, "
+            f"among them {small[0]}: such an adapter costs more than the matrix and can do no more"
+        )
+    return found

@@ -1,0 +1,150 @@
+"""Base and adapters on it, as training.py and generate.py load them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import DataError, vocabulary_size
+from files import FileError
+from files.tensors import fingerprint
+from lora import (
+    Adapter,
+    BaseMismatch,
+    base_state,
+    read_adapter,
+    sum_adapters,
+    switch_adapter,
+    take_adapter,
+)
+from models import GPT2, Family, LanguageModel
+from models.checkpoint import Checkpoint, load_base, meta_model
+from models.huggingface import adapter_from_folder, read_base
+from trainer.settings import WeightedAdapters
+
+AdapterFiles = list[tuple[str, Adapter, float]]  # path, adapter, weight in the sum
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What `LanguageModel.adapt` takes. `targets` are names of linears, None for all."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+    train_embeddings: bool = True
+
+
+def read_checked_base(path: str) -> Checkpoint:
+    """The base at a path. Raises FileError where it has not an embedding for each token of its
+    tokenizer, or others than for bytes."""
+    base = read_base(path)
+    try:
+        size, needed = base.sizes.vocab_size, vocabulary_size(base.tokenizer)
+    except DataError as error:
+        raise FileError(f"{base.path}: {error}") from error
+    if size < needed or (base.tokenizer is None and size != needed):
+        whose = "bytes are" if base.tokenizer is None else "its tokenizer has"
+        raise FileError(f"{base.path} has vocab_size={size}, but {whose} {needed}")
+    return base
+
+
+def read_adapters(weighted: WeightedAdapters | None, family: Family, sizes: Any) -> AdapterFiles:
+    """The files that ADAPTERS names, each under the names of our model. Raises FileError for one
+    that cannot be read, or is on a layer that a model of these sizes has not."""
+    if weighted is None:
+        return []
+    modules = dict(meta_model(family, sizes).named_modules())
+    adapters = []
+    for path, weight in weighted.parts:
+        adapter = adapter_from_folder(read_adapter(path), family)
+        for name in adapter.alpha:
+            if not isinstance(modules.get(name), nn.Linear):
+                raise FileError(
+                    f"ADAPTERS={weighted}: {path} is of another model: it has an adapter of {name}"
+                )
+        adapters.append((path, adapter, weight))
+    return adapters
+
+
+def build_model(
+    family: Family,
+    sizes: Any,
+    base: Checkpoint | None,
+    device: str | torch.device,
+    dropout: float = 0.0,
+    lora: LoraOptions | None = None,
+) -> LanguageModel:
+    """A model on its base, or of random weights, with fresh adapters where `lora` is given.
+
+    Raises FileError when the base's tensors are not the model's, and ValueError for a target that
+    is no linear of it.
+    """
+    if base is None or family is GPT2:
+        # The specification's constructor draws the weights that a base replaces, so that with a
+        # base, too, a seed means the adapters that it always meant.
+        options = {}
+        if lora is not None:
+            options = {f"lora_{n}": v for n, v in dataclasses.asdict(lora).items()}
+            options["train_embeddings"] = options.pop("lora_train_embeddings")
+        model = family.model(
+            **dataclasses.asdict(sizes),
+            device=device,
+            dropout=dropout,
+            use_lora=lora is not None,
+            **options,
+        )
+        if base is not None:
+            load_base(model, base)
+        return model
+    model = meta_model(family, sizes, dropout)
+    model.requires_grad_(lora is None)
+    load_base(model, base)
+    if lora is not None:
+        if model.tied_head and lora.train_embeddings:
+            model.tie_head(copied=True)
+        model.adapt(*dataclasses.astuple(lora))
+    return model.to(device)
+
+
+def parts_of(adapters: AdapterFiles) -> tuple[list[str], bool]:
+    """The linears that any of the adapters is on, and whether one holds trained embeddings."""
+    layers = list(dict.fromkeys(name for _, adapter, _ in adapters for name in adapter.alpha))
+    return layers, any(adapter.extras for _, adapter, _ in adapters)
+
+
+def put_on_adapters(
+    model: LanguageModel, base_id: str, files: AdapterFiles, rank: int | None, any_base: bool
+) -> dict[str, Any]:
+    """Make the weighted sum of adapters the model's, which holds its base; returns the metadata in
+    which they agree.
+
+    Raises FileError for adapters that do not fit, or belong on another base unless `any_base`.
+    """
+    try:
+        adapter = sum_adapters(files, take_adapter(model, base_id), rank, any_base)
+    except BaseMismatch as error:
+        raise FileError(f"{error}; ANY_BASE=True insists") from error
+    switch_adapter(model, adapter)
+    return adapter.metadata
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of the weights below the adapters."""
+    return fingerprint(base_state(model))
+
+
+def describe_adapters(files: AdapterFiles, metadata: dict[str, Any], rank: int) -> list[str]:
+    """What the log says of ADAPTERS, of which `metadata` is that of their sum and `rank` its."""
+    lines = [f"Adapter: {path}, weight {weight:g}" for path, _, weight in files]
+    if any(adapter.base is None for _, adapter, _ in files):
+        lines.append(
+            "Base of the adapter: not recorded in its file, so not checked; its shapes fit"
+        )
+    if "truncation_error" in metadata:
+        error = metadata["truncation_error"]
+        lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")
+    return lines

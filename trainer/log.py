@@ -1,0 +1,115 @@
+"""The lines of a run's log that programs read, each format once, for its writer and its reader.
+
+training.py prints a log to stdout, which `python training.py > log.txt` keeps. It writes the same
+figures in full to metrics.jsonl (trainer/metrics.py). trainer/log_reader.py reads both. Nothing
+here needs torch.
+
+metrics.jsonl has one JSON object a line. The first describes the run:
+
+    {"config": {"use_lora": false, "max_steps": 1000, ...},       every variable, in lower case
+     "run": {"device": "cpu (Intel Xeon, 2 threads)", "dtype": "bfloat16",
+             "data": "python-code", "checksum": "sha256:72bf4d52312c98b7",
+             "base": "5fbca86079505ce4", "base_checkpoint": null,  a path, null for random weights
+             "parameters": {"total": 3323392, "trainable": 3323392}, "processes": 1}}
+
+Each evaluation is a line, with losses in nats per token and `elapsed` in seconds:
+
+    {"step": 100, "train_loss": 2.77, "val_loss": 2.40, "val_error": 0.017,
+     "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9}
+
+The last line is there when the run has ended, with seconds, MiB of memory and bytes of files:
+
+    {"summary": {"best_val_loss": 1.46, "final_val_loss": 1.46, "training_time": 178.6,
+                 "median_step_time": 0.1696, "tokens_per_second": 24075, "peak_memory": 792,
+                 "files": {"out/full.pt": 13316789}}}
+
+A number that is not finite is null. The reader ignores keys that are not named here, and takes a
+missing one for unknown. A run that goes on after an interruption begins with a first line of its
+own when its log is appended to the earlier one.
+"""
+
+import functools
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = "Configuration (* set in the environment):"  # the first line of a log
+SAMPLE = "Sample ("  # how the line begins after which the words are the model's own
+EVALUATION = (
+    "step {step:d} | train loss {train_loss} | val loss {val_loss:.4f} +- {val_error:.4f} | "
+    "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
+)
+WROTE = "Wrote {path}: {size:.2f} MiB"
+
+NUMBER = r"nan|inf|\d+(?:\.\d+)?(?:e[+-]\d+)?"
+WHOLE = r"\d{1,18}"  # as many digits as a step may have
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the summary: its key in metrics.jsonl, its line in the log, and by what the value
+    of metrics.jsonl is multiplied for that line."""
+
+    key: str
+    line: str
+    factor: int = 1
+
+    def written(self, value: float) -> str:
+        return self.line.format(value=value * self.factor)
+
+    def read(self, line: str) -> float | None:
+        """The value in a line that `written` made, None for any other line."""
+        found = fields_of(self.line, line)
+        return None if found is None else float(found["value"]) / self.factor
+
+
+SUMMARY = (
+    Figure("best_val_loss", "Best validation loss: {value:.4f}"),
+    Figure("final_val_loss", "Final validation loss: {value:.4f}"),
+    Figure("training_time", "Training time: {value:.1f} s"),
+    Figure("median_step_time", "Median step time: {value:.1f} ms", factor=1000),
+    Figure("tokens_per_second", "Tokens per second: {value:.0f}"),
+    Figure("peak_memory", "Peak memory: {value:.0f} MiB"),
+)
+
+
+def evaluation_line(evaluation: Mapping[str, Any]) -> str:
+    """The log's line of an evaluation, a dict with the keys of metrics.jsonl.
+
+    `train_loss` is None where no step was taken since the evaluation before, and then a dash.
+    """
+    loss = evaluation["train_loss"]
+    train_loss = "-" if loss is None else f"{loss:.4f}"
+    return EVALUATION.format(**{**evaluation, "train_loss": train_loss})
+
+
+def summary_lines(summary: Mapping[str, float]) -> list[str]:
+    """The log's lines of the summary, a dict with the keys of metrics.jsonl."""
+    return [figure.written(summary[figure.key]) for figure in SUMMARY]
+
+
+def wrote_line(path: str | Path, size: int) -> str:
+    """The log's line of a file that was written, of `size` bytes."""
+    return WROTE.format(path=path, size=size / 2**20)
+
+
+def fields_of(form: str, line: str) -> dict[str, str] | None:
+    """The text of each field in a line that `form.format` made, None for any other line."""
+    match = _pattern(form).fullmatch(line)
+    return None if match is None else match.groupdict()
+
+
+@functools.cache
+def _pattern(form: str) -> re.Pattern[str]:
+    """What matches the lines of a format string: its fields are whole numbers (`:d`), other numbers
+    (`:.1f`, `:.2e`) or text (nothing)."""
+    pattern = ""
+    for literal, name, spec, _ in string.Formatter().parse(form):
+        pattern += re.escape(literal)
+        if name is not None:
+            kind = WHOLE if spec == "d" else NUMBER if spec else ".*?"
+            pattern += f"(?P<{name}>{kind})"
+    return re.compile(pattern)

@@ -1,0 +1,390 @@
+"""Setting up a run: what its variables mean for its base and adapters, and what it works with."""
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+import hardware
+from data import Corpus, open_corpus
+from files.tensors import fingerprint
+from files.writing import lock_folder
+from hardware import processes
+from lora import lora_layers, store_base, sum_scaling
+from models import GPT2, LanguageModel
+from models.checkpoint import Checkpoint, meta_model
+from trainer.loading import (
+    AdapterFiles,
+    LoraOptions,
+    base_fingerprint,
+    build_model,
+    parts_of,
+    put_on_adapters,
+    read_adapters,
+    read_checked_base,
+)
+from trainer.settings import Config, ConfigError, option_fields
+
+DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
+
+# Sizes of a model that the environment can set, and that a base has.
+SIZES = ("n_embd", "block_size", "n_head", "n_layer")
+
+# What may differ between the processes of a run: where its files are, and how each one computes.
+MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "progress")
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Where a run writes: the weights, or the adapter, of the last and of the best evaluation, what
+    is needed to resume, and its metrics; and for MERGE the merged checkpoint."""
+
+    last: Path
+    best: Path
+    resume: Path
+    metrics: Path
+    merged: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: Config
+    device: torch.device
+    device_reason: str
+    dtype: torch.dtype
+    dtype_reason: str
+    corpus: Corpus | None  # None for MERGE
+    base: Checkpoint | None  # without its tensors; None for random weights
+    base_id: str  # fingerprint of the weights that the run starts from
+    adapters: AdapterFiles
+    adapter_metadata: dict[str, Any]  # of ADAPTERS, as far as they agree
+    model: LanguageModel
+    files: OutputFiles
+    lock: BinaryIO | None  # open while the run has the output folder for itself
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The base's own; None where tokens are bytes."""
+        return self.base.tokenizer if self.base is not None else None
+
+    @property
+    def base_path(self) -> str | None:
+        """None for random weights."""
+        return self.base.path if self.base is not None else None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def set_up(asked: Config) -> Run:
+    """Choose device and dtype, open the data, and build the model on its base and adapters.
+
+    `asked` is what the environment says. Raises ConfigError, DataError or FileError for what does
+    not go together.
+    """
+    hardware.keep_freed_memory()
+    torch.manual_seed(asked.seed)
+    device, device_reason = join_processes(asked)
+    dtype, dtype_reason = hardware.choose_dtype(asked.dtype, device)
+    files = output_files(asked)
+    base = find_base(asked, files)
+    lock = None
+    if trains(asked) and processes.is_main_process():
+        lock = lock_folder(asked.output_folder)
+    family = base.family if base is not None else GPT2
+    sizes = choose_sizes(asked, base)
+    adapters = read_adapters(asked.adapters, family, sizes)
+    config, targets = resolve(asked, family, sizes, adapters)
+    corpus = None
+    if not config.merge:
+        corpus = open_corpus(
+            config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
+            config.block_size, config.loss_on_prompt, Path(config.output_folder),
+            processes.local_main_process_first(),
+        )  # fmt: skip
+    place = "cpu" if config.fsdp else device  # whose memory may hold no more than a shard
+    lora = None
+    if config.use_lora:
+        scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
+        lora = LoraOptions(*scaling, targets, config.train_embeddings)
+    model = build_model(family, sizes, base, place, config.dropout, lora)
+    model.grad_checkpoint = config.grad_checkpoint
+    base_id, metadata = base_fingerprint(model), {}
+    if adapters:
+        rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
+        metadata = put_on_adapters(model, base_id, adapters, rank, config.any_base)
+        check_scaling(asked, model)
+    if dtype != torch.float32 and not config.merge:
+        tokens = config.batch_size // processes.world_size() * config.block_size
+        store_base(model, dtype, tokens)
+    base = None if base is None else dataclasses.replace(base, tensors={})
+    run = Run(
+        config, device, device_reason, dtype, dtype_reason, corpus, base, base_id, adapters,
+        metadata, model, files, lock,
+    )  # fmt: skip
+    if processes.world_size() > 1:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        processes.check_agreement(
+            {n: v for n, v in identity(run).items() if n not in MAY_DIFFER}
+            | {"trained weights": fingerprint(trained)}
+        )
+        if config.fsdp:
+            processes.shard(model, device)
+        torch.manual_seed(config.seed + processes.rank())  # masks are each process's own
+    return run
+
+
+def join_processes(config: Config) -> tuple[torch.device, str]:
+    """Meet the other processes, if any; returns this one's device and the reason for it."""
+    local_rank, local_processes = processes.local_rank(), processes.local_world_size()
+    hardware.choose_threads(config.num_threads, local_processes)
+    device, reason = hardware.choose_device(
+        config.device, local_rank, local_processes, processes.in_group()
+    )
+    check_checkpointing(config, device)
+    processes.init_process_group(device)
+    check_processes(config)
+    return device, reason
+
+
+def trains(config: Config) -> bool:
+    """Whether a run trains, and not only evaluates or merges."""
+    return not (config.eval_only or config.merge)
+
+
+def output_files(config: Config) -> OutputFiles:
+    """The files to write, in a folder that can be written if anything is."""
+    folder = Path(config.output_folder)
+    if not config.eval_only and processes.is_main_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(f"OUT_DIR: {folder} cannot be written: {error.strerror}") from error
+    mode = "lora" if config.use_lora else "full"
+    names = ("{}.pt", "{}-best.pt", "{}-resume.pt", "{}-metrics.jsonl", "merged.pt")
+    return OutputFiles(*(folder / name.format(mode) for name in names))
+
+
+def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
+    """The checkpoint to start from: BASE_CHECKPOINT, or the last full run's unless this is one."""
+    path = config.base_checkpoint
+    default = Path(config.output_folder) / "full.pt"
+    if path is None and not trains(config) and not default.exists():
+        raise ConfigError(f"there is no {default}: set BASE_CHECKPOINT to the model's checkpoint")
+    if path is None and default.exists() and (config.use_lora or not trains(config)):
+        path = str(default)
+    if path is not None:
+        refuse_to_replace("BASE_CHECKPOINT", path, config, files)
+    for adapter, _ in config.adapters.parts if config.adapters else ():
+        refuse_to_replace("ADAPTERS", adapter, config, files)
+    return None if path is None else read_checked_base(path)
+
+
+def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles) -> None:
+    """Raise ConfigError when the run would write the file that it starts from."""
+    written: list[Path] = []
+    if config.merge:
+        written = [files.merged]
+    elif trains(config):
+        written = [files.last, files.best]
+    for output in written:
+        if output.exists() and os.path.exists(source) and output.samefile(source):
+            raise ConfigError(
+                f"{name}={source} is a file that this run would replace; "
+                "set OUT_DIR to another folder"
+            )
+
+
+# ---- what the variables mean
+
+
+def choose_sizes(config: Config, base: Checkpoint | None) -> Any:
+    """The model's sizes: the base's, or without one the configuration's."""
+    if base is None:
+        if config.n_embd % config.n_head != 0:
+            raise ConfigError(
+                f"N_EMBD={config.n_embd} is not divisible by N_HEAD={config.n_head}; "
+                "the heads share the width evenly"
+            )
+        return GPT2.sizes(vocab_size=256, **{name: getattr(config, name) for name in SIZES})
+    for name in SIZES:
+        wanted, found = getattr(config, name), getattr(base.sizes, name)
+        shorter = name == "block_size" and wanted < found
+        if name.upper() in config.explicit and wanted != found and not shorter:
+            raise ConfigError(
+                f"{name.upper()}={wanted} does not fit the base {base.path}, whose {name} is "
+                f"{found}; unset {name.upper()} to take the base's"
+            )
+    return base.sizes
+
+
+def resolve(
+    asked: Config, family: Any, sizes: Any, adapters: AdapterFiles
+) -> tuple[Config, list[str] | None]:
+    """The configuration with what its unset variables mean for this model and these adapters, and
+    the linears to adapt, None for all.
+
+    The sizes are the model's, but a shorter BLOCK_SIZE is that of the windows. With ADAPTERS, rank
+    and alpha are theirs; and where they train further, so are the layers, and the embeddings train
+    if they hold them. Raises ConfigError for LORA_TARGETS that the model has not, and for adapters
+    that have more than the variables let train.
+    """
+    values = {name: getattr(sizes, name) for name in SIZES}
+    if "BLOCK_SIZE" in asked.explicit:
+        values["block_size"] = asked.block_size
+    targets, train_embeddings = None, asked.train_embeddings
+    if trains(asked) and asked.use_lora:
+        targets = lora_targets(asked.lora_targets, family.model.linears)
+        if adapters:
+            targets, train_embeddings = parts_to_train(asked, targets, adapters)
+    elif adapters:
+        targets, train_embeddings = parts_of(adapters)
+    if asked.use_lora or adapters:
+        values["train_embeddings"] = train_embeddings
+        values["lora_targets"] = describe_targets(targets, meta_model(family, sizes))
+    if adapters:
+        rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
+        rank, alpha = sum_scaling([(adapter, weight) for _, adapter, weight in adapters], rank)
+        values |= {"use_lora": True, "lora_rank": rank, "lora_alpha": alpha}
+    return dataclasses.replace(asked, **values), targets
+
+
+def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
+    """The linears that LORA_TARGETS=`text` names, as in `query,value`; None for `all`.
+
+    Raises ConfigError for a name that is none of the model's `linears`.
+    """
+    if text.strip().lower() == "all":
+        return None
+    targets = [part.strip() for part in text.split(",")]
+    for target in targets:
+        if target not in linears:
+            near = difflib.get_close_matches(target.lower(), linears, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(
+                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model{hint}; accepted: all, "
+                f"or some of {','.join(linears)}"
+            )
+    return list(dict.fromkeys(targets))
+
+
+def parts_to_train(
+    asked: Config, targets: list[str] | None, adapters: AdapterFiles
+) -> tuple[list[str] | None, bool]:
+    """The linears to adapt and whether the embeddings train, where ADAPTERS are trained further:
+    what the variables say, else what the adapters have. Raises ConfigError where they have more."""
+    layers, hold_embeddings = parts_of(adapters)
+    if "LORA_TARGETS" not in asked.explicit:
+        targets = layers
+    for name in layers if targets is not None else ():
+        if name not in targets and name.rpartition(".")[2] not in targets:
+            raise ConfigError(
+                f"LORA_TARGETS={asked.lora_targets} lacks {name}, of which there is an adapter in "
+                f"ADAPTERS={asked.adapters}"
+            )
+    if "TRAIN_EMBEDDINGS" not in asked.explicit:
+        return targets, hold_embeddings
+    if hold_embeddings and not asked.train_embeddings:
+        raise ConfigError(
+            f"TRAIN_EMBEDDINGS=False, but ADAPTERS={asked.adapters} hold trained embeddings"
+        )
+    return targets, asked.train_embeddings
+
+
+def describe_targets(targets: list[str] | None, model: LanguageModel) -> str:
+    """LORA_TARGETS that adapts the linears of `model` that `targets` name, None being all."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [
+        name
+        for name in names
+        if targets is None or name in targets or name.rpartition(".")[2] in targets
+    ]
+    kinds = [kind for kind in model.linears if any(name.endswith(kind) for name in adapted)]
+    frozen = {name.rpartition(".")[2] for name in names if name not in adapted}
+    if frozen & set(kinds):  # such as an adapter of PEFT's of some blocks alone
+        return ",".join(adapted)
+    return "all" if len(kinds) == len(model.linears) else ",".join(kinds)
+
+
+# ---- what does not go together
+
+
+def check_scaling(asked: Config, model: nn.Module) -> None:
+    """Raise ConfigError for a LORA_ALPHA, or a rank to train, that no adapter in the model has, be
+    it one of ADAPTERS or of a layer that they lack."""
+    layers = lora_layers(model).values()
+    alphas, rank = {layer.alpha for layer in layers}, max(layer.rank for layer in layers)
+    if "LORA_ALPHA" in asked.explicit and asked.lora_alpha not in alphas:
+        raise ConfigError(
+            f"LORA_ALPHA={asked.lora_alpha:g}, but ADAPTERS={asked.adapters} have "
+            f"{min(alphas):g}; unset it, or give them weights, as in a.pt:0.5"
+        )
+    if trains(asked) and "LORA_RANK" in asked.explicit and asked.lora_rank > rank:
+        raise ConfigError(
+            f"LORA_RANK={asked.lora_rank}, but ADAPTERS={asked.adapters} have {rank}, "
+            "which can only be reduced"
+        )
+
+
+def check_processes(config: Config) -> None:
+    """Raise ConfigError for settings that do not fit the number of processes."""
+    n = processes.world_size()
+    if config.fsdp and n == 1:
+        raise ConfigError(
+            "FSDP=True shards over several processes, but there is one; start them with "
+            "torchrun --standalone --nproc_per_node=2 training.py"
+        )
+    if config.merge and n > 1:
+        raise ConfigError(f"MERGE is done by one process, not by {n}")
+    if config.batch_size % n != 0:
+        raise ConfigError(
+            f"BATCH_SIZE={config.batch_size} is not divisible by the {n} processes that share it"
+        )
+
+
+def check_checkpointing(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for GRAD_CHECKPOINT with dropout on MPS, whose random numbers torch's
+    checkpoint does not draw again: the gradients would be those of other masks."""
+    dropout = config.dropout or (config.use_lora and config.lora_dropout)
+    if device.type == "mps" and config.grad_checkpoint and dropout and trains(config):
+        raise ConfigError(
+            "GRAD_CHECKPOINT=True is wrong with dropout on mps, as torch draws other masks in "
+            "backward there; set DROPOUT=0 and LORA_DROPOUT=0, or DEVICE=cpu"
+        )
+
+
+# ---- what tells a run from others
+
+
+def header(run: Run) -> dict[str, Any]:
+    """What a program needs to know of a run: the first line of its metrics."""
+    config = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
+    config["adapters"] = config["adapters"] and str(config["adapters"])
+    return {
+        "config": config,
+        "run": {
+            "device": f"{run.device} ({hardware.device_name(run.device)})",
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "data": run.corpus.name,
+            "checksum": run.corpus.checksum,
+            "base": run.base_id,
+            "base_checkpoint": run.base_path,
+            "parameters": run.model.get_parameter_info(),
+            "processes": processes.world_size(),
+        },
+    }
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What tells one run from another: its settings, its data, its base, and how many train it."""
+    found = header(run)
+    return found["config"] | {n: found["run"][n] for n in ("checksum", "base", "processes")}
