@@ -74,7 +74,9 @@ def load_model(
         metadata = put_on_adapters(model, base_fingerprint(model), adapters, rank, any_base)
         largest_rank = max(layer.rank for layer in lora_layers(model).values())
         lines += describe_adapters(adapters, metadata, largest_rank)
-        merge_adapter(model)
+        layers = lora_layers(model).values()
+        if all(layer.weight.dtype == layer.lora_A.dtype for layer in layers):
+            merge_adapter(model)  # in lower precision the sum would be rounded
     for line in lines:
         write_err(line)
     prompt_format = metadata.get("prompt_format")
