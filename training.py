@@ -356,13 +356,16 @@ def print_evaluation(run: Run) -> None:
 
 def write_merged(run: Run) -> None:
     """Write base and adapters as one checkpoint, which is a base like any other."""
+    dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
     if "prompt_format" in run.adapter_metadata:
         metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
-    size = save_checkpoint(path, run.model, metadata, run.base)
-    say(wrote_line(path, size))
+    for dtype in dtypes:
+        rounded = str(dtype).removeprefix("torch.")
+        say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")
+    say(wrote_line(path, save_checkpoint(path, run.model, metadata, run.base)))
 
 
 def tokens_per_second(config: Config, step_times: list[float]) -> float:

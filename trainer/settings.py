@@ -162,8 +162,8 @@ class Config(Settings):
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
         None,
-        "checkpoint or GPT-2 folder to start from [full.pt in OUT_DIR; none when training every "
-        "weight]",
+        "checkpoint or Hugging Face folder to start from [full.pt in OUT_DIR; none when training "
+        "every weight]",
     )
     adapters: WeightedAdapters | None = option(
         None,
@@ -267,7 +267,9 @@ class GenerateConfig(Settings):
     seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
 
     out_dir: str = option("out", "folder of the default base")
-    base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
+    base_checkpoint: str | None = option(
+        None, "checkpoint or Hugging Face folder [full.pt in OUT_DIR]"
+    )
     adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
