@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hardware
-from data import Batch, decode
+from data import Batch, decode, vocabulary_size
 from hardware import processes
 from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
@@ -333,7 +333,9 @@ def print_sample(run: Run) -> None:
     start, end = run.corpus.opening()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
-        written = run.model.generate(idx, length, temperature=0.8, top_k=50)[0].tolist()
+        known = vocabulary_size(run.tokenizer)
+        written = run.model.generate(idx, length, temperature=0.8, top_k=50, n_tokens=known)
+        written = written[0].tolist()
     tokens = written[len(start) :]
     if end is not None:
         tokens = start + tokens[: tokens.index(end) if end in tokens else None]

@@ -112,7 +112,7 @@ def set_up(asked: Config) -> Run:
         corpus = open_corpus(
             config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
             config.block_size, config.loss_on_prompt, Path(config.output_folder),
-            processes.local_main_process_first(),
+            processes.local_main_process_first(), base.files if base is not None else {},
         )  # fmt: skip
     place = "cpu" if config.fsdp else device  # whose memory may hold no more than a shard
     lora = None
