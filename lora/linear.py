@@ -159,10 +159,13 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]
 
     Where that is faster than one by one they are one product, and the outputs are views of it.
     Layers in one product are plain linears, or LoRALinears of one mode, rank, scaling and dropout.
+    Plain ones that are frozen in a lower precision than the product's are never stacked.
     All of them have a bias or none, and none has hooks, which would not run. LoRALinears in one
     product share the dropout's mask, since they share its input.
     """
-    if not (_are_alike(layers) and stacking_pays(x.numel() // max(1, x.shape[-1]), layers)):
+    tokens = x.numel() // max(1, x.shape[-1])
+    one_by_one = any(_is_frozen_below(product_dtype(x), layer) for layer in layers)
+    if one_by_one or not (_are_alike(layers) and stacking_pays(tokens, layers)):
         return tuple(apply_linear(layer, x) for layer in layers)
     widths = [layer.out_features for layer in layers]
     if type(layers[0]) is LoRALinear:
@@ -174,14 +177,16 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), where a plain linear may be frozen in a lower precision than the product's."""
-    if (
-        type(layer) is nn.Linear
-        and not layer.weight.requires_grad
-        and layer.weight.itemsize < product_dtype(x).itemsize
-        and not _has_hooks(layer)
-    ):
+    if _is_frozen_below(product_dtype(x), layer) and not _has_hooks(layer):
         return _Frozen.apply(x.to(product_dtype(x)), layer.weight, layer.bias)
     return layer(x)
+
+
+def _is_frozen_below(dtype: torch.dtype, layer: nn.Module) -> bool:
+    """Whether a plain linear is frozen in a lower precision than `dtype`."""
+    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+        return False
+    return layer.weight.itemsize < dtype.itemsize
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:

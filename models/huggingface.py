@@ -57,7 +57,7 @@ def read_model(folder: Path) -> Checkpoint:
         sizes = family.read_config(config)
     except ValueError as error:
         raise FileError(f"{folder}/config.json: {error}") from error
-    tensors = _from_folder(folder, _map_weights(folder), family, sizes)
+    tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
     tokenizer = _read_tokenizer(folder)
     return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
@@ -287,20 +287,28 @@ def _to_folder(tensors: Mapping[str, Tensor], layout: list[StoredTensor]) -> dic
 
 def _from_folder(
     folder: Path, found: dict[str, Tensor], family: Family, sizes: Any
-) -> dict[str, Tensor]:
-    """A folder's tensors under our names. Raises FileError unless they are those of these sizes."""
+) -> tuple[dict[str, Tensor], Any]:
+    """A folder's tensors under our names, and its sizes: where the head is there beside the
+    embedding and other than it, they are not tied, whatever config.json says.
+
+    Raises FileError unless they are the tensors of these sizes.
+    """
     found = {name: tensor for name, tensor in found.items() if not family.ignored(name)}
-    if sizes.tied_head:
-        found.pop("lm_head.weight", None)
     if sizes.n_layer > len(found):  # before a layout of that length is made
         raise FileError(f"{folder}: {len(found)} tensors are too few for {sizes.n_layer} layers")
     layout = family.layout(sizes)
-    prefix = layout[0].name.partition(".")[0] + "."  # which some files leave out
+    embedding = layout[0].name
+    prefix = embedding.partition(".")[0] + "."  # which some files leave out
     known = {stored.name for stored in layout}
-    found = {
-        prefix + name if name not in known and prefix + name in known else name: tensor
-        for name, tensor in found.items()
-    }
+    for name in known - found.keys():
+        if (bare := name.removeprefix(prefix)) in found:
+            found[name] = found.pop(bare)
+    if sizes.tied_head and "lm_head.weight" in found:
+        if embedding in found and _are_equal(found["lm_head.weight"], found[embedding]):
+            del found["lm_head.weight"]
+        else:
+            sizes = dataclasses.replace(sizes, tied_head=False)
+            layout = family.layout(sizes)
     expected = {stored.name: torch.empty(stored.shape, device="meta") for stored in layout}
     check_tensors(folder, found, expected, finite=False)  # which loading checks, one by one
     result = {}
@@ -310,7 +318,12 @@ def _from_folder(
         result |= dict(zip(stored.ours, parts, strict=True))
     if sizes.tied_head:
         result["lm_head.weight"] = result[layout[0].ours[0]]
-    return result
+    return result, sizes
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and values."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -345,13 +358,13 @@ def _map_shards(folder: Path, index: Path) -> dict[str, Tensor]:
         if name != os.path.basename(name) or not name.endswith((".safetensors", ".bin")):
             raise FileError(f"{index} names {name!r}, which is no file of weights in the folder")
         if not (folder / name).is_file():
-            raise FileError(f"{index} names {name}, which is not in the folder")
+            raise FileError(f"{index} names {name!r}, which is not in the folder")
         for tensor_name, tensor in read_foreign_tensors(folder / name)[0].items():
             if weight_map.get(tensor_name) == name:
                 tensors[tensor_name] = tensor
     missing = weight_map.keys() - tensors.keys()
     if missing:
-        raise FileError(f"{index} names {min(missing)}, which its file lacks")
+        raise FileError(f"{index} names {min(missing)!r}, which its file lacks")
     return tensors
 
 
