@@ -147,16 +147,16 @@ class Corpus(ABC):
 
     def metadata(self) -> dict[str, str]:
         """What a trained model's file says of the data."""
-        facts = {"data": self.name, "checksum": self.checksum}
+        metadata = {"data": self.name, "checksum": self.checksum}
         if self.prompt_format is not None:
-            facts["prompt_format"] = self.prompt_format
-        return facts
+            metadata["prompt_format"] = self.prompt_format
+        return metadata
 
 
-def aligned(facts: dict[str, str]) -> list[str]:
+def aligned(rows: dict[str, str]) -> list[str]:
     """`key: value` lines whose values stand below each other."""
-    width = max(map(len, facts)) + 1
-    return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
+    width = max(map(len, rows)) + 1
+    return [f"{key + ':':<{width}} {value}" for key, value in rows.items()]
 
 
 def printable(text: str) -> str:

@@ -43,18 +43,18 @@ class RecordCorpus(Corpus):
     end: int = 0
 
     def describe(self) -> list[str]:
-        facts = {"name": printable(self.name), "checksum": self.checksum}
+        rows = {"name": printable(self.name), "checksum": self.checksum}
         for name, blocks in (("train", self.train), ("validation", self.validation)):
             used = (blocks.segments > 0).sum()
-            facts[name] = (
+            rows[name] = (
                 f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted) "
                 f"in {len(blocks):,} blocks, {1 - used / blocks.segments.size:.1%} padding"
             )
             if blocks.n_cut or blocks.n_dropped:
-                facts[name] += f"; {blocks.n_cut:,} cut to a block"
-                facts[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        facts["prompt"] = json.dumps(self.prompt_format)
-        return aligned(facts)
+                rows[name] += f"; {blocks.n_cut:,} cut to a block"
+                rows[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
+        rows["prompt"] = json.dumps(self.prompt_format)
+        return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.train.inputs.size

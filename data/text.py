@@ -54,7 +54,7 @@ class TextCorpus(Corpus):
     def describe(self) -> list[str]:
         n_validation = len(self.tokens) - self.n_train
         unit = "bytes" if self.n_bytes is None else "tokens"
-        facts = {
+        rows = {
             "name": printable(self.name),
             "bytes": f"{self.n_bytes or len(self.tokens):,}",
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
@@ -65,10 +65,10 @@ class TextCorpus(Corpus):
             f"last 10% validation ({n_validation:,} {unit})",
         }
         if self.n_bytes is None:
-            del facts["tokens"]
+            del rows["tokens"]
         if self.n_skipped == 0:
-            del facts["skipped"]
-        return aligned(facts)
+            del rows["skipped"]
+        return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.n_train

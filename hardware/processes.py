@@ -142,9 +142,9 @@ def local_main_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise GroupError in every process unless these facts are the same in all."""
-    first, *others = all_gather(dict(facts))
+def check_agreement(settings: Mapping[str, Any]) -> None:
+    """Raise GroupError in every process unless these settings and data are the same in all."""
+    first, *others = all_gather(dict(settings))
     for number, found in enumerate(others, start=1):
         for name in first:
             if found[name] != first[name]:

@@ -10,7 +10,7 @@ from ops.dropout import draw_numbers, mask_of
 from ops.products import concatenated, differentiable_once, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
-# up to this context length.
+# up to this context length (`python benchmarks/cpu_operations.py`, as the next).
 PLAIN_ATTENTION_MAX_CONTEXT = 256
 
 # The plain form takes so many queries at a time, with the keys up to the last of them: what is

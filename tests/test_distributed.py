@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def record_of_group(folder: Path, **variables: str) -> str:
-    """The record of a run in several processes, of which the first alone prints."""
+    """The log of a run in several processes, of which the first alone prints."""
     first, *others = start_group(folder, **variables)
     for process in others:
         assert succeeded(process) == "" == process.stderr
@@ -83,14 +83,14 @@ def test_records_weigh_as_much_in_two_processes_as_in_one(tmp_path):
 
 def test_only_what_trains_travels(folder):
     for mode, variables in MODES.items():
-        record = record_of_group(folder, **STEPS | variables)
+        log = record_of_group(folder, **STEPS | variables)
         trained = sum(t.numel() for t in tensors(folder / "out" / f"{mode}.pt").values())
         everything = sum(t.numel() for t in tensors(folder / "base" / "full.pt").values())
         bytes_a_step = 4 * trained  # float32, and once for both of the accumulated batches
         assert (
             f"Gradients exchanged: {bytes_a_step:,} bytes a step by each process; "
             f"full fine-tuning's would be {4 * everything:,}"
-        ) in record
+        ) in log
 
 
 @pytest.mark.parametrize("fsdp", ["False", "True"])
@@ -102,8 +102,8 @@ def test_two_processes_resume_to_the_bit(folder, fsdp):
     record_of_group(folder, **variables)
     state = torch.load(folder / "out" / "lora-resume.pt", weights_only=True)
     assert state["random"].keys() == {"cpu", "cpu.1"}
-    record = record_of_group(folder, **variables | {"MAX_STEPS": "9", "RESUME": "True"})
-    assert "Resuming out/lora-resume.pt at step 6" in record
+    log = record_of_group(folder, **variables | {"MAX_STEPS": "9", "RESUME": "True"})
+    assert "Resuming out/lora-resume.pt at step 6" in log
     expected = tensors(folder / "whole" / "lora.pt")
     for name, tensor in tensors(folder / "out" / "lora.pt").items():
         assert torch.equal(tensor, expected[name]), name

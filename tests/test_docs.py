@@ -77,10 +77,10 @@ def test_the_commands_run_in_their_order(document, tmp_path):
             process = start_script(tmp_path, script=words[1], MAX_NEW_TOKENS="5", **variables)
         else:
             process = start_script(tmp_path, *words[2:], script=words[1], **variables | BUDGET)
-        record = succeeded(process)
+        log = succeeded(process)
         if target is not None:
-            (tmp_path / target).write_text(record)
-            assert "Final validation loss: " in record
+            (tmp_path / target).write_text(log)
+            assert "Final validation loss: " in log
         ran += 1
     assert ran >= 4
 
@@ -127,9 +127,9 @@ def test_the_tables_of_variables_are_those_of_the_help(document, kind):
 def test_the_guides_parameter_counts_are_those_of_the_script(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     variables = {"USE_LORA": "True", "DATA": "text.txt", **BUDGET}
-    record = succeeded(start_script(tmp_path, **variables))
+    log = succeeded(start_script(tmp_path, **variables))
     (statistics,) = (b for b in blocks("LORA_USAGE.md", "text") if "Parameter Statistics" in b)
-    assert statistics in record
+    assert statistics in log
 
 
 @pytest.mark.parametrize("train_embeddings", [True, False])

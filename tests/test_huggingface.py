@@ -319,8 +319,8 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
     refusal = refused(start_script(tmp_path, **run | {"BASE_CHECKPOINT": "."}))
     assert "config.json cannot be read" in refusal
     budget |= {"LORA_TARGETS": "all", "TRAIN_EMBEDDINGS": "True"}
-    record = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
-    assert "tokens:   " in record and "weights of the family gpt2" in record
+    log = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
+    assert "tokens:   " in log and "weights of the family gpt2" in log
     caches = list((tmp_path / "out").glob("tokens-*.bin"))
     assert len(caches) == 1
     asked = start_script(
@@ -409,8 +409,8 @@ def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, the
 def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, tmp_path):
     run = {"BASE_CHECKPOINT": "gpt2", "DATA": "python-instructions", "NUM_THREADS": "1"}
     budget = {"MAX_STEPS": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5", "BATCH_SIZE": "2"}
-    record = succeeded(start_script(tmp_path, USE_LORA="True", DTYPE="float32", **run, **budget))
-    assert "records" in record and "user: " in record.rpartition("Sample")[2]
+    log = succeeded(start_script(tmp_path, USE_LORA="True", DTYPE="float32", **run, **budget))
+    assert "records" in log and "user: " in log.rpartition("Sample")[2]
     asked = start_script(
         tmp_path, script="generate.py", BASE_CHECKPOINT="gpt2", ADAPTERS="out/lora.pt",
         PROMPT="What does list.sort do?", MAX_NEW_TOKENS="5", NUM_THREADS="1",

@@ -307,16 +307,18 @@ def add_metrics(logs: list[RunLog], name: str, line: Any) -> None:
         config = {k.upper(): "default" if v is None else v for k, v in part(line, "config").items()}
         values = {k: words(run, k) for k in ("device", "dtype", "data", "checksum", "base")}
         values["base_path"] = words(run, "base_checkpoint")
-        values |= {k: whole(parameters, k) for k in ("total", "trainable") if k in parameters}
+        values |= {
+            k: whole_number(parameters, k) for k in ("total", "trainable") if k in parameters
+        }
         if "processes" in run:
-            values["processes"] = whole(run, "processes")
+            values["processes"] = whole_number(run, "processes")
         config = {k: printable(str(v)) for k, v in config.items()}
         logs.append(RunLog(name, config, **values))
     elif not isinstance(line, dict) or not logs:
         raise ValueError('it is no part of a metrics.jsonl, which begins with {"config": ...}')
     elif "step" in line:
         numbers = (number(line, key) for key in ("val_loss", "val_error", "elapsed"))
-        new = Evaluation(whole(line, "step"), *numbers)
+        new = Evaluation(whole_number(line, "step"), *numbers)
         before = tuple(e for e in logs[-1].evaluations if e.step < new.step)
         logs[-1] = dataclasses.replace(logs[-1], evaluations=(*before, new))
     elif "summary" in line:
@@ -342,7 +344,7 @@ def words(values: Mapping[str, Any], key: str) -> str | None:
     return found if found is None else printable(found)
 
 
-def whole(values: Mapping[str, Any], key: str) -> int:
+def whole_number(values: Mapping[str, Any], key: str) -> int:
     found = values.get(key)
     if type(found) is not int or not 0 <= found < 2**63:
         raise ValueError(f"{key} is {_brief(found)}, not a whole number from 0")
