@@ -347,7 +347,7 @@ ODD_KEYS = [
     ids=str,
 )
 def test_absent_and_doubled_keys_mean_what_they_mean_to_transformers(kind, change, tmp_path):
-    config = SIZES | {"model_type": kind, "num_attention_heads": 32, "hidden_size": 128}
+    config = SIZES | {"model_type": kind, "num_attention_heads": 64, "hidden_size": 256}
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     config |= {"rms_norm_eps": 1e-3, "attention_bias": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -355,7 +355,7 @@ def test_absent_and_doubled_keys_mean_what_they_mean_to_transformers(kind, chang
     read = transformers.AutoConfig.from_pretrained(tmp_path)
     sizes = LLAMA.read_config(json.loads((tmp_path / "config.json").read_text()))
     assert sizes.n_kv_head == read.num_key_value_heads
-    assert sizes.head_dim == getattr(read, "head_dim", 128 // 32)
+    assert sizes.head_dim == getattr(read, "head_dim", 256 // 64)
     assert sizes.tied_head == read.tie_word_embeddings
     window = None if kind == "llama" else read.sliding_window
     if kind.startswith("qwen") and "sliding_attention" not in read.layer_types:
