@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hardware
-from data import Batch, decode
+from data import Batch, decode, vocabulary_size
 from hardware import processes
 from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
@@ -333,7 +333,9 @@ def print_sample(run: Run) -> None:
     start, end = run.corpus.opening()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
-        written = run.model.generate(idx, length, temperature=0.8, top_k=50)[0].tolist()
+        known = vocabulary_size(run.tokenizer)
+        written = run.model.generate(idx, length, temperature=0.8, top_k=50, n_tokens=known)
+        written = written[0].tolist()
     tokens = written[len(start) :]
     if end is not None:
         tokens = start + tokens[: tokens.index(end) if end in tokens else None]
@@ -356,13 +358,16 @@ def print_evaluation(run: Run) -> None:
 
 def write_merged(run: Run) -> None:
     """Write base and adapters as one checkpoint, which is a base like any other."""
+    dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
     if "prompt_format" in run.adapter_metadata:
         metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
-    size = save_checkpoint(path, run.model, metadata, run.base)
-    say(wrote_line(path, size))
+    for dtype in dtypes:
+        rounded = str(dtype).removeprefix("torch.")
+        say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")
+    say(wrote_line(path, save_checkpoint(path, run.model, metadata, run.base)))
 
 
 def tokens_per_second(config: Config, step_times: list[float]) -> float:

@@ -5,14 +5,14 @@ T is the block size: a block is T tokens and the one that follows them.
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.corpus import IGNORED
 from data.forms import Record
-from data.tokenizer import encode, end_token, vocabulary_size
+from data.tokenizer import NO_FILES, begun, encode, end_token, start_tokens, vocabulary_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,33 +44,38 @@ class Blocks:
 
 
 def tokens_of(
-    record: Record, tokenizer: str | None, count_prompts: bool = False
+    record: Record, tokenizer: str | None, count_prompts: bool, start: list[int], end: int
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a record, and whether the loss counts each."""
+    """The tokens of a record, and whether the loss counts each. It begins with the tokens `start`;
+    `end` is the token for its ends."""
     tokens: list[int] = []
     counted: list[bool] = []
     # Neighbours are encoded as one, as generate.py encodes a prompt in its format: a tokenizer may
     # join the end of one with the beginning of the next.
     for (ends, counts), parts in itertools.groupby(record, lambda part: (part[0] is None, part[1])):
-        if ends:
-            new = [end_token(tokenizer)]
-        else:
-            new = encode("".join(text for text, _ in parts), tokenizer)
+        new = [end] if ends else encode("".join(text for text, _ in parts), tokenizer)
+        new = new if tokens else begun(new, start)
         tokens += new
         counted += [counts or count_prompts] * len(new)
     return tokens, counted
 
 
 def pack(
-    records: Sequence[Record], tokenizer: str | None, block_size: int, count_prompts: bool = False
+    records: Sequence[Record],
+    tokenizer: str | None,
+    block_size: int,
+    count_prompts: bool = False,
+    files: Mapping[str, bytes] = NO_FILES,
 ) -> Blocks:
     """Put records into blocks, each whole and in one of them, with little padding (best fit
     decreasing; Johnson et al. 1974), in an order of blocks that says nothing of their length.
+    `files` are those beside the base's weights, which say what begins and ends a record.
     """
+    start, end = start_tokens(tokenizer, files), end_token(tokenizer, files)
     size = block_size + 1
     encoded, n_cut, n_dropped = [], 0, 0
     for record in records:
-        tokens, counted = tokens_of(record, tokenizer, count_prompts)
+        tokens, counted = tokens_of(record, tokenizer, count_prompts, start, end)
         n_cut += len(tokens) > size
         tokens, counted = tokens[:size], counted[:size]
         if any(counted[1:]):
@@ -80,7 +85,7 @@ def pack(
     blocks = best_fit([len(tokens) for tokens, _ in encoded], size)
     np.random.default_rng(0).shuffle(blocks)
     dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
-    tokens = np.full((len(blocks), size), end_token(tokenizer), dtype)
+    tokens = np.full((len(blocks), size), end, dtype)
     targets = np.full((len(blocks), size), IGNORED, np.int32)  # of the tokens themselves
     segments = np.zeros((len(blocks), size), np.uint16)
     for row, block in enumerate(blocks):

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from data.forms import PROMPT_FORMAT, parse_records
 from data.packing import Blocks, pack
 from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
-from data.tokenizer import end_mark, end_token
+from data.tokenizer import NO_FILES, end_mark, end_token
 
 EVERY = 10  # one record of so many is for validation, where there is no valid.jsonl
 
@@ -31,6 +31,7 @@ class RecordCorpus(Corpus):
         name, checksum, tokenizer: see `Corpus`.
         train, validation: the packed records of either split.
         prompt_format: how to ask a model that was trained on them; "{prompt}" for texts alone.
+        end: the token that ends a record.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RecordCorpus(Corpus):
     validation: Blocks = field(repr=False)
     prompt_format: str
     tokenizer: str | None = field(default=None, repr=False)
+    end: int = 0
 
     def describe(self) -> list[str]:
         facts = {"name": printable(self.name), "checksum": self.checksum}
@@ -91,7 +93,7 @@ class RecordCorpus(Corpus):
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != end_token(self.tokenizer)]
+        written = predicted[predicted != self.end]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
@@ -99,7 +101,7 @@ class RecordCorpus(Corpus):
         """The first record to validate on, up to what the loss counts, and the end of a record."""
         first_counted = np.argmax(self.validation.targets[0] != IGNORED)
         opening = self.validation.inputs[0, : first_counted + 1].tolist()
-        return opening, end_token(self.tokenizer)
+        return opening, self.end
 
     def loss_parts(
         self,
@@ -122,9 +124,14 @@ def is_records(name: str | None) -> bool:
 
 
 def load_records(
-    name: str, tokenizer: str | None, block_size: int, count_prompts: bool = False
+    name: str,
+    tokenizer: str | None,
+    block_size: int,
+    count_prompts: bool = False,
+    files: Mapping[str, bytes] = NO_FILES,
 ) -> RecordCorpus:
-    """Read and pack the records that DATA=`name` stands for.
+    """Read and pack the records that DATA=`name` stands for; `files` are those beside the base's
+    weights, which say what begins and ends a record.
 
     A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
 
@@ -138,7 +145,7 @@ def load_records(
         if os.path.lexists(file) or file == paths[0]:
             content = _read(file)
             digest.update(content)
-            splits.append(parse_records(str(file), content, end_mark(tokenizer)))
+            splits.append(parse_records(str(file), content, end_mark(tokenizer, files)))
     if len(splits) == 1:
         (records,) = splits
         if len(records) < 2:
@@ -146,14 +153,17 @@ def load_records(
         validation = records[EVERY - 1 :: EVERY] or records[-1:]
         kept = set(map(id, validation))
         splits = [[record for record in records if id(record) not in kept], validation]
-    train, valid = (pack(records, tokenizer, block_size, count_prompts) for records in splits)
+    train, valid = (
+        pack(records, tokenizer, block_size, count_prompts, files) for records in splits
+    )
     for blocks in (train, valid):
         if len(blocks) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
     asked = any(not counted for records in splits for record in records for _, counted in record)
     prompt_format = PROMPT_FORMAT if asked else "{prompt}"
     checksum = f"sha256:{digest.hexdigest()[:16]}"
-    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer)
+    end = end_token(tokenizer, files)
+    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer, end)
 
 
 def _batch(

@@ -191,6 +191,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         use_cache: bool = True,
+        n_tokens: int | None = None,
     ) -> Tensor:
         """Continue `idx` (B, T) by `max_new_tokens` sampled tokens: (B, T + max_new_tokens).
 
@@ -199,7 +200,7 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            options = (temperature, top_k, top_p, use_cache)
+            options = (temperature, top_k, top_p, use_cache, n_tokens)
             return torch.cat([idx, *self.stream(idx, max_new_tokens, *options)], dim=1)
         finally:
             self.train(was_training)
@@ -213,6 +214,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         use_cache: bool = True,
+        n_tokens: int | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
         dropout.
@@ -221,6 +223,8 @@ class LanguageModel(nn.Module):
         from the fewest that have this probability together (Holtzman et al. 2020). The model sees
         up to block_size tokens: when they are full, it goes on from the last half of them.
         `use_cache=False` computes all of them again for each token, to the same effect.
+        Only the first `n_tokens` of the vocabulary are taken: the embedding may be larger than the
+        tokenizer.
 
         Raises ValueError for an empty `idx`, and for an argument out of range.
         """
@@ -237,7 +241,7 @@ class LanguageModel(nn.Module):
                 seen = seen[:, -max(1, self.block_size // 2) :]
                 new, caches = seen, self.new_caches()
             logits, _ = self(new, caches=caches) if use_cache else self(seen)
-            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
+            new = sample(logits[:, -1, :n_tokens].float(), temperature, top_k, top_p)
             yield new
             seen = torch.cat([seen, new], dim=1)
 

@@ -318,6 +318,7 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
     budget = {"MAX_STEPS": "4", "EVAL_INTERVAL": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5"}
     refusal = refused(start_script(tmp_path, **run | {"BASE_CHECKPOINT": "."}))
     assert "config.json cannot be read" in refusal
+    budget |= {"LORA_TARGETS": "all", "TRAIN_EMBEDDINGS": "True"}
     record = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
     assert "tokens:   " in record and "weights of the family gpt2" in record
     caches = list((tmp_path / "out").glob("tokens-*.bin"))
@@ -351,6 +352,23 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
         base = transformers.AutoModelForCausalLM.from_pretrained(folder)
         on_peft = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
         assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
+
+
+def test_a_published_base_keeps_its_embeddings_and_head_unless_asked(folder, tmp_path):
+    run = {"BASE_CHECKPOINT": "gpt2", "DATA": "text.txt", "USE_LORA": "True", "MAX_STEPS": "1"}
+    run |= {"BATCH_SIZE": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0", "NUM_THREADS": "1"}
+    log = succeeded(start_script(tmp_path, **run))
+    assert "LoRA layers: query,key,value,proj,fc_in,fc_out\n" in log
+    assert ", embeddings 0\n" in log and "Embeddings frozen: the default" in log
+    assert "lm_head not adapted: the default" in log
+    adapter = read_adapter(tmp_path / "out" / "lora.pt")
+    assert adapter.extras == [] and not any("lm_head" in name for name in adapter.alpha)
+    asked = {"TRAIN_EMBEDDINGS": "True", "LORA_TARGETS": "query,lm_head", "OUT_DIR": "asked"}
+    log = succeeded(start_script(tmp_path, **run | asked))
+    assert "Embeddings frozen" not in log and "lm_head not adapted" not in log
+    assert len(read_adapter(tmp_path / "asked" / "lora.pt").extras) == 2
+    refusal = refused(start_script(tmp_path, **run | {"LORA_TARGETS": "q_proj"}))
+    assert "'q_proj' is no layer of the model" in refusal and "query,key,value" in refusal
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(folder, tmp_path):

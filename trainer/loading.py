@@ -14,6 +14,7 @@ from lora import (
     Adapter,
     BaseMismatch,
     base_state,
+    check_base_weights,
     read_adapter,
     sum_adapters,
     switch_adapter,
@@ -125,6 +126,8 @@ def put_on_adapters(
     Raises FileError for adapters that do not fit, or belong on another base unless `any_base`.
     """
     try:
+        for path, adapter, _ in [] if any_base else files:
+            check_base_weights(path, adapter, model)
         adapter = sum_adapters(files, take_adapter(model, base_id), rank, any_base)
     except BaseMismatch as error:
         raise FileError(f"{error}; ANY_BASE=True insists") from error

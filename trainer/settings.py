@@ -138,12 +138,15 @@ class Config(Settings):
     lora_plus_ratio: float = option(
         8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0
     )
-    lora_targets: str = option(
-        "all",
-        "linears to adapt: all, or names of the base's, as in query,value [with ADAPTERS, theirs]",
+    lora_targets: str | None = option(
+        None,
+        "linears to adapt: all, or names of the base's, as in query,value [all; of a published "
+        "base all but lm_head; with ADAPTERS, theirs]",
     )
-    train_embeddings: bool = option(
-        True, "under USE_LORA train the embeddings too [with ADAPTERS, if they hold them]"
+    train_embeddings: bool | None = option(
+        None,
+        "under USE_LORA train the embeddings too [where tokens are bytes; with ADAPTERS, if they "
+        "hold them]",
     )
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
@@ -159,8 +162,8 @@ class Config(Settings):
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
         None,
-        "checkpoint or GPT-2 folder to start from [full.pt in OUT_DIR; none when training every "
-        "weight]",
+        "checkpoint or Hugging Face folder to start from [full.pt in OUT_DIR; none when training "
+        "every weight]",
     )
     adapters: WeightedAdapters | None = option(
         None,
@@ -189,7 +192,9 @@ class Config(Settings):
     n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
     n_head: int = option(4, "attention heads; with a base, the base's", at_least=1)
     n_layer: int = option(4, "transformer blocks; with a base, the base's", at_least=1)
-    block_size: int = option(128, "context in tokens; with a base, the base's or fewer", at_least=1)
+    block_size: int = option(
+        128, "context in tokens; with a base, the base's up to 1024, or as set", at_least=1
+    )
     dropout: float = option(
         0.2, "dropout of the model while training", base=0.0, lora=0.0, at_least=0, below=1
     )
@@ -230,7 +235,7 @@ class Config(Settings):
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
-        if not self.train_embeddings and not self.use_lora:
+        if self.train_embeddings is False and not self.use_lora:
             raise ConfigError(
                 "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
             )
@@ -262,7 +267,9 @@ class GenerateConfig(Settings):
     seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
 
     out_dir: str = option("out", "folder of the default base")
-    base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
+    base_checkpoint: str | None = option(
+        None, "checkpoint or Hugging Face folder [full.pt in OUT_DIR]"
+    )
     adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "

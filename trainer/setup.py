@@ -17,7 +17,7 @@ from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
 from lora import lora_layers, store_base, sum_scaling
-from models import GPT2, LanguageModel
+from models import GPT2, Family, LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from trainer.loading import (
     AdapterFiles,
@@ -32,6 +32,10 @@ from trainer.loading import (
 from trainer.settings import Config, ConfigError, option_fields
 
 DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
+
+# The context of windows on a base, unless BLOCK_SIZE is set: models have up to 131,072, which no
+# text of a few pages fills.
+LONGEST_DEFAULT_BLOCK = 1024
 
 # Sizes of a model that the environment can set, and that a base has.
 SIZES = ("n_embd", "block_size", "n_head", "n_layer")
@@ -102,13 +106,13 @@ def set_up(asked: Config) -> Run:
     family = base.family if base is not None else GPT2
     sizes = choose_sizes(asked, base)
     adapters = read_adapters(asked.adapters, family, sizes)
-    config, targets = resolve(asked, family, sizes, adapters)
+    config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
     corpus = None
     if not config.merge:
         corpus = open_corpus(
             config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
             config.block_size, config.loss_on_prompt, Path(config.output_folder),
-            processes.local_main_process_first(),
+            processes.local_main_process_first(), base.files if base is not None else {},
         )  # fmt: skip
     place = "cpu" if config.fsdp else device  # whose memory may hold no more than a shard
     lora = None
@@ -227,23 +231,38 @@ def choose_sizes(config: Config, base: Checkpoint | None) -> Any:
     return base.sizes
 
 
+def is_published(base: Checkpoint | None) -> bool:
+    """Whether a base, or what it was trained from, came with a tokenizer, as those of others do."""
+    return base is not None and base.tokenizer is not None
+
+
 def resolve(
-    asked: Config, family: Any, sizes: Any, adapters: AdapterFiles
+    asked: Config, family: Family, sizes: Any, adapters: AdapterFiles, published: bool
 ) -> tuple[Config, list[str] | None]:
     """The configuration with what its unset variables mean for this model and these adapters, and
     the linears to adapt, None for all.
 
-    The sizes are the model's, but a shorter BLOCK_SIZE is that of the windows. With ADAPTERS, rank
-    and alpha are theirs; and where they train further, so are the layers, and the embeddings train
-    if they hold them. Raises ConfigError for LORA_TARGETS that the model has not, and for adapters
-    that have more than the variables let train.
+    The sizes are the model's, but BLOCK_SIZE is that of the windows. On a `published` base the head
+    is not adapted and the embeddings are frozen: of Llama 3.2 1B they would be 263 million trained
+    numbers. With ADAPTERS, rank and alpha are theirs; and where they train further, so are the
+    layers, and the embeddings train if they hold them.
+
+    Raises ConfigError for LORA_TARGETS that the model has not, and for adapters that have more than
+    the variables let train.
     """
     values = {name: getattr(sizes, name) for name in SIZES}
     if "BLOCK_SIZE" in asked.explicit:
         values["block_size"] = asked.block_size
+    elif published:
+        values["block_size"] = min(sizes.block_size, LONGEST_DEFAULT_BLOCK)
     targets, train_embeddings = None, asked.train_embeddings
+    if train_embeddings is None:
+        train_embeddings = not published
     if trains(asked) and asked.use_lora:
-        targets = lora_targets(asked.lora_targets, family.model.linears)
+        if asked.lora_targets is not None:
+            targets = lora_targets(asked.lora_targets, family.model.linears)
+        elif published:
+            targets = [name for name in family.model.linears if name != "lm_head"]
         if adapters:
             targets, train_embeddings = parts_to_train(asked, targets, adapters)
     elif adapters:
@@ -251,6 +270,8 @@ def resolve(
     if asked.use_lora or adapters:
         values["train_embeddings"] = train_embeddings
         values["lora_targets"] = describe_targets(targets, meta_model(family, sizes))
+    else:  # every parameter trains
+        values |= {"train_embeddings": True, "lora_targets": asked.lora_targets or "all"}
     if adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         rank, alpha = sum_scaling([(adapter, weight) for _, adapter, weight in adapters], rank)
@@ -283,7 +304,7 @@ def parts_to_train(
     """The linears to adapt and whether the embeddings train, where ADAPTERS are trained further:
     what the variables say, else what the adapters have. Raises ConfigError where they have more."""
     layers, hold_embeddings = parts_of(adapters)
-    if "LORA_TARGETS" not in asked.explicit:
+    if asked.lora_targets is None:
         targets = layers
     for name in layers if targets is not None else ():
         if name not in targets and name.rpartition(".")[2] not in targets:
@@ -291,7 +312,7 @@ def parts_to_train(
                 f"LORA_TARGETS={asked.lora_targets} lacks {name}, of which there is an adapter in "
                 f"ADAPTERS={asked.adapters}"
             )
-    if "TRAIN_EMBEDDINGS" not in asked.explicit:
+    if asked.train_embeddings is None:
         return targets, hold_embeddings
     if hold_embeddings and not asked.train_embeddings:
         raise ConfigError(
