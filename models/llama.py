@@ -218,7 +218,7 @@ YARN_OPTIONS = (
 
 def check_rope(rope: dict[str, Any]) -> None:
     """Raise ValueError for a table of rope that `rope_frequencies` does not compute as stated."""
-    kind = rope.get("rope_type")
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         raise ValueError(
             f"rope of type {shortened(kind)} is not supported, only {', '.join(ROPE_NUMBERS)}"

