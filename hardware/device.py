@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +79,25 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "the GPU multiplies it natively"
         return torch.float32, "the GPU has no native bfloat16"
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_capabilities()
         for flag, instruction_set in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
             if capabilities.get(flag, False):
                 return torch.bfloat16, f"the CPU multiplies it natively with {instruction_set}"
         return torch.float32, "the CPU has no native bfloat16"
     return torch.float32, "the safe choice on this device"
+
+
+def cpu_capabilities() -> Mapping[str, object]:
+    """What torch tells of the CPU: by name, whether it has an instruction set, and `cpu_name`.
+
+    Earlier versions, without get_capabilities, tell only of the sets that multiply bfloat16.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # no CPU has the tiles without bfloat16
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+    }
 
 
 def gpus(device: torch.device) -> list[int]:
@@ -96,7 +110,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+        name = cpu_capabilities().get("cpu_name", "CPU")
         return f"{name}, {torch.get_num_threads()} threads"
     return device.type
 
@@ -173,7 +187,8 @@ def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dty
 
     No loss of `model` may be left that can still be differentiated.
     """
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     module = _Loss(model, dtype)
     with torch.random.fork_rng(gpus(batch[0].device)):
         graphed = torch.cuda.make_graphed_callables(module, batch)
