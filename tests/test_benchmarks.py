@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cpu_operations
+import families
 import quality
 from bigram import bigram_loss
 from emulated_bfloat16 import EmulatedBfloat16
@@ -104,6 +105,50 @@ def test_step_time_compares_the_methods_on_a_llama_too(dtype):
         losses.append(training_step(model, size, dtype, settings.device)().item())
     assert trainable["floor"] < trainable["lora"] == trainable["peft"] < trainable["full"]
     assert losses == pytest.approx([losses[0]] * 4, abs=1e-3)
+
+
+def test_families_compares_steps_and_memory_with_pefts(tmp_path):
+    start = functools.partial(start_script, tmp_path, script="benchmarks/families.py")
+    few = ("--models", "tiny", "--rounds", "1", "--threads", "1")
+    output = succeeded(start(*few, "--batches", "2x16", "--dtypes", "bfloat16"))
+    number = r"(\d+) \(\d+ to \d+\)"
+    rows = re.findall(
+        rf"^2x16 +(\w+) +{number} +{number} +(\d+\.\d\d) +(\d+) +(\d+) +(\d+\.\d\d)$", output, re.M
+    )
+    assert [dtype for dtype, *_ in rows] == ["bfloat16"]
+    for _, ours, peft, ratio, our_peak, peft_peak, peak_ratio in rows:
+        assert float(ratio) > 0 and int(ours) > 0 and int(peft) > 0
+        assert float(peak_ratio) == pytest.approx(int(our_peak) / int(peft_peak), abs=0.01)
+    for arguments, words in (
+        (("--models", "huge"), "SmolLM2-135M"),
+        ((*few, "--batches", "1x512"), "more than tiny's context, 64"),
+        (("--batches", "1x0"), "'1x0' is not sequences x tokens"),
+    ):
+        wrong = start(*arguments)
+        assert wrong.returncode == 2 and words in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_families_refuses_models_whose_first_losses_differ(tmp_path, monkeypatch):
+    setting = families.Setting("tiny", "float32", 1, 8, "cpu", False, None, "wall", 1)
+    losses = iter([4.5, 4.6])
+    monkeypatch.setattr(families.Worker, "__init__", lambda *_: None)
+    monkeypatch.setattr(families.Worker, "ask", lambda *_: next(losses))
+    monkeypatch.setattr(families.Worker, "close", lambda *_: None)
+    with pytest.raises(SystemExit, match="first losses differ"):
+        families.measured(tmp_path, setting, 1)
+
+
+@pytest.mark.parametrize("model", families.MODELS)
+def test_families_writes_folders_that_transformers_takes_for_the_model(model):
+    """The names and shapes of the tensors, without their numbers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = families.MODELS[model]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
+    shapes = {stored.name: stored.shape for stored in families.layout(families.read_config(config))}
+    theirs.pop("lm_head.weight")  # tied
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
 def test_serving_prints_its_ratios(tmp_path):
