@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
+from conftest import ON_CPU, ROOT, TEXT, TINY, refused, start_script, succeeded
 
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def generate(folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    return start_script(folder, script="generate.py", **GENERATE | variables)
+    return start_script(folder, script="generate.py", **ON_CPU | GENERATE | variables)
 
 
 def model_of(path: Path) -> BigramLanguageModelLoRA:
