@@ -195,6 +195,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if device.type == "cpu":  # gloo adds up, in torch 2.8, what it is asked to average
+        for module in (*model.blocks, model):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -249,4 +252,4 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

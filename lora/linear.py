@@ -438,7 +438,7 @@ def _adapter_gradients(
     h = scaled_product(s, down, x.mT)  # as gB
     hs = h.split(rank, -2) if n > 1 else [h]
     pairs = zip(hs, gs, strict=True)
-    if x.device.type == "cuda":  # where dB may as well come as its parameter lies
+    if x.is_cuda:  # where dB may as well come as its parameter lies
         product = float32_product if sums_to_float32(x) else torch.mm
         dB = [product(g_layer.t(), h_layer.t()) for h_layer, g_layer in pairs]
         return product(gB, x).split(rank), dB, gB

@@ -8,9 +8,6 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor]
 
-# Whether torch.mm takes out_dtype.
-MM_TAKES_DTYPE = torch.__version__ >= (2, 8)
-
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
@@ -32,7 +29,7 @@ float32_product = functools.partial(torch.mm, out_dtype=torch.float32)
 
 def sums_to_float32(x: Tensor) -> bool:
     """Whether x's GPU gives a product of bfloat16 in float32, without rounding or a cast."""
-    if x.dtype != torch.bfloat16 or torch.version.hip is not None or not MM_TAKES_DTYPE:
+    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8
 
