@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ON_CPU, ROOT, TEXT, TINY, environment_of, start_group, start_script, succeeded
+from test_exchange import published
 from test_training import losses
 
 # Dropout off: its masks are each process's own.
@@ -71,6 +72,20 @@ def test_two_processes_train_as_one(folder, mode, fsdp):
     one = succeeded(start_script(folder, **evaluated))
     two = record_of_group(folder, **evaluated, FSDP=fsdp)
     assert re.search("Validation loss: .*", one)[0] == re.search("Validation loss: .*", two)[0]
+
+
+@pytest.mark.parametrize("mode", ["True", "False"])
+def test_two_processes_fine_tune_a_llama_as_one(tmp_path, mode):
+    """A base in bfloat16, replicated and sharded, with LoRA and with every weight."""
+    published(tmp_path / "base", dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    sizes = ("N_EMBD", "N_HEAD", "N_LAYER")
+    variables = {name: value for name, value in STEPS.items() if name not in sizes}
+    variables |= {"BASE_CHECKPOINT": "base", "USE_LORA": mode, "EVAL_BATCHES": "3"}
+    alone = succeeded(start_script(tmp_path, **variables, OUT_DIR="alone"))
+    for fsdp in ("False", "True"):
+        together = record_of_group(tmp_path, **variables, OUT_DIR=fsdp, FSDP=fsdp)
+        assert_same_losses(together, alone)
 
 
 def test_records_weigh_as_much_in_two_processes_as_in_one(tmp_path):
