@@ -187,8 +187,9 @@ def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dty
 
     No loss of `model` may be left that can still be differentiated.
     """
-    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    graph = torch.autograd.graph
+    if hasattr(graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # torch 2.8 does not warn
+        graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     module = _Loss(model, dtype)
     with torch.random.fork_rng(gpus(batch[0].device)):
         graphed = torch.cuda.make_graphed_callables(module, batch)
