@@ -116,11 +116,15 @@ def test_two_processes_resume_to_the_bit(folder, fsdp):
     variables = TINY | MODES["lora"] | {"FSDP": fsdp, "LORA_DROPOUT": "0.1"}
     variables |= {"LEARNING_RATE": "0.01", "MIN_LEARNING_RATE": "0.01"}  # at any MAX_STEPS
     record_of_group(folder, **variables | {"OUT_DIR": "whole", "MAX_STEPS": "9"})
-    record_of_group(folder, **variables)
+    first = record_of_group(folder, **variables)
     state = torch.load(folder / "out" / "lora-resume.pt", weights_only=True)
     assert state["random"].keys() == {"cpu", "cpu.1"}
+    assert not torch.equal(state["random"]["cpu"], state["random"]["cpu.1"])  # nor are the masks
     log = record_of_group(folder, **variables | {"MAX_STEPS": "9", "RESUME": "True"})
     assert "Resuming out/lora-resume.pt at step 6" in log
+    exchanged = "Gradients exchanged: .*"  # a step, of those that this part of the run took
+    assert re.findall(exchanged, log) == re.findall(exchanged, first)
+    assert bool(re.findall(exchanged, first)) == (fsdp == "False")
     expected = tensors(folder / "whole" / "lora.pt")
     for name, tensor in tensors(folder / "out" / "lora.pt").items():
         assert torch.equal(tensor, expected[name]), name
