@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"files"},
     "models": {"lora", "ops", "files"},
     "trainer": {"models", "data", "hardware", "lora", "files"},
-    **dict.fromkeys(COMMANDS, {"trainer", "models", "data", "hardware", "lora", "files"}),
+    **{name: {"trainer", "models", "data", "hardware", "lora", "files"} for name in COMMANDS},
 }
 MODULES = sorted(
     path.relative_to(ROOT)
