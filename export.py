@@ -1,7 +1,7 @@
 """Write a model or an adapter for Hugging Face's `transformers` and `peft`.
 
     python export.py out/merged.pt merged    a checkpoint, as a folder of its family's model
-    python export.py out/lora.pt peft        an adapter, as one of PEFT's for such a model
+    python export.py out/lora.pt peft        an adapter, as a folder that PEFT reads
 
 The folders must not exist yet.
 """
@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
+    """Write the first argument's file as the folder that the second names."""
     if arguments in (["--help"], ["-h"]):
         say(*__doc__.strip().split("\n"))
         return

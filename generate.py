@@ -3,7 +3,7 @@
     python generate.py                                  continue a line break
     PROMPT="The " ADAPTERS=out/lora.pt python generate.py
     ADAPTERS=a.pt:0.7,b.pt:0.3 python generate.py       a weighted sum of two adapters
-    PROMPT="What is a list?" python generate.py         of records: put the question, get an answer
+    PROMPT="What is a list?" python generate.py         a model trained on records answers it
     python generate.py --help                           every variable
 
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
+    """Write the continuation of PROMPT."""
     if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(GenerateConfig)))
         return
@@ -60,8 +61,12 @@ def work(arguments: list[str]) -> None:
 def load_model(
     config: GenerateConfig, device: torch.device
 ) -> tuple[LanguageModel, Checkpoint, str | None]:
-    """The model with the adapters merged into it, its base, and the format that it or the adapters
-    were trained to be asked in, if any."""
+    """The model on its base with the sum of ADAPTERS, its base, and the format of its prompts.
+
+    Adapters are merged into the weights unless those lie in a lower precision. The format has
+    "{prompt}" in it; it is None for a model that was trained on text. Raises FileError for a base
+    or adapters that cannot be used.
+    """
     base = read_checked_base(config.base_checkpoint or str(Path(config.out_dir) / "full.pt"))
     adapters = read_adapters(config.adapters, base.family, base.sizes)
     lora = None
@@ -77,7 +82,7 @@ def load_model(
         lines += describe_adapters(adapters, metadata, largest_rank)
         layers = lora_layers(model).values()
         if all(layer.weight.dtype == layer.lora_A.dtype for layer in layers):
-            merge_adapter(model)  # in lower precision the sum would be rounded
+            merge_adapter(model)  # not in lower precision, which would round the sum
     for line in lines:
         write_err(line)
     prompt_format = metadata.get("prompt_format")
@@ -91,9 +96,12 @@ def write_text(
     prompt_format: str | None,
     device: torch.device,
 ) -> None:
-    """Write the prompt and its continuation to stdout, each character when its bytes are there; of
-    a prompt that was put in a format the answer alone. A model ends it itself, unless its tokens
-    are bytes and it was trained on text, which has no end."""
+    """Write the prompt and its continuation to stdout, each character as soon as it is complete.
+
+    Where the prompt is put in a format, only the answer is written. It ends at one of the model's
+    end tokens; a model of bytes that was trained on text has none. Raises ConfigError for a prompt
+    without tokens.
+    """
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     tokenizer, files = base.tokenizer, base.files
     decoded = stream_decoder(tokenizer)

@@ -1,4 +1,4 @@
-"""Prompts and completions: records of .jsonl files, in blocks where none sees another."""
+"""Records: prompts and completions of .jsonl files, in blocks where no record sees another."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
 from data.tokenizer import NO_FILES, end_mark, end_token
 
-EVERY = 10  # one record of so many is for validation, where there is no valid.jsonl
+EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class RecordCorpus(Corpus):
         return [(np.arange(len(self.validation)), block_size)]
 
     def count_predicted(self) -> tuple[int, int]:
-        """How many tokens the loss counts, and their bytes, where an end of a record is one."""
+        """How many tokens the loss counts, and their bytes; an end of a record is one byte."""
         predicted = self.validation.counted
         n_tokens = len(predicted)
         if self.tokenizer is None:
@@ -109,8 +109,11 @@ class RecordCorpus(Corpus):
         n_processes: int = 1,
         total: Callable[[Tensor], Tensor] = lambda counted: counted,
     ) -> Tensor:
-        """As many parts as a batch counts tokens, for its loss is a mean over these: (n,) float32
-        on the batches' device; see `Corpus`."""
+        """A part for each batch, proportional to how many tokens its loss counts; see `Corpus`.
+
+        Returns:
+            (len(batches),) float32 on the batches' device.
+        """
         counted = torch.stack([self.counted(batch).sum() for batch in batches])
         return counted * n_processes / total(counted.sum())
 
@@ -130,12 +133,13 @@ def load_records(
     count_prompts: bool = False,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> RecordCorpus:
-    """Read and pack the records that DATA=`name` stands for; `files` are those beside the base's
-    weights, which say what begins and ends a record.
+    """Read and pack the records that DATA=`name` stands for.
 
     A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
+    `files` are those beside the base's weights, which say what begins and ends a record.
 
-    Raises DataError for a file that cannot be read or has no records, and for a line that is none.
+    Raises DataError for a file that cannot be read or has no records, and for a line that is not a
+    record.
     """
     path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
@@ -159,8 +163,10 @@ def load_records(
     for blocks in (train, valid):
         if len(blocks) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
-    asked = any(not counted for records in splits for record in records for _, counted in record)
-    prompt_format = PROMPT_FORMAT if asked else "{prompt}"
+    has_prompts = any(
+        not counted for records in splits for record in records for _, counted in record
+    )
+    prompt_format = PROMPT_FORMAT if has_prompts else "{prompt}"
     checksum = f"sha256:{digest.hexdigest()[:16]}"
     end = end_token(tokenizer, files)
     return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer, end)
@@ -169,7 +175,7 @@ def load_records(
 def _batch(
     blocks: Blocks, numbers: np.ndarray, block_size: int, device: str | torch.device
 ) -> Batch:
-    """The blocks with these numbers. Raises ValueError for another length than theirs."""
+    """The blocks with these numbers. Raises ValueError unless block_size is their length."""
     if block_size != blocks.inputs.shape[1]:
         raise ValueError(
             f"block_size is {block_size}, but the blocks have {blocks.inputs.shape[1]} tokens"
@@ -178,7 +184,7 @@ def _batch(
     return tuple(on_device(device, torch.from_numpy(part.astype(np.int64))) for part in parts)
 
 
-@functools.lru_cache(maxsize=2)  # a batch may be of two passes
+@functools.lru_cache(maxsize=2)  # a batch may lie in two passes
 def _order(n: int, seed: int, number: int) -> np.ndarray:
     """In what order pass `number` takes n blocks."""
     return np.random.default_rng([seed, number]).permutation(n)
@@ -192,6 +198,7 @@ def _path(name: str) -> str:
 
 
 def _read(path: Path) -> bytes:
+    """The content of a file. Raises DataError when it cannot be read."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
         raise DataError(f"DATA={printable(str(path))}: not a regular file")
     try:

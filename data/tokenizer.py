@@ -23,8 +23,11 @@ N_BYTES = 256  # the vocabulary of a model whose tokens are bytes
 
 
 def encode(text: str, tokenizer: str | None) -> list[int]:
-    """The tokens of a text. Bytes that are no UTF-8, as the system hands them on, stay as they are
-    where tokens are bytes, and become U+FFFD for a tokenizer."""
+    """The tokens of a text.
+
+    The system hands on bytes that are not UTF-8 as surrogates. They stay as they are where tokens
+    are bytes, and become U+FFFD for a tokenizer.
+    """
     if tokenizer is None:
         return list(text.encode("utf-8", "surrogateescape"))
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
@@ -32,24 +35,26 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
 
 
 def decode(tokens: Iterable[int], tokenizer: str | None) -> str:
-    """The text of tokens; U+FFFD where they are none."""
+    """The text of tokens, with U+FFFD for bytes that are not UTF-8."""
     if tokenizer is None:
         return bytes(tokens).decode("utf-8", errors="replace")
     return load_tokenizer(tokenizer).decode(list(tokens), skip_special_tokens=False)
 
 
 def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
-    """A function that takes the tokens of a text one by one, and None at its end, and returns what
-    text each completes: nothing while a character lacks bytes. The texts joined are what `decode`
-    makes of all tokens."""
+    """A function that decodes the tokens of a text one by one; None is its end.
+
+    It returns the text that the token completes, which is empty while a character lacks bytes. The
+    texts joined are what `decode` makes of all tokens.
+    """
     if tokenizer is None:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(
             b"" if token is None else bytes([token]), final=token is None
         )
     loaded = load_tokenizer(tokenizer)
-    # Tokens from `start` to `stop` made the last text. They are decoded again with those that
-    # follow: some decoders treat the first token in another way than the rest.
+    # Tokens from `start` to `stop` made the last text. They are decoded again with the tokens that
+    # follow, since some decoders treat the first token differently.
     tokens: list[int] = []
     start = stop = 0
 
@@ -72,14 +77,17 @@ def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
 
 @functools.lru_cache(maxsize=2)
 def vocabulary_size(tokenizer: str | None) -> int:
-    """How many tokens there are, or one more than the largest where numbers are left out."""
+    """One more than the largest token: how many tokens there are, unless numbers are left out."""
     if tokenizer is None:
         return N_BYTES
     return max(load_tokenizer(tokenizer).get_vocab().values(), default=-1) + 1
 
 
 def end_mark(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> str:
-    """The text of `end_token`: byte 0, or the tokenizer's own. Raises DataError as that does."""
+    """The text of `end_token`: byte 0, or the tokenizer's own.
+
+    Raises DataError when the tokenizer has no token that ends a text.
+    """
     end = end_token(tokenizer, files)
     return chr(end) if tokenizer is None else load_tokenizer(tokenizer).id_to_token(end)
 
@@ -99,9 +107,9 @@ def end_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> 
     """Every token that ends a text or a turn, the base's `eos_token` first.
 
     `files` are those beside the base's weights, by name. They state ends as `eos_token` in
-    tokenizer_config.json and `eos_token_id` in generation_config.json and config.json. Where none
-    does, a usual name is taken. A usual end of turns counts in any case: a base that was not made
-    for chats has it in its tokenizer, and states it nowhere.
+    tokenizer_config.json and `eos_token_id` in generation_config.json and config.json. Where no
+    file states one, a usual name is taken. A usual end of turns counts in any case: a base that was
+    not made for chats has it in its tokenizer, and in no other file.
     """
     if tokenizer is None:
         return [0]
@@ -138,12 +146,12 @@ def start_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -
 
 
 def begun(tokens: list[int], start: list[int]) -> list[int]:
-    """The tokens of a text after `start_tokens`, which it may have already, as a template's do."""
+    """`tokens` after the tokens `start`, unless they begin with these, as a chat template's do."""
     return tokens if tokens[: len(start)] == start else start + tokens
 
 
 def _special_token(loaded: Any, files: Mapping[str, bytes], key: str) -> int | None:
-    """A token that tokenizer_config.json names, as a text or a table with its content."""
+    """A token that tokenizer_config.json names by its text, or by a table with its content."""
     stated = json_file(files, "tokenizer_config.json").get(key)
     if isinstance(stated, dict):
         stated = stated.get("content")

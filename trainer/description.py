@@ -1,4 +1,4 @@
-"""What the log says of a run before it begins."""
+"""What the log says of a run before its first step."""
 
 import hardware
 from hardware import processes
@@ -34,12 +34,14 @@ def describe(run: Run) -> list[str]:
 
 
 def describe_processes(config: Config) -> str:
+    """How many processes train, and what each of them has of a batch and of the weights."""
     n, sequences = processes.world_size(), config.batch_size
     how = "weights sharded (FSDP2)" if config.fsdp else "weights replicated"
     return f"{n}, each with {sequences // n} of a batch's {sequences} sequences, {how}"
 
 
 def describe_base(run: Run) -> str:
+    """What the run starts from, and how far that was trained."""
     base: Checkpoint | None = run.base
     if base is None:
         return f"Base: none, random weights (fingerprint {run.base_id})"
@@ -59,6 +61,7 @@ def describe_base(run: Run) -> str:
 
 
 def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
+    """How many parameters the model has, and which of them train."""
     info = model.get_parameter_info()
     if not config.use_lora:
         return [
@@ -90,7 +93,7 @@ def describe_defaults(run: Run) -> list[str]:
         if "TRAIN_EMBEDDINGS" not in config.explicit:
             tables = run.model.get_parameter_info()["embedding"]
             lines.append(
-                f"Embeddings frozen: the default on a published base, of which they are {tables:,} "
+                f"Embeddings frozen: the default on a published base; they have {tables:,} "
                 "parameters (TRAIN_EMBEDDINGS=True trains them)"
             )
         if "LORA_TARGETS" not in config.explicit:

@@ -18,11 +18,11 @@ from typing import Any, Self
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
 FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
-LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond what is of use
+LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond any use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
-# What changes defaults, the later one first of all.
+# The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
 
@@ -74,9 +74,17 @@ def option(
     choices: tuple[str, ...] = (),
     verbatim: bool = False,
 ) -> Any:
-    """A field: its default, that with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE if it differs,
-    the range or the words that it accepts, whether spaces around a value count, and its line in
-    `--help`."""
+    """A field that is an environment variable.
+
+    Args:
+        default: its value where the variable is not set.
+        help: its line in `--help`.
+        base, lora, fsdp, test: its default with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE, where
+            that is another.
+        at_least, above, below, at_most: the range of a number.
+        choices: the words that a text may be, in lower case.
+        verbatim: whether spaces around a value belong to it.
+    """
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -308,7 +316,7 @@ def help_table(kind: type[Settings]) -> list[tuple[str, str, str]]:
 
 
 def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
-    """The value of variable `name`, checked against its field."""
+    """The value of variable `name`. Raises ConfigError for what its field does not accept."""
     if not field.metadata["verbatim"]:
         text = text.strip()
     kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # X of X | None
@@ -333,7 +341,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     except ValueError:
         raise ConfigError(f"{name}={text[:80]!r} is not {accepted}") from None
     limits = field.metadata
-    if kind is int and limits["below"] is None and value >= 2**31:  # more than any is good for
+    if kind is int and limits["below"] is None and value >= 2**31:  # beyond any use
         raise ConfigError(f"{name}={text[:80]} is too large")
     if (
         (kind is float and not math.isfinite(value))
@@ -347,6 +355,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
 
 
 def _range(field: dataclasses.Field) -> str:
+    """The range of a number in words, as in ` at least 0 and below 1`; empty where it has none."""
     words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
     limits = [f"{w} {field.metadata[k]}" for k, w in words.items() if field.metadata[k] is not None]
     return " " + " and ".join(limits) if limits else ""
