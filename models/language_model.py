@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
-from lora.linear import apply_linear
+from lora.linear import apply_linear, is_frozen
 from ops.attention import KeyValueCache
+from ops.loss import linear_cross_entropy, linear_losses
 from ops.products import product_dtype
 
 
@@ -80,6 +81,7 @@ class LanguageModel(nn.Module):
     """
 
     linears: ClassVar[tuple[str, ...]]
+    keeps_logits: ClassVar[bool] = True  # when it computes a loss with a frozen head
     sizes: Any
     blocks: nn.ModuleList
     final_norm: nn.Module
@@ -145,9 +147,14 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, vocab_size) for idx (B, T), and the mean cross-entropy if `targets` (B, T)
-        is given, over those that are not negative.
+        reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, T, vocab_size) for idx (B, T), and the cross-entropy if `targets` (B, T) is
+        given: the mean over those that are not negative, or for the `reduction` "none" that of each
+        token, (B, T), without gradients and 0 where the target is negative.
+
+        With targets there are no logits, but None, where the head is frozen and the family does not
+        keep them: a vocabulary of published models makes them larger than the rest of a step.
 
         `segments` (B, T) says what text each token is of, where a row holds several: each has its
         positions from 0, and none sees another.
@@ -176,11 +183,19 @@ class LanguageModel(nn.Module):
                 x = checkpoint(block, x, *shared, cache=cache, mask=mask, use_reentrant=False)
             else:
                 x = block(x, *shared, cache=cache, mask=mask)
-        logits = apply_linear(self.lm_head, self.final_norm(x))
+        x = self.final_norm(x)
+        if targets is not None and not self.keeps_logits and is_frozen(self.lm_head):
+            rows = x.to(product_dtype(x)).flatten(0, -2)
+            if reduction == "none":
+                losses = linear_losses(rows, self.lm_head.weight, targets.flatten())
+                return None, losses.view(targets.shape)
+            return None, linear_cross_entropy(rows, self.lm_head.weight, targets.flatten())
+        logits = apply_linear(self.lm_head, x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
-        return logits, loss
+        wide = logits.float().flatten(0, -2)
+        loss = F.cross_entropy(wide, targets.flatten(), reduction=reduction)
+        return logits, loss.view(targets.shape) if reduction == "none" else loss
 
     @torch.no_grad()
     def generate(

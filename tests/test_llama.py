@@ -519,9 +519,9 @@ def test_normalized_queries_and_keys_stay_in_the_dtype_of_the_product(tmp_path, 
     seen = []
     attention = llama.causal_attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    def spy(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Tensor:
         seen.extend([q.dtype, k.dtype, v.dtype])
-        return attention(q, k, v, *rest)
+        return attention(q, k, v, *rest, **options)
 
     monkeypatch.setattr(llama, "causal_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,9 +80,8 @@ def window_losses(run: Run, windows: np.ndarray, length: int) -> tuple[Tensor, T
         numbers.append(batch[processes.rank() :: processes.world_size()])
         x, y, *segments = run.corpus.validation_batch(windows[numbers[-1]], length, run.device)
         with run.autocast():
-            logits, _ = run.model(x, None, *segments)  # (B, T, vocab_size)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        losses.append(loss.view(y.shape).sum(1))  # (B,), with 0 for what is not counted
+            _, loss = run.model(x, y, *segments, reduction="none")  # (B, T), 0 if not counted
+        losses.append(loss.sum(1))  # (B,)
         counts.append(run.corpus.counted((x, y)))
     run.model.train()
     found = torch.zeros(2, len(windows), dtype=torch.float64)
