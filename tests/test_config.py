@@ -2,6 +2,7 @@
 
 import pytest
 
+from models import GPT2
 from trainer.settings import (
     Config,
     ConfigError,
@@ -9,7 +10,7 @@ from trainer.settings import (
     help_table,
     option_fields,
 )
-from trainer.setup import lora_targets
+from trainer.setup import lora_targets, resolve
 
 LINEARS = ("query", "key", "value", "proj")
 
@@ -168,3 +169,18 @@ def test_every_field_is_documented_and_described():
     described = read(LORA_RANK="4").describe()
     assert "LORA_RANK: 4 *" in described and "LORA_ALPHA: 16.0" in described
     assert len(described) == len(option_fields(Config))
+
+
+@pytest.mark.parametrize(
+    ("context", "published", "asked", "expected"),
+    [
+        (131072, True, {}, 1024),
+        (512, True, {}, 512),
+        (131072, True, {"BLOCK_SIZE": "2000"}, 2000),
+        (4096, False, {}, 4096),
+    ],
+)
+def test_windows_on_a_published_base_have_at_most_1024_tokens(context, published, asked, expected):
+    sizes = GPT2.sizes(vocab_size=300, n_embd=8, block_size=context, n_head=2, n_layer=1)
+    config, _ = resolve(read(**asked), GPT2, sizes, [], published)
+    assert config.block_size == expected

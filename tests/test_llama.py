@@ -779,6 +779,21 @@ def test_an_index_that_names_what_is_not_in_the_folder_is_refused(index, message
     assert message in read_refused(folder)
 
 
+def test_a_tensor_is_of_the_file_that_the_index_names(folder):
+    """Whatever other files of the folder have under its name, the first of them and the last."""
+    whole = folder / "model.safetensors"
+    expected = load_file(whole)
+    whole.unlink()
+    weight_map = {name: f"{'abc'[i % 3]}.safetensors" for i, name in enumerate(sorted(expected))}
+    for file in set(weight_map.values()):
+        mine = {n: t if weight_map[n] == file else t + 1 for n, t in expected.items()}
+        save_file(mine, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = read_model(folder).tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 # ---- checkpoint files
 
 

@@ -1,14 +1,17 @@
 """The model: the guide's constructor and snippets, parameter counts, causality, dropout."""
 
+import importlib
 import math
 
 import pytest
 import torch
 from conftest import DEVICES
+from torch import Tensor
 
 from lora import LoRALinear, lora_layers, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.language_model import sample
+from models.llama import Llama
 from ops.dropout import dropout
 
 SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
@@ -257,6 +260,66 @@ def test_dropout_is_seeded_differentiable_and_off_in_eval():
     assert dropout(x, 0.4, training=False) is x
     assert dropout(x, 0.9999999, training=True).isfinite().all()  # the rarest that 16 bits hold
     assert dropout(x, 0.0, training=True) is x
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_is_where_the_model_says(kind, p, monkeypatch):
+    """On the attention's weights, on what each half of a block adds, and on GPT-2's embeddings:
+    zeros at the rate p, within 4.5 standard errors. Elsewhere there are none."""
+    if kind == "gpt2":
+        model = make((256, 64, 16, 2, 1), dropout=p)
+        norms = [model.blocks[0].ln_1, model.blocks[0].ln_2, model.ln_f]
+    else:
+        sizes = {"vocab_size": 256, "n_embd": 64, "block_size": 16, "n_head": 2, "n_layer": 1}
+        sizes |= {"n_kv_head": 1, "head_dim": 16, "n_inner": 64, "max_positions": 16}
+        torch.manual_seed(0)
+        model = Llama(**sizes, device="cpu", dropout=p)
+        block = model.blocks[0]
+        norms = [block.input_layernorm, block.post_attention_layernorm, model.model.norm]
+    stream, rates = [], []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, x: stream.append(x[0]))
+    module = importlib.import_module(type(model).__module__)
+    attention = module.causal_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, rate: float, training: bool, *rest: object):
+        rates.append((rate, training))
+        return attention(q, k, v, rate, training, *rest)
+
+    monkeypatch.setattr(module, "causal_attention", recorded)
+    idx = torch.randint(256, (8, 16))
+    for training in (True, False):
+        stream.clear()
+        model.train(training)(idx)
+        assert rates.pop() == (p, training)
+        entered, between, left = stream
+        for i, added in enumerate((entered, between - entered, left - between)):
+            expected = p if training and (kind == "gpt2" or i > 0) else 0.0
+            n = added.numel()
+            found = (added == 0).double().mean().item()
+            assert abs(found - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / n) + 1e-3
+
+
+def test_weights_start_as_gpt2s():
+    """Normal with a deviation of 0.02, by depth less where a block ends; and zero biases."""
+    model = make((256, 128, 64, 2, 3))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            ends = name.endswith(("attn.proj.weight", "mlp.fc_out.weight"))
+            expected = 0.02 / math.sqrt(2 * 3) if ends else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_a_copied_head_stays_as_it_is_where_the_embedding_trains():
+    model = make(use_lora=True, tied_head=True)
+    head = model.lm_head.weight.clone()
+    assert torch.equal(head, model.token_embedding_table.weight) and model.copied_head
+    with torch.no_grad():
+        model.token_embedding_table.weight += 1
+    assert torch.equal(model.lm_head.weight, head)
 
 
 def test_lora_linear_is_importable_from_lora():
