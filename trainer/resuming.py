@@ -114,7 +114,8 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
     if state is None:
         return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
-    for name, words in (("checksum", "other DATA"), ("base", "another base")):
+    # The base first, whose tokenizer is part of the data's checksum.
+    for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
