@@ -4,13 +4,18 @@
 import json
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import TEXT, TINY, refused, start_script, succeeded
+from conftest import TEXT, TINY, Started, refused, start_script, succeeded
 from test_docs import small_llama
+
+from files import FileError
+from files.writing import replacing
 
 TUNING = {name: value for name, value in TINY.items() if not name.startswith("N_")}
 TUNING |= {"USE_LORA": "True", "NUM_THREADS": "1", "MAX_STEPS": "2", "BASE_CHECKPOINT": "base"}
@@ -229,3 +234,38 @@ def test_weights_too_large_for_the_arithmetic_write_no_text(temperature, base):
     assert process.returncode == 2 and "Traceback" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]
     assert last == "error: base cannot be used: the model's logits are not finite numbers"
+
+
+def test_a_run_without_the_base_it_began_with_is_refused_with_its_name(base):
+    variables = TUNING | {"USE_LORA": "False"}
+    succeeded(start_script(base.parent, **variables))
+    del variables["BASE_CHECKPOINT"]
+    message = refused(start_script(base.parent, **variables | {"RESUME": "True"}))
+    assert "is a run on another base" in message
+    assert message.endswith("it began with BASE_CHECKPOINT=base")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_leaves_nothing(number, base):
+    path = base / "model.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    wide = {n: t.repeat(8000, 1) if "embed" in n else t for n, t in tensors.items()}
+    safetensors.torch.save_file(wide, path)  # 150 MB: long enough to be stopped
+    config = json.loads((base / "config.json").read_text()) | {"vocab_size": 300 * 8000}
+    (base / "config.json").write_text(json.dumps(config))
+    process = Started(base.parent, ["export.py", "base", "out"], {})
+    until = time.monotonic() + 60
+    while not list(base.parent.glob(".out.*.new/*")) and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(number)
+    ended = process.wait()
+    assert ended.returncode == 128 + number, ended.stderr
+    assert ended.stderr.endswith("files that were there are as they were\n")
+    assert sorted(p.name for p in base.parent.iterdir()) == ["base", "text.txt"]
+
+
+def test_a_disk_that_is_full_is_said_in_words(tmp_path):
+    said = r"x\.pt cannot be written: .* full disk"
+    with pytest.raises(FileError, match=said), replacing(tmp_path / "x.pt"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0")
+    assert not list(tmp_path.iterdir())

@@ -117,8 +117,12 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
     # The base first, whose tokenizer is part of the data's checksum.
     for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
+            started = before.get("base_checkpoint")
+            hint = (
+                f"; it began with BASE_CHECKPOINT={started}" if started and name == "base" else ""
+            )
             raise FileError(
-                f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
+                f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
     changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
     for name in changed:
