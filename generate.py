@@ -19,6 +19,7 @@ import torch
 
 import hardware
 from data import begun, encode, end_tokens, start_tokens, stream_decoder, vocabulary_size
+from files import FileError
 from files.streams import write_err, write_out
 from lora import lora_layers, merge_adapter
 from models import LanguageModel
@@ -55,7 +56,10 @@ def work(arguments: list[str]) -> None:
     model, base, prompt_format = load_model(config, device)
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        write_text(config, model, base, prompt_format, device)
+        try:
+            write_text(config, model, base, prompt_format, device)
+        except FloatingPointError as error:
+            raise FileError(f"{base.path} cannot be used: {error}") from error
 
 
 def load_model(

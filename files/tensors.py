@@ -1,8 +1,11 @@
 """Files of tensors: ours and those of others, read without running code and checked before use."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +18,9 @@ from files import FileError, OtherKind
 from files.writing import replacing
 
 PART = 2**22  # numbers that are checked or hashed at a time
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may have
+POINTER = b"version https://git-lfs."  # how a file begins that git has without its content
+HUB_NAME = re.compile(r"(?:https://huggingface\.co/)?((?:[\w.-]+/)?([\w-][\w.-]*))/?")
 
 
 def write_file(path: str | os.PathLike, content: Mapping[str, Any]) -> int:
@@ -62,7 +68,11 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
     header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         safetensors = safetensors_for(path)
-    with _reading(path, FileError(f"{path} holds no tensors, or it is damaged")):
+    with (
+        _reading(path, FileError(f"{path} holds no tensors, or it is damaged")),
+        warnings.catch_warnings(action="ignore"),  # torch's, of old kinds of tensors
+    ):
+        refuse_pointer(path)
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -87,11 +97,34 @@ def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except MemoryError:
+        if error.errno == errno.EINVAL:  # torch looked for a place before the file's beginning
+            raise otherwise from error
+        hint = how_to_get(path) if error.errno == errno.ENOENT else ""
+        raise FileError(f"{path} cannot be read: {error.strerror or error}{hint}") from error
+    except (FileError, MemoryError):
         raise
     except Exception as error:
         raise otherwise from error
+
+
+def how_to_get(path: str | os.PathLike) -> str:
+    """The end of the error for a path where nothing is: how to download it, where it can be the
+    name of a model on Hugging Face rather than of a file or folder here."""
+    found = HUB_NAME.fullmatch(os.fspath(path))
+    parent = os.path.dirname(os.fspath(path).rstrip("/"))
+    if not found or os.fspath(path).endswith((".pt", ".bin")) or (parent and os.path.isdir(parent)):
+        return ""
+    name, folder = found.groups()
+    return f"; to get it from Hugging Face: hf download {name} --local-dir {folder}"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise FileError for what `git clone` leaves in the place of a large file without git-lfs."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise FileError(
+                f"{path} is a pointer of git-lfs, not the file itself, which git lfs pull gets"
+            )
 
 
 def safetensors_for(path: str | os.PathLike) -> Any:
@@ -123,8 +156,12 @@ def check_tensors(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, "
                 f"the model's has {tuple(expected[name].shape)}"
             )
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise FileError(f"{path}: {name} is {tensor.dtype}, not floating-point numbers")
+        if tensor.dtype not in FLOATS:
+            raise FileError(
+                f"{path}: {name} is {tensor.dtype}, not floating-point numbers of 16, 32 or 64 bits"
+            )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise FileError(f"{path}: {name} is sparse or has no values, not a plain tensor")
         if finite and not _is_finite(tensor):
             raise FileError(f"{path}: {name} holds numbers that are not finite")
 

@@ -126,4 +126,6 @@ def _umask() -> int:
 
 
 def _one_line(error: BaseException) -> str:
+    if "inline_container" in str(error):  # where torch's writer forgets what the system said
+        return "not all of it was taken, as by a full disk"
     return (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from files import FileError
-from files.tensors import check_tensors, read_foreign_tensors, safetensors_for
+from files.tensors import (
+    check_tensors,
+    read_foreign_tensors,
+    refuse_pointer,
+    safetensors_for,
+)
 from files.writing import write_folder
 from lora import Adapter
 from models import FAMILIES, Family
@@ -38,7 +43,12 @@ MODEL_TYPES = {name: family for family in FAMILIES.values() for name in family.m
 
 def read_base(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint, or a Hugging Face folder as one. Raises FileError for neither."""
-    return read_model(Path(path)) if os.path.isdir(path) else read_checkpoint(path)
+    if os.path.isdir(path):
+        return read_model(Path(path))
+    folder = Path(path).parent
+    if Path(path).suffix != ".pt" and os.path.isfile(path) and (folder / "config.json").exists():
+        raise FileError(f"{path} is a file of a Hugging Face folder: name the folder {folder}")
+    return read_checkpoint(path)
 
 
 def read_model(folder: Path) -> Checkpoint:
@@ -47,6 +57,8 @@ def read_model(folder: Path) -> Checkpoint:
     Raises FileError for a missing or damaged file, for a model of no family of ours, and for an
     option that our model does not have.
     """
+    if not (folder / "config.json").exists():
+        raise FileError(f"{folder} is no Hugging Face folder of a model: {_what_is_there(folder)}")
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
@@ -61,6 +73,15 @@ def read_model(folder: Path) -> Checkpoint:
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
     tokenizer = _read_tokenizer(folder)
     return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without config.json has, or may be meant."""
+    if (folder / "adapter_config.json").exists():
+        return "it holds an adapter of PEFT's, which belongs in ADAPTERS"
+    within = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+    hint = f"; did you mean {min(within).parent}?" if within else ""
+    return f"config.json cannot be read: No such file or directory{hint}"
 
 
 def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequence[int] = ()) -> int:
@@ -311,6 +332,9 @@ def _from_folder(
             layout = family.layout(sizes)
     expected = {stored.name: torch.empty(stored.shape, device="meta") for stored in layout}
     check_tensors(folder, found, expected, finite=False)  # which loading checks, one by one
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if torch.float64 in dtypes and len(dtypes) > 1:  # torch multiplies no two of them
+        raise FileError(f"{folder} has weights in float64 beside others, accepted are all or none")
     result = {}
     for stored in layout:
         tensor = found[stored.name]
@@ -328,9 +352,12 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        refuse_pointer(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
+    except FileError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -376,7 +403,11 @@ def _read_tokenizer(folder: Path) -> str:
         return json.dumps(_read_json(path), ensure_ascii=False)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocabulary.exists() and merges.exists()):
-        raise FileError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+        hint = "; transformers makes one of tokenizer.model, by AutoTokenizer and save_pretrained"
+        raise FileError(
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt"
+            + (hint if (folder / "tokenizer.model").exists() else "")
+        )
     try:
         from tokenizers import ByteLevelBPETokenizer
     except ImportError as error:

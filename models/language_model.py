@@ -241,7 +241,8 @@ class LanguageModel(nn.Module):
         Only the first `n_tokens` of the vocabulary are taken: the embedding may be larger than the
         tokenizer.
 
-        Raises ValueError for an empty `idx`, and for an argument out of range.
+        Raises ValueError for an empty `idx`, and for an argument out of range, and
+        FloatingPointError where the model's logits are not finite, as of damaged weights.
         """
         if idx.shape[1] == 0:
             raise ValueError("generate needs at least one token to continue")
@@ -256,7 +257,10 @@ class LanguageModel(nn.Module):
                 seen = seen[:, -max(1, self.block_size // 2) :]
                 new, caches = seen, self.new_caches()
             logits, _ = self(new, caches=caches) if use_cache else self(seen)
-            new = sample(logits[:, -1, :n_tokens].float(), temperature, top_k, top_p)
+            last = logits[:, -1, :n_tokens].float()
+            if not torch.isfinite(last).all():
+                raise FloatingPointError("the model's logits are not finite numbers")
+            new = sample(last, temperature, top_k, top_p)
             yield new
             seen = torch.cat([seen, new], dim=1)
 

@@ -1,7 +1,10 @@
 """What a command says: its log on stdout, errors in one line on stderr, and its exit code."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import hardware
 from data import DataError
@@ -56,7 +59,8 @@ def exit_code_of(work: Callable[[], None]) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # not when the caller closed it, nor in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        work()
+        with terminable():
+            work()
     except BAD_INPUT as error:
         return fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -70,12 +74,30 @@ def exit_code_of(work: Callable[[], None]) -> int:
         message, number = stop.args
         return fail(message, 128 + number)
     except KeyboardInterrupt:
-        return fail("interrupted; the files of the last evaluation are as they were", 130)
+        return fail("interrupted; files that were there are as they were", 130)
     except OSError as error:
         return fail(
             str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
         )
     return 0
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Have SIGTERM raise Interrupted, so that nothing half written is left, as after Ctrl-C. Not in
+    a group of processes, which torchrun ends, nor in a thread, where Python takes no signals."""
+    if processes.in_group() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted("terminated; files that were there are as they were", number)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def fail(message: str, exit_code: int) -> int:

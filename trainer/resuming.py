@@ -118,10 +118,15 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
     if state is None:
         return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
-    for name, words in (("checksum", "other DATA"), ("base", "another base")):
+    # The base first, whose tokenizer is part of the data's checksum.
+    for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
+            started = before.get("base_checkpoint")
+            hint = (
+                f"; it began with BASE_CHECKPOINT={started}" if started and name == "base" else ""
+            )
             raise FileError(
-                f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}"
+                f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
     changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
     for name in changed:

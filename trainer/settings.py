@@ -8,6 +8,7 @@ and nothing else in the project does.
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
 LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond any use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
+
+# Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
+PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT")
 
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
@@ -55,7 +59,7 @@ class WeightedAdapters:
                     f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, "
                     f"as in out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
                 )
-            parts.append((path, value))
+            parts.append((os.path.expanduser(path), value))
         return cls(text, tuple(parts))
 
 
@@ -332,6 +336,8 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
             raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
         if not text:
             raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
+        if name in PATHS:
+            return os.path.expanduser(text)
         return text.lower() if choices else text
     accepted = ("a whole number" if kind is int else "a number") + _range(field)
     try:
