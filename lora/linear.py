@@ -331,7 +331,7 @@ class _Merged(torch.autograd.Function):
 
 
 class _TwoPaths(torch.autograd.Function):
-    """The same with base and adapter apart.
+    """n LoRA linears on one input, outputs side by side, with products for base and adapters each.
 
     Elements whose number in `numbers`, if any, is below `lowest` are dropped from the adapters'
     input; the scale of the others is in `scaling`. The base's path needs no x for backward, so

@@ -82,7 +82,7 @@ class Llama(LanguageModel):
     def __init__(self, *, device: str | torch.device, dropout: float = 0.0, **sizes: Any) -> None:
         super().__init__()
         self.sizes = s = Sizes(**sizes)
-        self.model = nn.Module()  # a part of the names of what it holds
+        self.model = nn.Module()  # for the names in it, which begin with "model."
         self.model.embed_tokens = nn.Embedding(s.vocab_size, s.n_embd)
         self.model.layers = nn.ModuleList(Block(s, dropout) for _ in range(s.n_layer))
         self.model.norm = RMSNorm(s.n_embd, s.norm_eps)
@@ -315,7 +315,8 @@ LARGEST = 2**24  # of the sizes, so that no product of two is beyond a tensor's
 
 
 def read_config(config: dict[str, Any]) -> Sizes:
-    """The sizes that a config.json of the family states. Raises ValueError for others."""
+    """The sizes that a config.json of the family states. Raises ValueError for what is not
+    supported."""
     kind = config["model_type"]
     if config.get("quantization_config") is not None:
         raise ValueError(

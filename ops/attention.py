@@ -10,11 +10,11 @@ from ops.dropout import draw_numbers, mask_of
 from ops.products import concatenated, differentiable_once, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
-# up to this context length (`python benchmarks/cpu_operations.py`, as the next).
+# up to this context length. `python benchmarks/cpu_operations.py` sets this and QUERIES.
 PLAIN_ATTENTION_MAX_CONTEXT = 256
 
-# The plain form takes so many queries at a time, with the keys up to the last of them: what is
-# masked beyond is neither computed nor kept.
+# The plain form takes so many queries at a time, with the keys up to the last of them. Scores of
+# later keys, which the mask hides, are neither computed nor kept.
 QUERIES = 64
 
 # Whether torch's fused form on a CPU reads one key head for a group of query heads. In earlier
@@ -44,7 +44,7 @@ class KeyValueCache:
         return new
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens; returns all so far."""
+        """Add the keys and values of the next tokens, (B, K, T, D) each; returns all so far."""
         start, self.length = self.length, self.length + k.shape[2]
         if self.keys is None:
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -120,16 +120,19 @@ def _fused_form_takes_groups(q: Tensor, mask: Tensor | None) -> bool:
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
 ) -> Tensor:
-    """The same without a cache, as batched products with a softmax between them."""
+    """Causal attention without a cache, as batched products with a softmax between them.
+
+    `dropout_p` is applied whatever the mode. Shapes and `mask` are those of `causal_attention`.
+    """
     return _PlainAttention.apply(q, k, v, dropout_p, mask)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Left to autograd it would keep three tensors of the size of the scores; this keeps one and
-    the dropout's random numbers.
+    """Attention that keeps one tensor of the size of the scores, and the dropout's random numbers.
 
-    A group of G = H // K query heads is one product with its key head: its rows are ordered by
-    token, and by head within a token, so that those of some successive tokens lie together.
+    Autograd would keep three such tensors. A group of G = H // K query heads is one product with
+    its key head. Its rows are ordered by token, and by head within a token, so that the rows of
+    successive tokens lie together.
     """
 
     @staticmethod
