@@ -162,8 +162,8 @@ def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
     """The adapter with every layer and embedding of `bare`, the base's own adapter.
 
     It changes the base as `adapter` does, exactly. A layer that `adapter` lacks gets a new A and a
-    zero B, which change nothing and can train, with rank and alpha of the adapter's first layer. An
-    embedding that it lacks is the base's. The tensors are on the device of `bare`.
+    zero B, which change nothing and can train. Their rank and alpha are those of the adapter's
+    first layer. An embedding that it lacks is the base's. The tensors are on the device of `bare`.
     """
     device = next((tensor.device for tensor in bare.tensors.values()), None)
     alpha = dict(adapter.alpha)

@@ -394,8 +394,8 @@ class _TwoPaths(torch.autograd.Function):
 def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
     """Which tokens of rows (T, features) to compute with at a time.
 
-    Of about equal sizes, since a product of few tokens takes other ways and rounds otherwise than
-    that of the base, whose output the layer's is to the bit before the first step.
+    Slices are of about equal sizes, since a product of few tokens may round differently. Before the
+    first step the layer's output must be that of the base, to the bit.
     """
     size = max(1, len(rows))
     if numbers is not None and rows.device.type == "cpu":

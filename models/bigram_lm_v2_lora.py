@@ -49,9 +49,9 @@ class Sizes:
 class BigramLanguageModelLoRA(LanguageModel):
     """A decoder-only transformer over `vocab_size` tokens and up to `block_size` of context.
 
-    With `use_lora=True` every attention, MLP and lm_head linear, or those that `lora_targets` names
-    (see `lora.add_lora`), is a `LoRALinear`, all base weights are frozen, and adapters train, with
-    the embeddings unless `train_embeddings` is False.
+    With `use_lora=True` every attention, MLP and lm_head linear is a `LoRALinear`, or those that
+    `lora_targets` names (see `lora.add_lora`). Then all base weights are frozen. Adapters train,
+    and so do the embeddings unless `train_embeddings` is False.
 
     `gelu` and `tied_head` are those of `Sizes`. Where LoRA freezes a tied head and trains the
     embedding, they are two tensors that start as one.

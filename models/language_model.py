@@ -35,10 +35,12 @@ class StoredTensor:
 
     @property
     def module(self) -> str:
+        """The folder's module that has this tensor."""
         return self.name.rpartition(".")[0]
 
     @property
     def our_modules(self) -> list[str]:
+        """Our modules that have its parts, in the order of `ours`."""
         return [name.rpartition(".")[0] for name in self.ours]
 
 
@@ -74,9 +76,9 @@ class Family:
 class LanguageModel(nn.Module):
     """A decoder-only transformer, whose parts a family gives.
 
-    A family's class sets, before it calls `adapt`, the attributes `sizes`, `blocks`, `final_norm`
-    and `lm_head`, says its `linears` in the order of the forward pass, and gives
-    `embedding_tables` and `embed`. T is the number of tokens in a row, C the width.
+    A family's class names its `linears` in the order of the forward pass. It sets `sizes`,
+    `blocks`, `final_norm` and `lm_head` before it calls `adapt`. It defines `embedding_tables` and
+    `embed`. T is the number of tokens in a row, C the width.
     """
 
     linears: ClassVar[tuple[str, ...]]
@@ -287,7 +289,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
+    logits = logits - logits.max(-1, keepdim=True).values  # or a tiny temperature overflows
     probabilities = F.softmax(logits / min(max(temperature, 1e-30), 1e30), dim=-1)
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True)

@@ -32,7 +32,7 @@ class Sizes:
     """The sizes and options of a model of the Llama family.
 
     Attributes:
-        n_kv_head: heads of keys and values, of which each serves n_head / n_kv_head queries.
+        n_kv_head: heads of keys and values; each of them serves n_head / n_kv_head queries.
         rope: the table `rope_parameters` of config.json, with `rope_type` and `rope_theta`.
         max_positions: the context of the published model, which some kinds of rope need;
             `block_size` is less where attention has a sliding window.
@@ -303,6 +303,7 @@ def yarn_frequencies(
 
 
 def yarn_scale(factor: float, mscale: float) -> float:
+    """YaRN's factor on cosines and sines for a context that is `factor` times as long."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

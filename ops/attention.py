@@ -67,8 +67,8 @@ def causal_attention(
     """Causal scaled dot-product attention of queries (B, T, H, D) to keys and values
     (B, T, K, D): (B, T, H * D).
 
-    H is a multiple of K, and query head i reads key head i // (H // K), so that groups of H // K
-    query heads share one (Ainslie et al. 2023, "GQA", arXiv 2305.13245).
+    H is a multiple of K. Groups of H // K query heads share a key head: query head i reads key head
+    i // (H // K) (Ainslie et al. 2023, "GQA", arXiv 2305.13245).
 
     With a `cache`, keys and values join those in it, and the queries are of the last T of its S
     tokens; else S is T. `mask` (B, 1, T, S) is 0 where a query sees a key, none of them after it,
