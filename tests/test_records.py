@@ -405,7 +405,7 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
     log = succeeded(
         start_script(tmp_path, **variables | {"MAX_STEPS": "150", "EVAL_INTERVAL": "150"})
     )
-    assert "7 records" in record and "1 records" in log
+    assert "7 records" in log and "1 records" in log
     assert r'prompt:     "user: {prompt}\nassistant: "' in log
     assert read_checkpoint(tmp_path / "out" / "full.pt").metadata["prompt_format"] == PROMPT_FORMAT
     ask = {"script": "generate.py", "TEMPERATURE": "0", "NUM_THREADS": "1"}
