@@ -22,8 +22,8 @@ def training_batch(
 ) -> Batch:
     """Draw windows uniformly, with replacement, from anywhere in the text.
 
-    The batch depends on nothing but the arguments, so a run that is resumed at a step needs no
-    saved state to see the batches that it would have seen.
+    The batch depends on nothing but the arguments: a resumed run draws the same batches without a
+    saved state.
 
     Args:
         tokens: (n,) unsigned integers, the split to draw from.

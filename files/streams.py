@@ -8,7 +8,7 @@ from files import FileError
 
 
 def one_line(text: str) -> str:
-    """The text with what is no character to print, such as a line break in a name, as an escape."""
+    """The text with escapes for what is no printable character, such as a line break in a name."""
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -24,7 +24,7 @@ def write_out(text: str) -> None:
 
 
 def write_err(line: str) -> None:
-    """Print a line to stderr, if it is open; for want of it `print` would take stdout."""
+    """Print a line to stderr, if it is open; with None for a file, `print` would take stdout."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(one_line(line), file=sys.stderr, flush=True)

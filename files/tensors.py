@@ -57,11 +57,11 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
 
 
 def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name of a file that others wrote, .safetensors or torch's .bin, and what text
-    the header of the former has.
+    """The tensors by name of a file that others wrote, and the text in its header.
 
-    They are mapped, not read: what is used takes memory, which processes that use the same share
-    until one writes to it. The file must not shrink meanwhile.
+    The file is .safetensors or torch's .bin, which has no header. Its tensors are mapped, not read:
+    only what is used takes memory, and processes share that memory until one writes to it. The file
+    must not shrink meanwhile.
 
     Raises FileError when it cannot be read or is damaged, or without the package safetensors.
     """
@@ -78,7 +78,7 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 header = file.metadata() or {}
         else:
-            is_zip = zipfile.is_zipfile(path)  # which files of torch before 1.6 are not
+            is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
             if is_zip:
                 _check_archive(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -90,9 +90,11 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
 
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
-    """Raise FileError where a file cannot be read, and `otherwise` for whatever else is wrong with
-    it: a damaged or foreign file fails in many ways, all of them alike."""
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+    """A context that raises FileError for a file that cannot be read, else `otherwise` for errors.
+
+    A damaged or foreign file fails in many ways, which all mean the same to the user.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise FileError(f"{path} cannot be read: it is no regular file")
     try:
         yield
@@ -139,8 +141,10 @@ def safetensors_for(path: str | os.PathLike) -> Any:
 def check_tensors(
     path: str | os.PathLike, found: Any, expected: Mapping[str, Tensor], finite: bool = True
 ) -> None:
-    """Raise FileError unless `found` has the names, shapes and kind of `expected`, and only numbers
-    that are finite, of which `finite=False` reads none."""
+    """Raise FileError unless `found` has the names and shapes of `expected`, in floating point.
+
+    All numbers must be finite, unless `finite` is False, which reads none of them.
+    """
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise FileError(f"{path} holds no table of tensors")
     for what, names in (
@@ -169,7 +173,7 @@ def check_tensors(
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A hash of names, shapes and values, which tells one base model from another.
 
-    A value is the same in float32 and below, such as bfloat16, in float64 another.
+    Equal values have the same hash in float32 and in lower precisions, but another in float64.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -187,8 +191,10 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The values of a tensor in float32 or above, some rows at a time: of a large one in a lower
-    precision there is no room for all."""
+    """The values of a tensor in float32 or above, some rows at a time.
+
+    For all of a large tensor in a lower precision there may be no room.
+    """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
     n = max(1, PART * len(rows) // max(1, rows.numel()))

@@ -17,8 +17,10 @@ IDLE = 600  # seconds after which a file that is not written to is taken for aba
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end: it lies beside it until then, is
-    synced and renamed, and an error leaves what was there.
+    """A file to write, which takes the place of `path` at the end.
+
+    Until then it lies beside `path`. At the end it is synced and renamed. An error leaves what was
+    there.
 
     Raises FileError when it cannot be written.
     """
@@ -46,8 +48,9 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def write_folder(
     path: str | os.PathLike, files: Mapping[str, bytes | Callable[[Path], None]]
 ) -> int:
-    """Write a new folder of files and return their bytes; a function writes its file itself, at the
-    path that it is given.
+    """Write a new folder of files and return their bytes.
+
+    `files` are contents by name. A content may be a function that writes its file at a given path.
 
     The folder is written beside `path`, synced to disk and renamed into place, so that it is never
     there in part. Raises FileError when it cannot be written, or when something is there already.
@@ -81,8 +84,8 @@ def write_folder(
 def lock_folder(folder: str | os.PathLike) -> BinaryIO:
     """Reserve a folder for this process until the returned file is closed or the process ends.
 
-    Also removes what killed processes left unfinished there, which is what nobody has written to
-    for IDLE seconds, as not all that is written needs the folder alone. Raises FileError when
+    It also removes unfinished files that killed processes left there: those that nobody has written
+    to for IDLE seconds, since some files are written without this lock. Raises FileError when
     another process has the folder, or when it cannot be reserved.
     """
     lock = open(Path(folder) / ".lock", "ab")  # noqa: SIM115 (closing it releases the lock)

@@ -173,7 +173,7 @@ def allow_tf32(device: torch.device) -> None:
 
 
 class _Loss(nn.Module):
-    """A model's loss alone, in `dtype`: a module of which torch can make CUDA graphs."""
+    """A model's loss alone, in `dtype`: a module that torch can put into CUDA graphs."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "M
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
-    if sys.stdout is not None:  # which it is when the caller closed it
+    if sys.stdout is not None:  # None: the caller closed it
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments in (["--help"], ["-h"]):
@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def fail(message: str, exit_code: int) -> int:
+    """Print an error to stderr; returns the exit code."""
     write_err(f"error: {message}")
     return exit_code
 
@@ -59,6 +60,7 @@ def exchange(command: str, *names: str) -> None:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows under HEADER, each column as wide as its longest cell."""
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
     for row in [HEADER, *rows]:
         cells = (f"{one_line(cell):{width}}" for cell, width in zip(row, widths, strict=True))
@@ -79,6 +81,7 @@ def rows_of(path: Path) -> list[tuple[str, ...]]:
 
 
 def row_of(path: Path) -> tuple[str, ...]:
+    """The cells of one adapter's row, under HEADER. Raises FileError where it cannot be read."""
     adapter = read_adapter(path)
     metadata = adapter.metadata
     loss = metadata.get("val_loss")

@@ -42,6 +42,7 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
+        """The rank of each layer, by its name."""
         return {name: self.tensors[f"{name}.lora_A"].shape[0] for name in self.alpha}
 
     @property
@@ -59,7 +60,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict without adapters, of which the base's `fingerprint` is made."""
+    """The model's state dict without adapters: the tensors of the base's `fingerprint`."""
     return {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_A", ".lora_B"))}
 
 
@@ -93,13 +94,15 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter) -> int:
 
 
 def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
-    """Read an adapter, a file of ours or a folder of PEFT's (lora/peft_format.py), that belongs on
-    the base with this fingerprint; None takes any. One whose base is unknown is taken for any.
+    """Read an adapter: a file of ours, or a folder of PEFT's (lora/peft_format.py).
+
+    `base` is the fingerprint of the base that it must belong on; None takes any. An adapter whose
+    base is unknown is taken for any base.
 
     Raises FileError for a file that is damaged or no adapter, and BaseMismatch for another base.
     """
     if os.path.isdir(path):
-        from lora.peft_format import read_peft  # which imports this module
+        from lora.peft_format import read_peft  # here, as lora.peft_format imports this module
 
         adapter = read_peft(path)
     else:
@@ -131,8 +134,10 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
 
 
 def check_base(path: str | os.PathLike, adapter: Adapter, base: str | None) -> None:
-    """Raise BaseMismatch where the adapter of file `path` is known to belong on another base than
-    that with the fingerprint `base`; None is any."""
+    """Raise BaseMismatch where the adapter of file `path` is known to belong on another base.
+
+    `base` is the fingerprint of the base to put it on; None is any base.
+    """
     if base is not None and adapter.base not in (None, base):
         below = adapter.metadata.get("base_checkpoint")
         raise BaseMismatch(
@@ -142,8 +147,10 @@ def check_base(path: str | os.PathLike, adapter: Adapter, base: str | None) -> N
 
 
 def check_base_weights(path: str | os.PathLike, adapter: Adapter, model: nn.Module) -> None:
-    """Raise BaseMismatch where PEFT wrote a base's weight beside the adapter of file `path`, and
-    the model's is another."""
+    """Raise BaseMismatch where the model's weights differ from those beside an adapter.
+
+    PEFT writes the base's weight of an adapted head into the adapter's file `path`.
+    """
     stated = adapter.metadata.get("base_weights", {})
     state = base_state(model) if stated else {}
     for name, expected in stated.items():
@@ -152,11 +159,11 @@ def check_base_weights(path: str | os.PathLike, adapter: Adapter, model: nn.Modu
 
 
 def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
-    """The same adapter with every layer and embedding of `bare`, the base's own adapter.
+    """The adapter with every layer and embedding of `bare`, the base's own adapter.
 
-    Exact: a layer that the adapter lacks gets a new A and a zero B of the adapter's rank and alpha
-    (those of its first layer), which change nothing and can train; an embedding is the base's. The
-    tensors are on the device of `bare`.
+    It changes the base as `adapter` does, exactly. A layer that `adapter` lacks gets a new A and a
+    zero B, which change nothing and can train. Their rank and alpha are those of the adapter's
+    first layer. An embedding that it lacks is the base's. The tensors are on the device of `bare`.
     """
     device = next((tensor.device for tensor in bare.tensors.values()), None)
     alpha = dict(adapter.alpha)
@@ -175,19 +182,20 @@ def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
 
 
 def _tied(adapter: Adapter) -> dict[str, list[str]]:
+    """The further names of trained tensors that several modules share, by their first name."""
     return adapter.metadata.get("tied", {})
 
 
 def load_adapter(path: str | os.PathLike, model: nn.Module, base: str | None) -> dict[str, Any]:
     """Read an adapter into a model with LoRA on its layers; returns its metadata.
 
-    What the adapter lacks, as PEFT's may, is that of the base: layers do not change it, and the
-    model must still have the base's embeddings, which is checked where `base` is given.
+    An adapter of PEFT's may lack layers and embeddings. Those layers then leave the base as it is,
+    and the embeddings are the model's. They must still be the base's, which is checked where `base`
+    is given.
 
-    Raises FileError, and leaves the model as it was, when the file is damaged, when a tensor is
-    unexpected, of another shape or not finite, when an embedding is missing and the model's is not
-    the base's, and when the adapter was trained on another base than the one whose fingerprint is
-    `base` (None insists).
+    Raises FileError, and leaves the model as it was, in these cases: the file is damaged; a tensor
+    is unexpected, of another shape or not finite; an embedding is missing and the model's is not
+    the base's; the adapter was trained on a base whose fingerprint is not `base` (None takes any).
     """
     adapter = read_adapter(path, base)
     check_base_weights(path, adapter, model)
@@ -227,8 +235,11 @@ def _check_fit(
     layers: Collection[str],
     tied: Mapping[str, Sequence[str]],
 ) -> None:
-    """Raise FileError unless the adapter is of these layers and its tensors are those of `state`,
-    but for the rank, and shared by the same modules."""
+    """Raise FileError unless the adapter fits a model with these layers and trained tensors.
+
+    Its tensors must have the names and shapes of `state`, except for the rank, and be shared by the
+    same modules, which `tied` names.
+    """
     expected = dict(state)
     for layer, rank in adapter.ranks.items():
         A, B = (state.get(f"{layer}.{part}") for part in ("lora_A", "lora_B"))
@@ -248,11 +259,13 @@ def sum_adapters(
     rank: int | None = None,
     any_base: bool = False,
 ) -> Adapter:
-    """The weighted sum of adapters that were read from files, as (path, adapter, weight); see
-    `combine_adapters`. What one of them lacks, as PEFT's may, is that of `bare`.
+    """The weighted sum of adapters from files, given as (path, adapter, weight).
 
-    Raises FileError for one that cannot be used with `bare`, the base's own adapter, and
-    BaseMismatch for one that was trained on another base, unless `any_base`.
+    `combine_adapters` says what the sum is. `bare` is the base's own adapter. It gives the layers
+    and embeddings that an adapter lacks, as PEFT's may.
+
+    Raises FileError for an adapter that does not fit `bare`, and BaseMismatch for one that was
+    trained on another base, unless `any_base`.
     """
     weighted = []
     for path, adapter, weight in files:
@@ -284,9 +297,9 @@ def combine_adapters(
     """The sum of weighted adapters: its change of the base is the weighted sum of their changes.
 
     Ranks are concatenated, which is exact: u s_a B_a A_a + v s_b B_b A_b is the product of
-    [u s_a B_a, v s_b B_b] and [A_a; A_b]. Embeddings change by the weighted changes of those of
-    `bare`, the base's own adapter. A weight may be negative. The sum's base is unknown where that
-    of one of them is; its metadata are those in which they agree.
+    [u s_a B_a, v s_b B_b] and [A_a; A_b]. `bare` is the base's own adapter; its embeddings change
+    by the weighted sum of the adapters' changes. A weight may be negative. The sum's base is
+    unknown where one adapter's base is unknown. The sum has the metadata in which all agree.
 
     With `rank`, each layer's change is replaced by the nearest one of at most this rank (Eckart and
     Young 1936; through QR of the factors, in float64), and `metadata["truncation_error"]` is the
@@ -334,7 +347,7 @@ def combine_adapters(
 
 
 def _ranks(adapter: Adapter) -> set[int]:
-    """The adapter's rank, where all layers have the same."""
+    """A set of the one rank that all layers have, empty where their ranks differ."""
     ranks = set(adapter.ranks.values())
     return ranks if len(ranks) == 1 else set()
 
@@ -342,7 +355,7 @@ def _ranks(adapter: Adapter) -> set[int]:
 def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """The nearest B A of at most `rank`, and the squared norms of what is lost and of the whole.
 
-    In float64 and so on the CPU, for MPS has none.
+    It is computed in float64, and on the CPU, since MPS has no float64.
     """
     Q_B, R_B = torch.linalg.qr(B.cpu().double())
     Q_A, R_A = torch.linalg.qr(A.cpu().double().t())
@@ -350,7 +363,7 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     kept = S[:rank] > 1e-12 * S[0]
     root = S[:rank].sqrt() * kept
     new_A = (root[:, None] * (Vh[:rank] @ Q_A.t())).to(A.dtype)
-    if not kept.all():  # B is zero there; for it to train, A must not be
+    if not kept.all():  # where B is zero, A must not be zero, or B could not train
         new_A[~kept] = nn.init.kaiming_uniform_(torch.empty_like(new_A), a=math.sqrt(5))[~kept]
     new_A = new_A.to(A.device)
     new_B = (Q_B @ U[:, :rank] * root).to(B.dtype).to(B.device)

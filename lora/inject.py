@@ -23,14 +23,16 @@ def add_lora(
     Adapters that the model has already stay and go on training. A linear that the model uses in
     several places gets one adapter, in all of them, under the first of its names. A weight that is
     tied to another module's, such as a head's to the embedding, stays tied: the adapter changes the
-    linear alone. In an nn.TransformerEncoderLayer, whose fast path in eval reads the weights and
-    calls no linear, an adapter would be passed by: it is refused.
+    linear alone.
 
-    Raises ValueError, and leaves the model as it was, for a rank or dropout out of range, when a
-    target matches nothing (the message lists what would match), and when it matches something else
-    than an nn.Linear. Such are subclasses of nn.Linear, whose forward may be another or never
-    called, as in nn.MultiheadAttention; None would take them too, so a model that has them needs
-    targets.
+    Raises ValueError, and leaves the model as it was, in these cases:
+        - A rank or dropout is out of range.
+        - A target matches nothing; the message lists what would match.
+        - A module is not a plain nn.Linear. A subclass may have another forward, or one that is
+          never called, as in nn.MultiheadAttention. `targets=None` takes subclasses too, so a model
+          that has them needs targets.
+        - A linear is in an nn.TransformerEncoderLayer, whose fast path in eval reads the weights
+          without calling the linear, and so without its adapter.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear, in which nothing can be swapped")
@@ -74,6 +76,7 @@ def swap_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _matches(name: str, target: str) -> bool:
+    """Whether a target is a module's name or the last parts of it."""
     return name == target or name.endswith("." + target)
 
 
@@ -104,7 +107,7 @@ def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
     others = {id(p) for m in set(modules) - set(linears) for p in m.parameters(recurse=False)}
     for layer in linears:
         if layer.weight.requires_grad or id(layer.weight) in others:
-            continue  # such as a head's that is the embedding's too
+            continue  # trained, or shared with another module, as a tied head's
         adapted = isinstance(layer, LoRALinear)
         if not adapted or layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
             layer.weight.data = layer.weight.data.to(dtype)

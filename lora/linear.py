@@ -361,7 +361,7 @@ class _Merged(torch.autograd.Function):
 
 
 class _TwoPaths(torch.autograd.Function):
-    """The same with base and adapter apart.
+    """n LoRA linears on one input, outputs side by side, with products for base and adapters each.
 
     Elements whose number in `numbers`, if any, is below `lowest` are dropped from the adapters'
     input; the scale of the others is in `scaling`. The base's path needs no x for backward, so
@@ -433,8 +433,8 @@ class _TwoPaths(torch.autograd.Function):
 def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:
     """Which tokens of rows (T, features) to compute with at a time.
 
-    Of about equal sizes, since a product of few tokens takes other ways and rounds otherwise than
-    that of the base, whose output the layer's is to the bit before the first step.
+    Slices are of about equal sizes, since a product of few tokens may round differently. Before the
+    first step the layer's output must be that of the base, to the bit.
     """
     size = max(1, len(rows))
     if numbers is not None and rows.device.type == "cpu":

@@ -26,22 +26,22 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 HEADER = "lora"  # our entry in the header of the safetensors file
 
-# Every option of PEFT's LoraConfig is in one of these three. First those that are honoured here:
+# Every option of PEFT's LoraConfig is in one of three sets. First those that are honoured here:
 SUPPORTED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
     "base_model_name_or_path", "init_lora_weights", "use_rslora",
 }  # fmt: skip
-# Those that change nothing that an adapter computes: origin and training. Which modules are adapted
-# or saved whole is seen in the tensors' names. Settings of initializations count only where
-# init_lora_weights names one of them. fan_in_fan_out says how the base's matrices lie, not A and B.
+# Second those that change nothing that an adapter computes: origin and training. The names of the
+# tensors show which modules are adapted or saved whole. Settings of initializations count only
+# where init_lora_weights names one. fan_in_fan_out is about the base's matrices, not A and B.
 HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
     "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
-# And those that must have these values, for others compute something else. An option that is in
-# none of the three belongs to a newer PEFT, and must be off.
+# Third those that must have these values, since others compute something else. An option in none
+# of the three sets belongs to a newer PEFT, and must be off.
 REQUIRED: dict[str, Any] = {
     "bias": "none",
     "use_dora": False,
@@ -62,14 +62,15 @@ REQUIRED: dict[str, Any] = {
 # Initializations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga)
 # train on a changed base, and their adapters are wrong on the plain one.
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-# What an expression of alpha_pattern may consist of, lest matching one never ends. No more than
-# MANY_WAYS of its parts, which are repetitions and groups, can match in several ways.
+# What an expression of alpha_pattern may consist of, so that matching it ends. It may have up to
+# MANY_WAYS repetitions and groups, which can match in several ways.
 EXPRESSION = re.compile(r"\^?([\w|-]|\\[.d-]\+?|\.[*+]?|\[[\w-]+\]\+?|\((\?:)?|\)(?![*+?{]))+\$?")
 MANY_WAYS = 3
 LONGEST = 200  # characters of such an expression, and of a module's name that it is tried on
 
 
 def is_peft_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder with PEFT's adapter_config.json."""
     return (Path(path) / CONFIG).is_file()
 
 
@@ -90,10 +91,10 @@ def write_peft(
         task_type: PEFT's, such as "CAUSAL_LM".
         base_model: name or path of the base, for programs that load it by that.
 
-    Raises FileError when it cannot be written, and for what the format cannot hold: a trained
-    tensor that stands in several modules, for PEFT adapts one of them or trains a copy, and a
-    parameter without its module's weight, or of a module with adapters in it. That no other
-    parameter of such a module is left out cannot be seen here.
+    Raises FileError when it cannot be written, and for what the format cannot hold. That is a
+    trained tensor which stands in several modules, since PEFT adapts one of them or trains a copy;
+    a parameter without the weight of its module; and a parameter of a module with adapters in it.
+    An adapter does not show whether other parameters of a saved module are missing.
     """
     ranks = adapter.ranks
     alphas = {n: int(a) if float(a).is_integer() else a for n, a in adapter.alpha.items()}
@@ -147,12 +148,12 @@ def write_peft(
 def read_peft(folder: str | os.PathLike) -> Adapter:
     """Read a folder that PEFT or `write_peft` wrote; lower precisions become float32, exactly.
 
-    The names of the tensors say which layers are adapted. An adapter of PEFT's own names no base
-    that could be checked: its `base` is None. PEFT writes the base's weight of an adapted head too;
-    `metadata["base_weights"]` has the fingerprint of that weight, by its name.
+    The names of the tensors say which layers are adapted. PEFT's own adapters do not say which
+    weights they belong on, so their `base` is None. PEFT also writes the base's weight of an
+    adapted head; `metadata["base_weights"]` has the fingerprint of that weight, by its name.
 
-    Raises OtherKind for a folder that holds no LoRA adapter, or one that uses an option which we
-    have not, by its name, and FileError for a damaged one.
+    Raises OtherKind for a folder without a LoRA adapter, or with an option that is not supported,
+    which the message names, and FileError for a damaged folder.
     """
     if not is_peft_folder(folder):
         within = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG}"))
@@ -200,7 +201,11 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options of an adapter_config.json, each checked, with defaults for those that we use."""
+    """The options of an adapter_config.json, each checked, with defaults for those that we use.
+
+    Raises OtherKind for another kind of adapter or an option that is not supported, and FileError
+    for a damaged file.
+    """
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
@@ -246,8 +251,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors by PEFT's names, in float32 unless they are float64, and our entry in the header,
-    None where there is none."""
+    """The tensors by PEFT's names, and our entry in the header, None where there is none.
+
+    Tensors are in float32, or float64 where the file has that. Raises FileError for a file that is
+    missing or damaged.
+    """
     path = folder / SAFETENSORS
     if not path.exists() and (folder / PICKLE).exists():
         path = folder / PICKLE
@@ -273,7 +281,7 @@ def alpha_of(name: str, config: Mapping[str, Any]) -> float:
 
 
 def is_simple_expression(pattern: str) -> bool:
-    """Whether it is a regular expression that is soon matched against any module's name."""
+    """Whether a pattern is a regular expression that matches any module's name in a short time."""
     ways = sum(map(pattern.count, "*+("))
     if len(pattern) > LONGEST or ways > MANY_WAYS or not EXPRESSION.fullmatch(pattern):
         return False
@@ -290,21 +298,24 @@ def anchored(name: str) -> str:
 
 
 def most_frequent(values: Mapping[str, float]) -> Any:
+    """The value that occurs most often, the first of several."""
     found = list(values.values())
     return max(found, key=found.count)
 
 
 def dropout_of(adapter: Adapter) -> float:
+    """The dropout that an adapter was trained with, as far as its metadata says; else 0."""
     dropout = adapter.metadata.get("dropout")
     return float(dropout) if is_number(dropout) else 0.0
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float, and no bool."""
+    """Whether a value is a finite int or float, and no bool."""
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
 def fits_json(value: Any) -> bool:
+    """Whether a value is the same after a way through JSON."""
     try:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError, RecursionError):

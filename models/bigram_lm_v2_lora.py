@@ -1,7 +1,7 @@
 """BigramLanguageModelLoRA: a GPT-2-style language model, trained whole or through LoRA adapters.
 
 It began as a bigram table and kept the name. It is a transformer decoder of GPT-2's kind (Radford
-et al. 2019). At the end stands how Hugging Face's folders hold GPT-2.
+et al. 2019). The end of this file says how Hugging Face's folders hold GPT-2.
 """
 
 import math
@@ -25,8 +25,8 @@ GELUS = ("exact", "tanh")
 class Sizes:
     """The sizes of a model of GPT-2's kind.
 
-    Two options are there for published weights: `gelu`, "exact" or "tanh", and `tied_head`, by
-    which the head's weight is that of the token embedding.
+    Published weights need two options. `gelu` is "exact" or "tanh". With `tied_head` the head's
+    weight is that of the token embedding.
 
     Raises ValueError when `n_embd` is not divisible by `n_head`, and for an unknown `gelu`.
     """
@@ -49,9 +49,9 @@ class Sizes:
 class BigramLanguageModelLoRA(LanguageModel):
     """A decoder-only transformer over `vocab_size` tokens and up to `block_size` of context.
 
-    With `use_lora=True` every attention, MLP and lm_head linear, or those that `lora_targets` names
-    (see `lora.add_lora`), is a `LoRALinear`, all base weights are frozen, and adapters train, with
-    the embeddings unless `train_embeddings` is False.
+    With `use_lora=True` every attention, MLP and lm_head linear is a `LoRALinear`, or those that
+    `lora_targets` names (see `lora.add_lora`). Then all base weights are frozen. Adapters train,
+    and so do the embeddings unless `train_embeddings` is False.
 
     `gelu` and `tied_head` are those of `Sizes`. Where LoRA freezes a tied head and trains the
     embedding, they are two tensors that start as one.
@@ -180,7 +180,7 @@ CONFIG_KEYS = {
     "n_layer": "n_layer",
 }
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-# Options that change what the model computes, with GPT-2's defaults, which are all that we have.
+# Options that change what the model computes, each with the only value that this model computes.
 FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -190,7 +190,7 @@ FIXED = {
 
 
 def read_config(config: dict[str, Any]) -> Sizes:
-    """The sizes that a config.json of GPT-2 states. Raises ValueError for another model's."""
+    """The sizes that a config.json of GPT-2 states. Raises ValueError for what is not supported."""
     sizes = {ours: config.get(theirs) for ours, theirs in CONFIG_KEYS.items()}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
@@ -220,8 +220,11 @@ def write_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def layout(sizes: Sizes) -> list[StoredTensor]:
-    """All tensors of a GPT-2 of these sizes. It keeps query, key and value in one matrix, `c_attn`,
-    and the matrices of blocks as (in, out)."""
+    """All tensors of a folder with a GPT-2 of these sizes.
+
+    GPT-2 keeps query, key and value in one matrix, `c_attn`, and the matrices of blocks as
+    (in, out).
+    """
     C, V, head = sizes.n_embd, sizes.vocab_size, "lm_head.weight"
     T = sizes.block_size
     tensors = [
@@ -242,6 +245,7 @@ def layout(sizes: Sizes) -> list[StoredTensor]:
 
 
 def _weight_and_bias(name: str, ours: list[str], shape: tuple[int, ...]) -> list[StoredTensor]:
+    """The two tensors of a folder's module `name`, which holds our modules `ours`."""
     weights, biases = (tuple(f"{o}.{kind}" for o in ours) for kind in ("weight", "bias"))
     return [
         StoredTensor(f"{name}.weight", weights, shape, transposed=len(shape) == 2),
@@ -257,6 +261,6 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     layout=layout,
-    # The causal masks of attention in files as published.
+    # Published files hold the causal masks of attention.
     ignored=lambda name: name.endswith((".attn.bias", ".attn.masked_bias")),
 )

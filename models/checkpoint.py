@@ -36,14 +36,13 @@ class Checkpoint:
 
 
 def sizes_of(model: LanguageModel) -> Any:
-    """The sizes that a checkpoint of this model has: where LoRA parted the head from the embedding,
-    they are no longer tied."""
+    """The sizes to write with this model: `tied_head` is False where LoRA parted a tied head."""
     tied = {"tied_head": model.tied_head} if hasattr(model.sizes, "tied_head") else {}
     return dataclasses.replace(model.sizes, **tied)
 
 
 def family_of(model: LanguageModel) -> Family:
-    """The family that a model is of."""
+    """The family whose model class this is."""
     return next(family for family in FAMILIES.values() if isinstance(model, family.model))
 
 
@@ -53,8 +52,11 @@ def save_checkpoint(
     metadata: Mapping[str, Any],
     base: Checkpoint | None = None,
 ) -> int:
-    """Write all weights of a model without adapters, with the tokenizer and the files of the base
-    that it began as; returns the file's size in bytes."""
+    """Write all weights of a model without adapters; returns the file's size in bytes.
+
+    The tokenizer and the files beside the weights of its `base` are written too. Raises FileError
+    when the file cannot be written.
+    """
     tensors = {name: tensor.cpu() for name, tensor in base_state(model).items()}
     content = {"format": FORMAT, "version": VERSION, "family": family_of(model).name}
     content |= {"shape": dataclasses.asdict(sizes_of(model))}
@@ -71,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint. Raises FileError when it is missing, damaged or of another kind."""
     content = read_file(path, FORMAT, VERSION)
     shape, tensors, metadata = (content.get(key) for key in ("shape", "tensors", "metadata"))
-    name = content.get("family", GPT2.name)  # which earlier versions did not write
+    name = content.get("family", GPT2.name)  # earlier versions wrote none
     tokenizer = content.get("tokenizer")
     damaged = FileError(f"{path} is damaged: its tensors do not fit the shape that it states")
     if not all(isinstance(part, dict) for part in (shape, tensors, metadata)):
@@ -83,7 +85,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     family = FAMILIES[name]
     try:
         sizes = checked_sizes(family, shape)
-        # Before a model of this size is built: its tensors must be there.
+        # A damaged file may state so many layers that to build them would take all memory.
         if sizes.n_layer > len(tensors):
             raise damaged
         check_tensors(path, tensors, meta_model(family, sizes).state_dict(), finite=False)
@@ -113,7 +115,7 @@ def checked_sizes(family: Family, values: Mapping[str, Any]) -> Any:
 
 
 def meta_model(family: Family, sizes: Any, dropout: float = 0.0) -> LanguageModel:
-    """A model of these sizes without numbers: names and shapes of its tensors, in no memory."""
+    """A model of these sizes on the meta device: names and shapes of tensors, without numbers."""
     with torch.device("meta"):
         return family.model(**dataclasses.asdict(sizes), device="meta", dropout=dropout)
 
@@ -129,12 +131,12 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
     path, found = checkpoint.path, checkpoint.tensors
     if checkpoint.family is not family_of(model):
         raise FileError(f"{path} is of the family {checkpoint.family.name}")
-    for size in dataclasses.fields(model.sizes):  # some of which show in no tensor
+    for size in dataclasses.fields(model.sizes):  # some sizes show in no tensor's shape
         stated, wanted = getattr(checkpoint.sizes, size.name), getattr(model.sizes, size.name)
         if stated != wanted and size.name != "tied_head":
             raise FileError(f"{path} has {size.name}={stated}, the model has {wanted}")
     check_tensors(path, found, base_state(model))
-    loaded: dict[int, nn.Parameter] = {}  # by the parameter that it replaces, tied ones once
+    loaded: dict[int, nn.Parameter] = {}  # by the id of the parameter that it replaces
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             full_name = f"{module_name}.{name}".removeprefix(".")
@@ -148,7 +150,7 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
 
 
 def _loaded(tensor: Tensor, parameter: Tensor, trains: bool) -> Tensor:
-    """A checkpoint's tensor as a parameter holds it."""
+    """A checkpoint's tensor on the parameter's device, in float32 or above where it trains."""
     device = "cpu" if parameter.is_meta else parameter.device
     if trains:
         dtype = torch.promote_types(tensor.dtype, torch.float32)

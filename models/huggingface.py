@@ -1,8 +1,8 @@
 """Models in the folders of Hugging Face: published weights as a base, and ours for `transformers`.
 
 A folder has config.json, the weights as model.safetensors or pytorch_model.bin, whole or in shards,
-and the tokenizer's files. What a family's folder holds, and under which names, stands in the
-family's own file.
+and the tokenizer's files. A family's own file says which tensors its folders hold, under which
+names.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ KEPT = (
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt",
 )  # fmt: skip
-SHARD_BYTES = 5 * 10**9  # of the files of weights that are written, as transformers has it
+SHARD_BYTES = 5 * 10**9  # at most, of a file of weights that is written, as in transformers
 
 MODEL_TYPES = {name: family for family in FAMILIES.values() for name in family.model_types}
 
@@ -54,8 +54,8 @@ def read_base(path: str | os.PathLike) -> Checkpoint:
 def read_model(folder: Path) -> Checkpoint:
     """Read a folder as `save_pretrained` writes it, or as models are published.
 
-    Raises FileError for a missing or damaged file, for a model of no family of ours, and for an
-    option that our model does not have.
+    Raises FileError for a missing or damaged file, for a model whose family is not supported, and
+    for an option that our model does not have.
     """
     if not (folder / "config.json").exists():
         raise FileError(f"{folder} is no Hugging Face folder of a model: {_what_is_there(folder)}")
@@ -88,12 +88,12 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
     """Write a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` reads; returns its
     bytes.
 
-    What the base's own folder had beside its weights is written as it was, with two exceptions:
-    config.json states the dtype of the weights and whether the head is tied, and the tokens `ends`,
-    at which a text ends, are stated where `transformers` would not stop at all of them.
+    What the base's own folder had beside its weights is written as it was, with two exceptions.
+    config.json states the dtype of the weights and whether the head is tied. The tokens `ends`, at
+    which a text ends, are added where `transformers` would not stop at all of them.
 
-    Raises FileError for a checkpoint that lacks a tensor, when something is there already, or when
-    it cannot be written.
+    Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
+    when it cannot be written.
     """
     family, sizes = checkpoint.family, checkpoint.sizes
     layout = family.layout(sizes)
@@ -116,7 +116,10 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
 
 
 def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The files beside the weights of a model that began as no folder."""
+    """The content of new files beside the weights, for a model that did not begin as a folder.
+
+    Raises FileError for a family whose models all begin as folders.
+    """
     sizes = checkpoint.sizes
     if checkpoint.family.write_config is None:
         raise FileError(f"{checkpoint.path} lacks config.json of the folder that it began as")
@@ -135,12 +138,14 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 def _stated_ends(
     files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | None
 ) -> dict[str, bytes]:
-    """Those files of a folder that have to be changed for `transformers` to stop at all `ends`, the
-    first of which is the tokenizer's."""
+    """The files of a folder to change so that `transformers` stops at all `ends`.
+
+    The first of the ends becomes the tokenizer's own where that states none.
+    """
     if not ends or tokenizer is None:
         return {}
     changed = {}
-    # The one that decides, where it is there, is that of generation.
+    # Where generation_config.json is there, it decides.
     name = "generation_config.json" if "generation_config.json" in files else "config.json"
     config = json.loads(files[name])
     stated = config.get("eos_token_id")
@@ -161,7 +166,7 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
 def _weight_files(
     folder: str | os.PathLike, checkpoint: Checkpoint, layout: list[StoredTensor]
 ) -> dict[str, bytes | Callable[[Path], None]]:
-    """The files of weights, in shards where they are large, each made when it is written."""
+    """The files of weights, in shards where they are large; each is made when it is written."""
     safetensors = safetensors_for(folder)
     shards: list[list[StoredTensor]] = [[]]
     size = total = 0
@@ -196,8 +201,11 @@ def _weight_files(
 
 
 def family_of_adapter(adapter: Adapter) -> Family:
-    """The family of an adapter's model: what its metadata says, else the first that has its layers,
-    under our names or the folder's. Raises FileError for none."""
+    """The family of an adapter's model: the one that its metadata names, or else the first with its
+    layers, under our names or the folder's.
+
+    Raises FileError where no family has its layers.
+    """
     name = adapter.metadata.get("family")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
@@ -218,9 +226,10 @@ def family_of_adapter(adapter: Adapter) -> Family:
 def adapter_to_folder(adapter: Adapter, family: Family) -> Adapter:
     """The adapter of a model of ours, for the model that `write_model` makes of its base.
 
-    Exact: the adapters of linears that the folder has as one matrix, such as GPT-2's query, key and
-    value, become one whose A is theirs one below the other and whose B is block-diagonal, of their
-    ranks' sum. Those that lack one have zeros there. One with the folder's names is as it was.
+    It is exact. A folder may have several linears as one matrix, such as GPT-2's query, key and
+    value. Their adapters become one: its A is theirs one below the other, its B is block-diagonal,
+    and its rank is the sum of theirs. A linear without an adapter counts as one of zeros. An
+    adapter that has the folder's names already is returned as it is.
 
     Raises FileError where such linears are scaled differently, and for an adapter of other layers.
     """
@@ -257,10 +266,13 @@ def adapter_to_folder(adapter: Adapter, family: Family) -> Adapter:
 
 
 def adapter_from_folder(adapter: Adapter, family: Family) -> Adapter:
-    """An adapter of a folder's model, for our model of it; one with our names is as it was.
+    """An adapter of a folder's model, under the names of our model.
 
-    Exact for those that were trained on a folder's matrix which is several of our linears as well:
-    each of these takes the whole of A. Raises FileError for a matrix that cannot be so parted.
+    It is exact. Where a folder's matrix is several of our linears, each of them takes its rows of B
+    and all of A, or its block where B is block-diagonal. An adapter that has our names already is
+    returned as it is.
+
+    Raises FileError for a B whose rows are not equal parts.
     """
     layout = _layout_of(adapter, family)
     if not adapter.alpha.keys() & {stored.module for stored in layout}:
@@ -282,7 +294,7 @@ def adapter_from_folder(adapter: Adapter, family: Family) -> Adapter:
                 scaled /= n
             there = [a.any().item() or b.any().item() for a, b in parts]
             for our, (a, b), was_there in zip(ours, parts, there, strict=True):
-                if not was_there and any(there):  # as `adapter_to_folder` fills the place of one
+                if not was_there and any(there):  # the zeros that `adapter_to_folder` put there
                     continue
                 alpha[our] = scaled
                 tensors |= {f"{our}.lora_A": a.contiguous(), f"{our}.lora_B": b.contiguous()}
@@ -290,14 +302,14 @@ def adapter_from_folder(adapter: Adapter, family: Family) -> Adapter:
 
 
 def _layout_of(adapter: Adapter, family: Family) -> list[StoredTensor]:
-    """The layout of an adapter's model, as far as names go."""
+    """The layout of a model with an adapter's layers: its names are right, its shapes are not."""
     numbers = [int(n) for name in adapter.alpha for n in re.findall(r"\.(\d{1,4})\.", name)[:1]]
     sizes = {field.name: 2 for field in dataclasses.fields(family.sizes) if field.type is int}
     return family.layout(family.sizes(**sizes | {"n_layer": max(numbers, default=-1) + 1}))
 
 
 def _to_folder(tensors: Mapping[str, Tensor], layout: list[StoredTensor]) -> dict[str, Tensor]:
-    """Our tensors under the folder's names and as it has them."""
+    """Our tensors under the folder's names, joined and transposed as the folder has them."""
     result = {}
     for stored in layout:
         parts = [tensors[name] for name in stored.ours]
@@ -309,17 +321,17 @@ def _to_folder(tensors: Mapping[str, Tensor], layout: list[StoredTensor]) -> dic
 def _from_folder(
     folder: Path, found: dict[str, Tensor], family: Family, sizes: Any
 ) -> tuple[dict[str, Tensor], Any]:
-    """A folder's tensors under our names, and its sizes: where the head is there beside the
-    embedding and other than it, they are not tied, whatever config.json says.
+    """A folder's tensors under our names, and its sizes.
 
-    Raises FileError unless they are the tensors of these sizes.
+    The sizes are those of config.json, except that `tied_head` is False where the folder has a head
+    that differs from the embedding. Raises FileError unless the tensors are those of the sizes.
     """
     found = {name: tensor for name, tensor in found.items() if not family.ignored(name)}
     if sizes.n_layer > len(found):  # before a layout of that length is made
         raise FileError(f"{folder}: {len(found)} tensors are too few for {sizes.n_layer} layers")
     layout = family.layout(sizes)
     embedding = layout[0].name
-    prefix = embedding.partition(".")[0] + "."  # which some files leave out
+    prefix = embedding.partition(".")[0] + "."  # some files leave it out
     known = {stored.name for stored in layout}
     for name in known - found.keys():
         if (bare := name.removeprefix(prefix)) in found:
@@ -331,7 +343,7 @@ def _from_folder(
             sizes = dataclasses.replace(sizes, tied_head=False)
             layout = family.layout(sizes)
     expected = {stored.name: torch.empty(stored.shape, device="meta") for stored in layout}
-    check_tensors(folder, found, expected, finite=False)  # which loading checks, one by one
+    check_tensors(folder, found, expected, finite=False)  # loading checks the numbers
     dtypes = {tensor.dtype for tensor in found.values()}
     if torch.float64 in dtypes and len(dtypes) > 1:  # torch multiplies no two of them
         raise FileError(f"{folder} has weights in float64 beside others, accepted are all or none")
@@ -351,6 +363,7 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON. Raises FileError for a file that has none."""
     try:
         refuse_pointer(path)
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -366,7 +379,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _map_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder, mapped; of one with shards those that its index names."""
+    """The tensors of a folder, mapped from one file of weights or from the shards of its index.
+
+    Raises FileError where a file is missing or damaged.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return read_foreign_tensors(folder / name)[0]
@@ -376,7 +392,10 @@ def _map_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _map_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    """The tensors that an index says are in files of the folder, and in no other place."""
+    """The tensors that an index names, from files in the folder itself.
+
+    Raises FileError for an index that is damaged, or names a file or tensor that is not there.
+    """
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise FileError(f"{index} has no weight_map from tensors to files")
@@ -396,8 +415,10 @@ def _map_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(folder: Path) -> str:
-    """The content of tokenizer.json, which is made of vocab.json and merges.txt where those are all
-    that there is."""
+    """The content of tokenizer.json, or one made of vocab.json and merges.txt where it is missing.
+
+    Raises FileError where all of them are missing, damaged, or need a package that is not there.
+    """
     path = folder / "tokenizer.json"
     if path.exists():
         return json.dumps(_read_json(path), ensure_ascii=False)

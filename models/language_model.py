@@ -36,10 +36,12 @@ class StoredTensor:
 
     @property
     def module(self) -> str:
+        """The folder's module that has this tensor."""
         return self.name.rpartition(".")[0]
 
     @property
     def our_modules(self) -> list[str]:
+        """Our modules that have its parts, in the order of `ours`."""
         return [name.rpartition(".")[0] for name in self.ours]
 
 
@@ -73,11 +75,11 @@ class Family:
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer, of which a family gives the parts.
+    """A decoder-only transformer, whose parts a family gives.
 
-    A family's class sets, before it calls `adapt`, the attributes `sizes`, `blocks`, `final_norm`
-    and `lm_head`, says its `linears` in the order of the forward pass, and gives
-    `embedding_tables` and `embed`. T is the number of tokens in a row, C the width.
+    A family's class names its `linears` in the order of the forward pass. It sets `sizes`,
+    `blocks`, `final_norm` and `lm_head` before it calls `adapt`. It defines `embedding_tables` and
+    `embed`. T is the number of tokens in a row, C the width.
     """
 
     linears: ClassVar[tuple[str, ...]]
@@ -94,7 +96,7 @@ class LanguageModel(nn.Module):
         self.copied_head = False
 
     def embedding_tables(self) -> list[nn.Embedding]:
-        """The embeddings: that of tokens first."""
+        """The embeddings, the token embedding first."""
         raise NotImplementedError
 
     def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
@@ -118,8 +120,10 @@ class LanguageModel(nn.Module):
         return self.lm_head.weight is self.embedding_tables()[0].weight
 
     def tie_head(self, copied: bool) -> None:
-        """Make the head's weight that of the token embedding, or where `copied` a copy that starts
-        as it: LoRA freezes the head's, and may train the embedding."""
+        """Make the token embedding's weight the head's, or a copy of it where `copied`.
+
+        LoRA needs a copy where it trains the embedding, since it freezes the head's weight.
+        """
         weight = self.embedding_tables()[0].weight
         self.copied_head = copied
         self.lm_head.weight = nn.Parameter(weight.detach().clone()) if copied else weight
@@ -132,8 +136,11 @@ class LanguageModel(nn.Module):
         targets: Sequence[str] | str | None,
         train_embeddings: bool,
     ) -> None:
-        """Put LoRA on every linear, or on `targets`, and freeze the rest but the embeddings, which
-        `train_embeddings` decides on. Raises ValueError as `lora.add_lora` does."""
+        """Put LoRA on every linear, or on `targets`, and freeze all else but trained embeddings.
+
+        The embeddings train where `train_embeddings` says so. Raises ValueError as `lora.add_lora`
+        does.
+        """
         add_lora(self, rank, alpha, dropout, targets)
         for table in self.embedding_tables():
             table.weight.requires_grad_(train_embeddings)
@@ -156,8 +163,8 @@ class LanguageModel(nn.Module):
         With targets there are no logits, but None, where the head is frozen and the family does not
         keep them: a vocabulary of published models makes them larger than the rest of a step.
 
-        `segments` (B, T) says what text each token is of, where a row holds several: each has its
-        positions from 0, and none sees another.
+        `segments` (B, T) says to which text of its row each token belongs. Each text has positions
+        from 0, and no text sees another.
 
         With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
         tokens for empty ones, one token afterwards.
@@ -279,8 +286,10 @@ class LanguageModel(nn.Module):
 
 
 def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token sees another, those before it in its segment and itself, else -inf, to be
-    added to the scores of all heads: (B, 1, T, T)."""
+    """What to add to scores of all heads, 0 where a token sees another, else -inf: (B, 1, T, T).
+
+    A token sees itself and the tokens before it in its segment.
+    """
     seen = (segments[:, :, None] == segments[:, None, :]).tril_()[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
@@ -299,11 +308,11 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    logits = logits - logits.max(-1, keepdim=True).values  # lest a tiny temperature overflow
+    logits = logits - logits.max(-1, keepdim=True).values  # or a tiny temperature overflows
     probabilities = F.softmax(logits / min(max(temperature, 1e-30), 1e30), dim=-1)
     if top_p is not None:
         ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it suffice
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it suffice
         beyond[:, 0] = False  # whatever is left of a tiny top_p in float32
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
     return torch.multinomial(probabilities, 1)

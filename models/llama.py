@@ -34,7 +34,7 @@ class Sizes:
     """The sizes and options of a model of the Llama family.
 
     Attributes:
-        n_kv_head: heads of keys and values, of which each serves n_head / n_kv_head queries.
+        n_kv_head: heads of keys and values; each of them serves n_head / n_kv_head queries.
         rope: the table `rope_parameters` of config.json, with `rope_type` and `rope_theta`.
         max_positions: the context of the published model, which some kinds of rope need;
             `block_size` is less where attention has a sliding window.
@@ -85,7 +85,7 @@ class Llama(LanguageModel):
     def __init__(self, *, device: str | torch.device, dropout: float = 0.0, **sizes: Any) -> None:
         super().__init__()
         self.sizes = s = Sizes(**sizes)
-        self.model = nn.Module()  # a part of the names of what it holds
+        self.model = nn.Module()  # for the names in it, which begin with "model."
         self.model.embed_tokens = nn.Embedding(s.vocab_size, s.n_embd)
         self.model.layers = nn.ModuleList(Block(s, dropout) for _ in range(s.n_layer))
         self.model.norm = RMSNorm(s.n_embd, s.norm_eps)
@@ -304,6 +304,7 @@ def yarn_frequencies(
 
 
 def yarn_scale(factor: float, mscale: float) -> float:
+    """YaRN's factor on cosines and sines for a context that is `factor` times as long."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -316,7 +317,8 @@ LARGEST = 2**24  # of the sizes, so that no product of two is beyond a tensor's
 
 
 def read_config(config: dict[str, Any]) -> Sizes:
-    """The sizes that a config.json of the family states. Raises ValueError for others."""
+    """The sizes that a config.json of the family states. Raises ValueError for what is not
+    supported."""
     kind = config["model_type"]
     if config.get("quantization_config") is not None:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Kernels below both the models and LoRA."""
+"""Kernels that models and LoRA share: attention, dropout, activations, small products."""

@@ -10,7 +10,7 @@ from ops.dropout import draw_numbers, mask_of
 from ops.products import concatenated, differentiable_once, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
-# up to this context length (`python benchmarks/cpu_operations.py`, as the next).
+# up to this context length. `python benchmarks/cpu_operations.py` sets this and QUERIES.
 PLAIN_ATTENTION_MAX_CONTEXT = 256
 
 # Where weights are computed again in backward, the plain form without dropout is faster up to this
@@ -18,8 +18,8 @@ PLAIN_ATTENTION_MAX_CONTEXT = 256
 # in float32 and 0.42 in bfloat16, and 1024 tokens 0.87 and 0.63 (an EPYC with AVX-512).
 PLAIN_AGAIN_MAX_CONTEXT = 1024
 
-# The plain form takes so many queries at a time, with the keys up to the last of them: what is
-# masked beyond is neither computed nor kept.
+# The plain form takes so many queries at a time, with the keys up to the last of them. Scores of
+# later keys, which the mask hides, are neither computed nor kept.
 QUERIES = 64
 
 # Whether torch's fused form on a CPU reads one key head for a group of query heads. In earlier
@@ -49,7 +49,7 @@ class KeyValueCache:
         return new
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens; returns all so far."""
+        """Add the keys and values of the next tokens, (B, K, T, D) each; returns all so far."""
         start, self.length = self.length, self.length + k.shape[2]
         if self.keys is None:
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -73,8 +73,8 @@ def causal_attention(
     """Causal scaled dot-product attention of queries (B, T, H, D) to keys and values
     (B, T, K, D): (B, T, H * D).
 
-    H is a multiple of K, and query head i reads key head i // (H // K), so that groups of H // K
-    query heads share one (Ainslie et al. 2023, "GQA", arXiv 2305.13245).
+    H is a multiple of K. Groups of H // K query heads share a key head: query head i reads key head
+    i // (H // K) (Ainslie et al. 2023, "GQA", arXiv 2305.13245).
 
     With a `cache`, keys and values join those in it, and the queries are of the last T of its S
     tokens; else S is T. `mask` (B, 1, T, S) is 0 where a query sees a key, none of them after it,
@@ -133,17 +133,20 @@ def plain_attention(
     mask: Tensor | None = None,
     keeps_weights: bool = True,
 ) -> Tensor:
-    """The same without a cache, as batched products with a softmax between them, which is computed
-    again in backward unless it `keeps_weights`."""
+    """Causal attention without a cache, as batched products with a softmax between them.
+
+    `dropout_p` is applied whatever the mode. Shapes and `mask` are those of `causal_attention`. The
+    softmax is computed again in backward unless it `keeps_weights`.
+    """
     return _PlainAttention.apply(q, k, v, dropout_p, mask, keeps_weights)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Left to autograd it would keep three tensors of the size of the scores; this keeps one and
-    the dropout's random numbers.
+    """Attention that keeps one tensor of the size of the scores, and the dropout's random numbers.
 
-    A group of G = H // K query heads is one product with its key head: its rows are ordered by
-    token, and by head within a token, so that those of some successive tokens lie together.
+    Autograd would keep three such tensors. A group of G = H // K query heads is one product with
+    its key head. Its rows are ordered by token, and by head within a token, so that the rows of
+    successive tokens lie together.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Dropout that is cheap on a CPU, for the model and for the adapters alike."""
+"""Dropout that is cheap on a CPU, for models and adapters."""
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,22 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def draws_bits(x: Tensor) -> bool:
-    """Whether masks are of random bits: on a CPU, but not under torch.compile, which knows torch's
-    own functions alone and draws for them within its loops."""
+    """Whether masks are made of random bits: on a CPU, but not under torch.compile.
+
+    torch.compile draws within its own loops, and only for torch's own functions.
+    """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def draw_numbers(x: Tensor, p: float, bits: int = 16) -> tuple[Tensor, int, float]:
-    """Random numbers of the shape of `x`, the lowest of them that keeps its element, and the
-    probability of that, 1 - p.
+    """A dropout mask in its smallest form, which `mask_of` reads.
 
-    They are a mask in its smallest form (see `mask_of`). Where `draws_bits` they have `bits` bits,
-    8 or 16, where torch's own function draws a float for each element, so that `p` is rounded to a
-    multiple of 2**-bits, above 0 and below 1. They come from torch's default generator, so seeds
-    and resuming hold.
+    Where `draws_bits`, the numbers have `bits` bits, 8 or 16. torch's own function would draw a
+    float for each element. So `p` is rounded to a multiple of 2**-bits, above 0 and below 1. The
+    numbers come from torch's default generator, so seeds and resuming hold.
+
+    Returns random numbers of the shape of `x`, the lowest number that keeps its element, and the
+    probability that an element is kept, 1 - p.
     """
     if not draws_bits(x):
         ones = torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
@@ -47,6 +50,8 @@ def mask_of(numbers: Tensor, lowest: int, out: Tensor) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
+    """x times a scaled mask of random bits, which is all that is kept for backward."""
+
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         numbers, lowest, kept = draw_numbers(x, p)

@@ -1,4 +1,4 @@
-"""Small matrix products and what surrounds them, for models and LoRA alike."""
+"""Small matrix products, their dtypes and the joining of their factors, for models and LoRA."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with x: autocast's, where that is on and x is not float64."""
     kind = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype  # meta has no autocast
+        return x.dtype  # the meta device has no autocast
     return torch.get_autocast_dtype(kind)
 
 
@@ -53,6 +53,7 @@ def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:
     return multiply(a, b, beta=0, alpha=s)
 
 
+# a b of bfloat16 matrices in float32, on a GPU for which `sums_to_float32` holds.
 float32_product = functools.partial(torch.mm, out_dtype=torch.float32)
 
 
@@ -69,17 +70,17 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
-    """One below the other, or along `dim`; a single one as it is, for it needs no copy."""
+    """The tensors one below the other, or along `dim`; a single one as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def block_diagonal(matrices: Tensors) -> Tensor:
-    """All on the diagonal, zeros beside them; a single one as it is, for it needs no copy."""
+    """The matrices on the diagonal, zeros elsewhere; a single one as it is, without a copy."""
     return matrices[0] if len(matrices) == 1 else torch.block_diag(*matrices)
 
 
 def stacked(tensors: Tensors) -> Tensor:
-    """A batch (n, ...) of them; of a single one a view, for it needs no copy."""
+    """The n tensors as a batch (n, ...); of a single one a view, without a copy."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 

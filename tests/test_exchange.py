@@ -140,8 +140,8 @@ def test_the_whole_way_from_a_published_folder_to_transformers_and_peft(tmp_path
         return succeeded(start_script(tmp_path, script="generate.py", **base | asked | variables))
 
     def validation_loss(**variables: str) -> str:
-        record = succeeded(start_script(tmp_path, EVAL_ONLY="True", **data | variables))
-        return next(x for x in record.splitlines() if x.startswith("Validation loss"))
+        log = succeeded(start_script(tmp_path, EVAL_ONLY="True", **data | variables))
+        return next(x for x in log.splitlines() if x.startswith("Validation loss"))
 
     succeeded(start_script(tmp_path, **run))
     stopped = Started(tmp_path, ["training.py"], run | {"OUT_DIR": "again"})

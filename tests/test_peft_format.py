@@ -512,14 +512,14 @@ def test_a_folder_is_an_adapter_for_the_scripts(tmp_path, monkeypatch, capsys):
     tiny |= {"BASE_CHECKPOINT": "out/full.pt", "NUM_THREADS": "1"}
 
     more = {"USE_LORA": "True", "OUT_DIR": "more", "ADAPTERS": "peft"}
-    record = succeeded(start_script(tmp_path, **tiny | more))
-    assert "Base of the adapter: not recorded in its file, so not checked" in record
+    log = succeeded(start_script(tmp_path, **tiny | more))
+    assert "Base of the adapter: not recorded in its file, so not checked" in log
     tuned = read_adapter(tmp_path / "more/lora.pt", BASE_ID)
     assert tuned.base == BASE_ID and set(tuned.ranks.values()) == {4}
 
     evaluation = {"EVAL_ONLY": "True", "ADAPTERS": "ours:0.5,peft:0.5"}
-    record = succeeded(start_script(tmp_path, **tiny | evaluation))
-    assert "Adapter: ours, weight 0.5" in record and "Validation loss: " in record
+    log = succeeded(start_script(tmp_path, **tiny | evaluation))
+    assert "Adapter: ours, weight 0.5" in log and "Validation loss: " in log
 
     (tmp_path / "peft/adapter_config.json").write_text("{")
     monkeypatch.chdir(tmp_path)

@@ -284,11 +284,11 @@ def test_an_evaluation_is_the_mean_over_the_tokens_that_count(tmp_path):
 def test_texts_are_continued_and_end(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(*[{"text": "one two"}] * 8))
     variables = TINY | {"DATA": "train.jsonl", "DROPOUT": "0", "LEARNING_RATE": "0.01"}
-    record = succeeded(
+    log = succeeded(
         start_script(tmp_path, **variables | {"MAX_STEPS": "100", "EVAL_INTERVAL": "100"})
     )
-    assert 'prompt:     "{prompt}"' in record
-    assert re.search(r"^Passes: (\S+) over the training data", record, re.M)
+    assert 'prompt:     "{prompt}"' in log
+    assert re.search(r"^Passes: (\S+) over the training data", log, re.M)
     for raw in ("True", "False"):
         ask = {"script": "generate.py", "TEMPERATURE": "0", "PROMPT": "one", "RAW_PROMPT": raw}
         assert succeeded(start_script(tmp_path, **ask)) == "one two\n"
@@ -416,11 +416,11 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(*pairs * 4))
     (tmp_path / "valid.jsonl").write_bytes(lines(*pairs))
     variables = TINY | {"DATA": "train.jsonl", "BLOCK_SIZE": "64", "DROPOUT": "0"}
-    record = succeeded(
+    log = succeeded(
         start_script(tmp_path, **variables | {"MAX_STEPS": "150", "EVAL_INTERVAL": "150"})
     )
-    assert "7 records" in record and "1 records" in record
-    assert r'prompt:     "user: {prompt}\nassistant: "' in record
+    assert "7 records" in log and "1 records" in log
+    assert r'prompt:     "user: {prompt}\nassistant: "' in log
     assert read_checkpoint(tmp_path / "out" / "full.pt").metadata["prompt_format"] == PROMPT_FORMAT
     ask = {"script": "generate.py", "TEMPERATURE": "0", "NUM_THREADS": "1"}
     for question, answer in (("one?", "uno\n"), ("two?", "dos\n")):
@@ -436,10 +436,10 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
     # The base knows the answers. At the default rate four steps may spoil them, and whether they do
     # depends on the dtype that DTYPE=auto finds; this test is of the way to an answer alone.
     budget["LEARNING_RATE"] = "1e-4"
-    record = succeeded(start_script(tmp_path, **tuned | budget))
-    assert "user: one?" in record.rpartition("Sample")[2]
+    log = succeeded(start_script(tmp_path, **tuned | budget))
+    assert "user: one?" in log.rpartition("Sample")[2]
     everything = succeeded(start_script(tmp_path, LOSS_ON_PROMPT="True", **tuned | budget))
-    assert "(8 counted)" in record and "(8 counted)" not in everything
+    assert "(8 counted)" in log and "(8 counted)" not in everything
     answered = start_script(
         tmp_path, PROMPT="two?", ADAPTERS="out/lora.pt:0.5,out/lora.pt:0.5", **ask
     )

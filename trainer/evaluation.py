@@ -35,10 +35,12 @@ class FullEvaluation:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), inf where a float cannot hold it."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
+        """The loss in bits over the bytes of the text, which does not depend on the tokenizer."""
         return self.total / self.n_bytes / math.log(2)
 
 

@@ -42,8 +42,8 @@ class LoraOptions:
 def read_checked_base(path: str) -> Checkpoint:
     """The base at a path: a checkpoint, or a folder of Hugging Face's.
 
-    Raises FileError where it cannot be read, where its tokenizer has tokens without an embedding,
-    and where its tokens are bytes and its vocabulary has another size than 256.
+    Raises FileError where it cannot be read, and where its tokenizer has tokens without an
+    embedding. A base of bytes must have a vocabulary of exactly 256.
     """
     base = read_base(path)
     try:

@@ -84,6 +84,7 @@ class RunLog:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the log has its summary, which ends it."""
         return self.final_val_loss is not None
 
     @property

@@ -254,6 +254,7 @@ class Config(Settings):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, of all processes."""
         return self.grad_accum_steps * self.batch_size * self.block_size
 
     @property

@@ -96,7 +96,7 @@ def set_up(asked: Config) -> Run:
     """Choose device and dtype, open the data, and build the model on its base and adapters.
 
     `asked` is what the environment says. Raises ConfigError, DataError or FileError for input that
-    cannot be used or does not fit together, DeviceError for a device that is not there, and
+    cannot be used or does not fit together. Raises DeviceError for a device that is not there, and
     GroupError for processes that cannot work together.
     """
     hardware.keep_freed_memory()
@@ -291,7 +291,7 @@ def resolve(
 def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
     """The linears that LORA_TARGETS=`text` names, as in `query,value`; None for `all`.
 
-    Raises ConfigError for a name that is none of the model's `linears`.
+    Raises ConfigError for a name that is not in the model's `linears`.
     """
     if text.strip().lower() == "all":
         return None
