@@ -10,12 +10,14 @@ takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, and M or W where it was cast for the step, or M where it and the batch
-are small; with dropout what is left of x, and a byte an element for the mask.
+Only x is kept for backward, or what it is quickly made of again; and M or W where it was cast for
+the step, or M where it and the batch are small. With dropout it is what is left of x, and a byte an
+element for the mask.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from ops.dropout import draw_numbers, dropout, mask_of
 from ops.products import (
     Tensors,
+    base_slices,
+    base_weight,
     block_diagonal,
     concatenated,
     differentiable_once,
@@ -154,19 +158,38 @@ class LoRALinear(nn.Module):
         )
 
 
-def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+class Made(NamedTuple):
+    """A tensor that is quick to make again, `function(*tensors)`, in place of keeping it."""
+
+    value: Tensor
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def made(function: Callable[..., Tensor], *tensors: Tensor) -> Made:
+    """What `function` makes of `tensors`, which backward needs anyway and which must not change."""
+    return Made(function(*tensors), function, tensors)
+
+
+def grouped_linear(x: Tensor | Made, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What each of `layers` makes of x (..., in_features): one (..., out_features) for each.
+
+    LoRALinears in two paths make x again in backward where it is `made`.
 
     Where that is faster than one by one they are one product, and the outputs are views of it.
     Layers in one product are plain linears, or LoRALinears of one mode, rank, scaling and dropout.
     All of them have a bias or none, and none has hooks, which would not run. LoRALinears in one
     product share the dropout's mask, since they share its input.
     """
-    if not (_are_alike(layers) and stacking_pays(x.numel() // max(1, x.shape[-1]), layers)):
+    source, x = (x, x.value) if isinstance(x, Made) else (None, x)
+    alike = _are_alike(layers)
+    if not (alike and stacking_pays(x.numel() // max(1, x.shape[-1]), layers)):
+        if source is not None and alike and type(layers[0]) is LoRALinear:
+            return tuple(_adapted(x, [layer], source) for layer in layers)
         return tuple(apply_linear(layer, x) for layer in layers)
     widths = [layer.out_features for layer in layers]
     if type(layers[0]) is LoRALinear:
-        return _adapted(x, layers).split(widths, -1)
+        return _adapted(x, layers, source).split(widths, -1)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(x, weight, bias).split(widths, -1)
@@ -174,14 +197,14 @@ def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), where a plain linear may be frozen in a lower precision than the product's."""
-    if (
-        type(layer) is nn.Linear
-        and not layer.weight.requires_grad
-        and layer.weight.itemsize < product_dtype(x).itemsize
-        and not _has_hooks(layer)
-    ):
+    if is_frozen(layer) and layer.weight.itemsize < product_dtype(x).itemsize:
         return _Frozen.apply(x.to(product_dtype(x)), layer.weight, layer.bias)
     return layer(x)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer is a frozen plain linear, whose weight says all that calling it would do."""
+    return type(layer) is nn.Linear and not layer.weight.requires_grad and not _has_hooks(layer)
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:
@@ -225,8 +248,11 @@ def stacking_pays(tokens: int, layers: Sequence[nn.Module]) -> bool:
     return n_out <= OUTPUTS_PER_TOKEN * tokens and (adapted or n_in * n_out <= PLAIN_GROUP)
 
 
-def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
-    """The outputs, side by side, of LoRALinears that share x, mode, rank, scaling and dropout."""
+def _adapted(x: Tensor, layers: Sequence[LoRALinear], source: Made | None = None) -> Tensor:
+    """The outputs, side by side, of LoRALinears that share x, mode, rank, scaling and dropout.
+
+    `source` is how x was made, if backward is to make it again.
+    """
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; LoRALinear takes floating-point numbers")
     x = x.to(product_dtype(x))
@@ -243,7 +269,9 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear]) -> Tensor:
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
         return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
     numbers, lowest, keep_rate = draw_numbers(rows_of(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
-    return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, *W, *A, *B)
+    if numbers is not None or torch.compiler.is_compiling():
+        source = None
+    return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, source, *W, *A, *B)
 
 
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
@@ -264,15 +292,6 @@ def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
     return merging < tokens * (n_in + n_out) * 2 * dtype.itemsize
 
 
-def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """The frozen weights of layers on one input, one below the other: (sum of out, in) in `dtype`.
-
-    Every form of the arithmetic takes its base from here, in forward and again in backward. With
-    `copy` the result may be written to; else it can be the single weight itself.
-    """
-    return concatenated(W).to(dtype, copy=copy and len(W) == 1)
-
-
 def _by_autograd(
     x: Tensor, s: float, bias: Tensor | None, p: float, W: Tensors, A: Tensors, B: Tensors
 ) -> Tensor:
@@ -289,13 +308,21 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(W)
-        return F.linear(x, base_weight([W], x.dtype), None if b is None else b.to(x.dtype))
+        y = x.new_empty(*x.shape[:-1], len(W))
+        bias = x.new_zeros(()) if b is None else b.to(x.dtype)
+        for part, weight in base_slices([W], x.dtype):
+            out = rows_of(y)[:, part]
+            torch.addmm(bias if b is None else bias[part], rows_of(x), weight.t(), out=out)
+        return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (W,) = ctx.saved_tensors
-        return grad @ base_weight([W], grad.dtype), None, None
+        dx = grad.new_zeros(*grad.shape[:-1], W.shape[1])
+        for part, weight in base_slices([W], grad.dtype):
+            rows_of(dx).addmm_(rows_of(grad)[:, part], weight)
+        return dx, None, None
 
 
 class _Merged(torch.autograd.Function):
@@ -330,7 +357,7 @@ class _TwoPaths(torch.autograd.Function):
 
     Elements whose number in `numbers`, if any, is below `lowest` are dropped from the adapters'
     input; the scale of the others is in `scaling`. The base's path needs no x for backward, so
-    that what is kept is the adapters' input.
+    that what is kept is the adapters' input, or what it is made of again.
     """
 
     @staticmethod
@@ -341,38 +368,46 @@ class _TwoPaths(torch.autograd.Function):
         bias: Tensor | None,
         numbers: Tensor | None,
         lowest: int,
+        source: Made | None,
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
-        wide, down = base_weight(W, x.dtype), concatenated(A).to(x.dtype)
+        # What is cast to fewer bytes is kept; what is cast to more is cast anew in backward.
+        cast = base_weight(W, x.dtype) if any(x.itemsize < w.itemsize for w in W) else None
+        down = concatenated(A).to(x.dtype)
         up = block_diagonal(B).to(x.dtype).t()  # (n * rank, sum of out)
-        y = x.new_empty(*x.shape[:-1], len(wide))
+        y = x.new_empty(*x.shape[:-1], up.shape[1])
         rows, outputs = rows_of(x), rows_of(y)
         adapter_input = rows if numbers is None else torch.empty_like(rows)
-        bias = y.new_zeros(len(wide)) if bias is None else bias
+        bias = y.new_zeros(up.shape[1]) if bias is None else bias
         for part in _slices(rows, numbers):
             if numbers is not None:
                 mask_of(numbers[part], lowest, out=adapter_input[part]).mul_(rows[part])
             h = scaled_product(scaling, adapter_input[part], down.t())  # (tokens, n * rank)
             # The adapters first: where B is zero they are the bias, and the base adds onto it as
             # F.linear does, to the bit.
-            torch.addmm(bias, h, up, out=outputs[part]).addmm_(rows[part], wide.t())
-        ctx.scaling, ctx.lowest, ctx.shape = scaling, lowest, x.shape
-        # What was cast to fewer bytes is kept; what was cast to more is cast anew in backward.
-        cast = wide if any(x.itemsize < w.itemsize for w in W) else None
-        ctx.save_for_backward(x if numbers is None else adapter_input, numbers, cast, *parameters)
+            torch.addmm(bias, h, up, out=outputs[part])
+            for some, weight in base_slices(W if cast is None else [cast], x.dtype):
+                outputs[part, some].addmm_(rows[part], weight.t())
+        ctx.scaling, ctx.lowest, ctx.shape, ctx.dtype = scaling, lowest, x.shape, x.dtype
+        ctx.function, kept = None, (x if numbers is None else adapter_input,)
+        if source is not None:
+            _, ctx.function, kept = source
+        ctx.n_parameters = len(parameters)
+        ctx.save_for_backward(numbers, cast, *parameters, *kept)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, numbers, cast, *parameters = ctx.saved_tensors
-        W, A, B = _in_three(parameters)
+        numbers, cast, *tensors = ctx.saved_tensors
+        W, A, B = _in_three(tensors[: ctx.n_parameters])
+        kept = tensors[ctx.n_parameters :]
+        x = kept[0] if ctx.function is None else ctx.function(*kept).to(ctx.dtype)
         x, g = rows_of(x), rows_of(grad)
         dA, dB, gB = _adapter_gradients(x, g, A, B, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            wide = base_weight(W, x.dtype) if cast is None else cast
             down = concatenated(A).to(x.dtype)
             gB = gB.mT.reshape(-1, len(down))  # (T, n * rank)
             dx = torch.empty_like(x)
@@ -381,9 +416,10 @@ class _TwoPaths(torch.autograd.Function):
                     torch.mm(gB[part], down, out=dx[part])
                 else:
                     mask_of(numbers[part], ctx.lowest, out=dx[part]).mul_(gB[part] @ down)
-                dx[part].addmm_(g[part], wide)
+                for some, weight in base_slices(W if cast is None else [cast], x.dtype):
+                    dx[part].addmm_(g[part, some], weight)
             dx = dx.view(ctx.shape)
-        return dx, None, None, None, None, *(None for _ in W), *dA, *dB
+        return dx, None, None, None, None, None, *(None for _ in W), *dA, *dB
 
 
 def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:

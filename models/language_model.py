@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
-from lora.linear import apply_linear
+from lora.linear import apply_linear, is_frozen
 from ops.attention import KeyValueCache
+from ops.loss import linear_cross_entropy
 from ops.products import product_dtype
 
 
@@ -80,6 +81,7 @@ class LanguageModel(nn.Module):
     """
 
     linears: ClassVar[tuple[str, ...]]
+    keeps_logits: ClassVar[bool] = True  # when it computes a loss with a frozen head
     sizes: Any
     blocks: nn.ModuleList
     final_norm: nn.Module
@@ -145,9 +147,12 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, vocab_size) for idx (B, T), and the mean cross-entropy if `targets` (B, T)
         is given, over those that are not negative.
+
+        With targets there are no logits, but None, where the head is frozen and the family does not
+        keep them: a vocabulary of published models makes them larger than the rest of a step.
 
         `segments` (B, T) says what text each token is of, where a row holds several: each has its
         positions from 0, and none sees another.
@@ -176,7 +181,11 @@ class LanguageModel(nn.Module):
                 x = checkpoint(block, x, *shared, cache=cache, mask=mask, use_reentrant=False)
             else:
                 x = block(x, *shared, cache=cache, mask=mask)
-        logits = apply_linear(self.lm_head, self.final_norm(x))
+        x = self.final_norm(x)
+        if targets is not None and not self.keeps_logits and is_frozen(self.lm_head):
+            rows = x.to(product_dtype(x)).flatten(0, -2)
+            return None, linear_cross_entropy(rows, self.lm_head.weight, targets.flatten())
+        logits = apply_linear(self.lm_head, x)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from lora import grouped_linear
+from lora.linear import Made, made
 from models.language_model import Family, LanguageModel, StoredTensor
 from ops.activations import swiglu
 from ops.attention import KeyValueCache, causal_attention
 from ops.dropout import dropout as apply_dropout
+from ops.norms import rms_norm
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Llama(LanguageModel):
     attention's weights and on what each half of a block adds to the residual stream.
     """
 
+    keeps_logits = False
     linears = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
     )  # fmt: skip
@@ -122,9 +125,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.itemsize < 4 else x
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -141,7 +142,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None
+        self, x: Made, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None
     ) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = turned(q, cos, sin), turned(k, cos, sin)
-        y = causal_attention(q, k, v, self.dropout, self.training, mask, cache)
+        y = causal_attention(q, k, v, self.dropout, self.training, mask, cache, saves_memory=True)
         (y,) = grouped_linear(y, [self.o_proj])
         return y
 
@@ -164,9 +165,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(s.n_embd, s.n_inner, bias=s.mlp_bias)
         self.down_proj = nn.Linear(s.n_inner, s.n_embd, bias=s.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Made) -> Tensor:
         gate, up = grouped_linear(x, [self.gate_proj, self.up_proj])  # (B, T, n_inner) each
-        (y,) = grouped_linear(swiglu(gate, up), [self.down_proj])
+        (y,) = grouped_linear(made(swiglu, gate, up), [self.down_proj])
         return y
 
 
@@ -189,9 +190,9 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        y = self.self_attn(made(self.input_layernorm, x), cos, sin, cache, mask)
         x = x + apply_dropout(y, self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(made(self.post_attention_layernorm, x))
         return x + apply_dropout(y, self.dropout, self.training)
 
 

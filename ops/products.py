@@ -1,12 +1,15 @@
 """Small matrix products and what surrounds them, for models and LoRA alike."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
+
+# The numbers of a frozen weight that a CPU casts at a time.
+CAST = 2**20
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -15,6 +18,32 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype  # meta has no autocast
     return torch.get_autocast_dtype(kind)
+
+
+def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """The frozen weights of layers on one input, one below the other: (sum of out, in) in `dtype`.
+
+    Every form of the arithmetic takes its base from here or from `base_slices`, in forward and
+    again in backward. With `copy` the result may be written to; else it can be the single weight
+    itself.
+    """
+    return concatenated(W).to(dtype, copy=copy and len(W) == 1)
+
+
+def base_slices(W: Tensors, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """What `base_weight` gives, in slices of outputs: which, and their weights (outputs, in).
+
+    It is one slice, but for weights that a CPU casts to more bytes: these come some at a time,
+    which take no memory, and of which the product finds some in the cache.
+    """
+    if W[0].device.type != "cpu" or not all(w.itemsize < dtype.itemsize for w in W):
+        yield slice(None), base_weight(W, dtype)
+        return
+    start = 0
+    for w in W:
+        for rows in w.split(max(1, CAST // w.shape[1])):
+            yield slice(start, start + len(rows)), rows.to(dtype)
+            start += len(rows)
 
 
 def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:

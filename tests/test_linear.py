@@ -18,6 +18,7 @@ from lora import LoRALinear, grouped_linear
 from lora import linear as module
 from lora.linear import base_weight, lora_reference, stacking_pays
 from ops import dropout as dropout_module
+from ops import products
 from ops.dropout import draw_numbers, mask_of
 
 # Relative to the norm of what float64 gives: about twice an input's rounding in the low precisions.
@@ -188,6 +189,7 @@ def test_every_form_takes_its_base_from_base_weight(which, small_batch):
         form(which),
         drawn_masks() as masks,
         patch.object(module, "base_weight", tripled),
+        patch.object(products, "base_weight", tripled),  # for base_slices
         patch.object(module, "SMALL_BATCH", small_batch),
     ):
         y = layer(x)
