@@ -10,10 +10,8 @@ makes their comparison unfair. An unfinished run is shown as far as it is.
 """
 
 import argparse
-import contextlib
 import io
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from files import FileError
+from files.streams import write_err, write_out
+from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
 
@@ -28,7 +29,7 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers for print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
-# Alike in a fair test.
+# Runs that differ in one of these are no fair comparison.
 VARIABLES = (
     "MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE", "DROPOUT", "LOSS_ON_PROMPT",
     "COMPILE", "GRAD_CHECKPOINT",
@@ -37,7 +38,10 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. What changes with every step has no ratio before a run has ended."""
+    """A column of the table: its heading, its format, and its value for a run.
+
+    What `grows` changes with every step, and has no ratio before both runs have ended.
+    """
 
     name: str
     unit: str
@@ -79,7 +83,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work(parse(arguments))
-    except LogError as error:
+    except (LogError, FileError) as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -136,10 +140,12 @@ def table(runs: list[RunLog]) -> list[str]:
 
 
 def row(cells: Iterable[str]) -> str:
+    """A line of the table: one cell for each column, aligned to the right."""
     return "  ".join(f"{cell:>{c.width}}" for cell, c in zip(cells, COLUMNS, strict=True)).rstrip()
 
 
 def ratio(run: RunLog, first: RunLog, column: Column) -> str:
+    """A run's value over the first run's, as in `0.95x`; empty where there is none."""
     value, reference = column.value(run), column.value(first)
     if value is None or not reference or not math.isfinite(value / reference):
         return ""
@@ -185,7 +191,8 @@ def conditions(run: RunLog) -> dict[str, tuple[str | None, str | None]]:
 def plot(runs: list[RunLog], path: Path) -> int:
     """Draw the validation losses against steps and seconds; returns the file's size in bytes.
 
-    Raises LogError, and writes nothing, without matplotlib or without an evaluation.
+    Raises LogError, and writes nothing, without matplotlib or without an evaluation, and FileError
+    when the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # which needs no display
@@ -223,7 +230,8 @@ def plot(runs: list[RunLog], path: Path) -> int:
     figure.legend(panels[0].lines, names, **place)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
-    write(path, content.getvalue())
+    with replacing(path) as file:
+        file.write(content.getvalue())
     return len(content.getvalue())
 
 
@@ -263,35 +271,15 @@ def limits(runs: list[RunLog]) -> tuple[float, float, str]:
     return low - margin, high + margin, f"higher values, up to {highest:.2f}, not shown"
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file beside `path` and rename it into place. Raises LogError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise LogError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def say(*lines: str) -> None:
-    """Print whole lines to stdout at once. Raises LogError when that cannot be written: its disk is
-    full, or its reader has gone (`... | head`)."""
-    try:
-        for line in lines:
-            print(printable(line), flush=True)
-    except OSError as error:
-        # Python would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise LogError(f"stdout: {error.strerror}") from error
+    """Print whole lines to stdout at once. Raises FileError when that cannot be written."""
+    for line in lines:
+        write_out(printable(line) + "\n")
 
 
 def fail(message: str, exit_code: int) -> int:
     """Print an error to stderr, if it is open; returns the exit code."""
-    if sys.stderr is not None:  # for want of it `print` would take stdout
-        with contextlib.suppress(OSError):
-            print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    write_err(f"error: {printable(message)}")
     return exit_code
 
 

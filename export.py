@@ -1,7 +1,7 @@
 """Write a model or an adapter for Hugging Face's `transformers` and `peft`.
 
-    python export.py out/merged.pt out-gpt2    a checkpoint, as a folder of a GPT-2 model
-    python export.py out/lora.pt out-peft      an adapter, as one of PEFT's for such a model
+    python export.py out/merged.pt merged    a checkpoint, as a folder of its family's model
+    python export.py out/lora.pt peft        an adapter, as a folder that PEFT reads
 
 The folders must not exist yet.
 """
@@ -9,10 +9,10 @@ The folders must not exist yet.
 import os
 import sys
 
+from data import end_tokens
 from files import OtherKind
 from lora import read_adapter, write_peft
-from models import FAMILIES, GPT2
-from models.huggingface import adapter_to_folder, read_base, write_model
+from models.huggingface import adapter_to_folder, family_of_adapter, read_base, write_model
 from trainer.console import exit_code_of, say
 from trainer.settings import ConfigError
 
@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
+    """Write the first argument's file as the folder that the second names."""
     if arguments in (["--help"], ["-h"]):
         say(*__doc__.strip().split("\n"))
         return
@@ -32,10 +33,12 @@ def work(arguments: list[str]) -> None:
     try:
         adapter = read_adapter(source)
     except OtherKind:
-        size = write_model(folder, read_base(source))
-        what = "a GPT-2 model"
+        checkpoint = read_base(source)
+        ends = end_tokens(checkpoint.tokenizer, checkpoint.files)
+        size = write_model(folder, checkpoint, ends)
+        what = f"a model of the family {checkpoint.family.name}"
     else:
-        family = FAMILIES.get(adapter.metadata.get("family"), GPT2)
+        family = family_of_adapter(adapter)
         below = adapter.metadata.get("base_checkpoint")
         base_model = below if below is not None and os.path.isdir(below) else None
         size = write_peft(folder, adapter_to_folder(adapter, family), "CAUSAL_LM", base_model)

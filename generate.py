@@ -3,7 +3,7 @@
     python generate.py                                  continue a line break
     PROMPT="The " ADAPTERS=out/lora.pt python generate.py
     ADAPTERS=a.pt:0.7,b.pt:0.3 python generate.py       a weighted sum of two adapters
-    PROMPT="What is a list?" python generate.py         of records: put the question, get an answer
+    PROMPT="What is a list?" python generate.py         a model trained on records answers it
     python generate.py --help                           every variable
 
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 import hardware
-from data import encode, end_token, stream_decoder
+from data import begun, encode, end_tokens, start_tokens, stream_decoder, vocabulary_size
 from files.streams import write_err, write_out
 from lora import lora_layers, merge_adapter
 from models import LanguageModel
+from models.checkpoint import Checkpoint
 from trainer.console import asks_for_help, exit_code_of, format_table, say
 from trainer.loading import (
     LoraOptions,
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
+    """Write the continuation of PROMPT."""
     if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(GenerateConfig)))
         return
@@ -50,17 +52,21 @@ def work(arguments: list[str]) -> None:
         torch.set_num_threads(config.num_threads)
     device, _ = hardware.choose_device(config.device)
     dtype, _ = hardware.choose_dtype(config.dtype, device)
-    model, tokenizer, prompt_format = load_model(config, device)
+    model, base, prompt_format = load_model(config, device)
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        write_text(config, model, tokenizer, prompt_format, device)
+        write_text(config, model, base, prompt_format, device)
 
 
 def load_model(
     config: GenerateConfig, device: torch.device
-) -> tuple[LanguageModel, str | None, str | None]:
-    """The base, with the adapters merged into it, its tokenizer, and the format that it or the
-    adapters were trained to be asked in, if any."""
+) -> tuple[LanguageModel, Checkpoint, str | None]:
+    """The model on its base with the sum of ADAPTERS, its base, and the format of its prompts.
+
+    Adapters are merged into the weights unless those lie in a lower precision. The format has
+    "{prompt}" in it; it is None for a model that was trained on text. Raises FileError for a base
+    or adapters that cannot be used.
+    """
     base = read_checked_base(config.base_checkpoint or str(Path(config.out_dir) / "full.pt"))
     adapters = read_adapters(config.adapters, base.family, base.sizes)
     lora = None
@@ -74,40 +80,48 @@ def load_model(
         metadata = put_on_adapters(model, base_fingerprint(model), adapters, rank, any_base)
         largest_rank = max(layer.rank for layer in lora_layers(model).values())
         lines += describe_adapters(adapters, metadata, largest_rank)
-        merge_adapter(model)
+        layers = lora_layers(model).values()
+        if all(layer.weight.dtype == layer.lora_A.dtype for layer in layers):
+            merge_adapter(model)  # not in lower precision, which would round the sum
     for line in lines:
         write_err(line)
     prompt_format = metadata.get("prompt_format")
-    return model.eval(), base.tokenizer, prompt_format if isinstance(prompt_format, str) else None
+    return model.eval(), base, prompt_format if isinstance(prompt_format, str) else None
 
 
 def write_text(
     config: GenerateConfig,
     model: LanguageModel,
-    tokenizer: str | None,
+    base: Checkpoint,
     prompt_format: str | None,
     device: torch.device,
 ) -> None:
-    """Write the prompt and its continuation to stdout, each character when its bytes are there; of
-    a prompt that was put in a format the answer alone. A model that was trained on records, as the
-    format says, ends it itself."""
+    """Write the prompt and its continuation to stdout, each character as soon as it is complete.
+
+    Where the prompt is put in a format, only the answer is written. It ends at one of the model's
+    end tokens; a model of bytes that was trained on text has none. Raises ConfigError for a prompt
+    without tokens.
+    """
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    tokenizer, files = base.tokenizer, base.files
     decoded = stream_decoder(tokenizer)
-    text, end = config.prompt, None
-    if prompt_format is not None:
-        end = end_token(tokenizer)
-        if not config.raw_prompt:
-            text = prompt_format.replace("{prompt}", config.prompt)
-    prompt = encode(text, tokenizer)
+    text, ends = config.prompt, []
+    if tokenizer is not None or prompt_format is not None:
+        ends = end_tokens(tokenizer, files)
+    if prompt_format is not None and not config.raw_prompt:
+        text = prompt_format.replace("{prompt}", config.prompt)
+    start = start_tokens(tokenizer, files)
+    prompt = begun(encode(text, tokenizer), start)
     if not prompt:
         raise ConfigError(f"PROMPT={config.prompt!r} has no tokens that the base's tokenizer knows")
     if text == config.prompt:
-        show("".join(decoded(token) for token in prompt))
+        show("".join(decoded(token) for token in prompt[len(start) :]))
     idx = torch.tensor([prompt], device=device)
     options = (config.temperature, config.top_k, config.top_p)
     started, n_written = time.perf_counter(), 0
-    for token in model.stream(idx, config.max_new_tokens, *options):
-        if token.item() == end:
+    n_tokens = vocabulary_size(tokenizer)
+    for token in model.stream(idx, config.max_new_tokens, *options, n_tokens=n_tokens):
+        if token.item() in ends:
             break
         show(decoded(token.item()))
         n_written += 1

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hardware
-from data import Batch, decode
+from data import Batch, decode, vocabulary_size
 from hardware import processes
 from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
+    """Train, evaluate or merge, as the environment says."""
     if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
         return
@@ -77,7 +78,7 @@ def work(arguments: list[str]) -> None:
 
 
 def train(run: Run) -> None:
-    """The loop: steps, evaluations, files, and the closing summary."""
+    """Train: steps, evaluations, files, and the closing summary."""
     config, n_processes = run.config, processes.world_size()
     hardware.allow_tf32(run.device)
     optimizer = make_optimizer(config, run.model)
@@ -89,7 +90,7 @@ def train(run: Run) -> None:
     compile_time = None
     if config.compile:
         model, compile_time = compiled(run, model)
-        traffic.bytes = 0  # of the batch that compiling took
+        traffic.bytes = 0  # compiling ran a batch that is no part of a step
     elif is_launch_bound(run):
         model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
     timer = hardware.StepTimer(run.device, progress.step_times)
@@ -97,8 +98,8 @@ def train(run: Run) -> None:
     windows = run.corpus.validation_windows(
         config.eval_batches * config.batch_size, config.block_size
     )
-    replaces = not config.resume and run.files.resume.exists()  # the state of an earlier run
-    replaces = processes.all_reduce_max(int(replaces)) > 0
+    earlier_state = not config.resume and run.files.resume.exists()
+    earlier_state = processes.all_reduce_max(int(earlier_state)) > 0
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, header(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
@@ -140,7 +141,7 @@ def train(run: Run) -> None:
                     save_progress()
             if step == config.max_steps:
                 break
-            if signal and replaces and run.files.resume not in sizes:
+            if signal and earlier_state and run.files.resume not in sizes:
                 raise Interrupted(
                     f"interrupted after step {step}, and nothing was saved: this run had evaluated "
                     f"nothing yet, and {run.files.resume} is of an earlier one",
@@ -164,7 +165,7 @@ def train(run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.losses.append(loss)
-            if step % 10 == 9:  # when the timer waits for a GPU anyway
+            if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
                 check_finite(loss.item(), step, config)
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
@@ -218,7 +219,7 @@ def accumulate(
     for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
         with processes.synchronize_gradients(model, enabled=i == len(batches) - 1):
             with autocast():
-                batch_loss = model(*batch)[-1]  # and let go of the logits
+                batch_loss = model(*batch)[-1]  # without keeping the logits
             batch_loss = batch_loss * part
             batch_loss.backward()
         loss += batch_loss.detach()
@@ -226,13 +227,16 @@ def accumulate(
 
 
 def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
-    """The model through torch.compile, and the seconds that it took to compile, which is done here
-    with a first batch that leaves no trace."""
+    """The model through torch.compile, and the seconds that compiling took.
+
+    It is compiled here, by a first batch that changes neither weights nor random numbers. Raises
+    TrainingError where torch cannot compile it.
+    """
     started = time.perf_counter()
     in_graphs = is_launch_bound(run)
     fast = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")
     try:
-        for _ in range(2 if in_graphs else 1):  # CUDA graphs are made at the second time
+        for _ in range(2 if in_graphs else 1):  # torch captures CUDA graphs in the second one
             with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
                 loss = fast(*step_batches(run, 0)[0])[1]
             loss.backward()
@@ -245,7 +249,7 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
 
 
 def is_launch_bound(run: Run) -> bool:
-    """Whether a GPU would wait for most kernels of a step, and can have them in CUDA graphs."""
+    """Whether a GPU would wait for Python in most of a step, and CUDA graphs can hold that step."""
     config = run.config
     operations = 6 * run.model.get_parameter_info()["total"] * config.tokens_per_step
     return (
@@ -258,14 +262,14 @@ def is_launch_bound(run: Run) -> bool:
 
 
 def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
-    """What compiling and working in several processes cost, where it was done."""
+    """Lines of the log: what compiling and several processes cost, where the run had them."""
     lines = []
     if "compile_time" in summary:
         lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
     if "bytes_exchanged" in summary:
         info = run.model.get_parameter_info()
         full = info["total"] - info["lora"]
-        if run.model.copied_head:  # full fine-tuning has it once, as the embedding
+        if run.model.copied_head:  # full fine-tuning has one tensor for the head and the embedding
             full -= run.model.lm_head.weight.numel()
         lines.append(
             f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
@@ -277,7 +281,11 @@ def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
 def evaluation_at(
     step: int, run: Run, windows: np.ndarray, progress: Progress
 ) -> dict[str, float | None]:
-    """What an evaluation after `step` steps finds, by the keys of metrics.jsonl."""
+    """What an evaluation after `step` steps finds, by the keys of metrics.jsonl.
+
+    Losses are in nats per token; `train_loss` is None where no step was taken since the evaluation
+    before. Every process must call it.
+    """
     losses = progress.losses
     train_loss = None
     if losses:
@@ -296,6 +304,7 @@ def evaluation_at(
 
 
 def check_finite(loss: float, step: int, config: Config) -> None:
+    """Raise TrainingError for a loss that is NaN or infinite."""
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss became {loss} by step {step}: lower LEARNING_RATE "
@@ -313,6 +322,7 @@ def save(run: Run, path: Path, step: int, val_loss: float) -> int:
 
 
 def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
+    """Write the file that `save` is for, with what generate.py and a later run need to know."""
     metadata = {"step": step, "val_loss": val_loss} | run.corpus.metadata()
     if not run.config.use_lora:
         return save_checkpoint(path, run.model, metadata, run.base)
@@ -325,7 +335,7 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
 
 
 def print_sample(run: Run) -> None:
-    """Print text that the model writes after a line break, or for the first validation record."""
+    """Print what the model writes after the opening of its corpus: a line break, or a prompt."""
     length = run.config.sample_tokens
     if length == 0:
         return
@@ -333,7 +343,9 @@ def print_sample(run: Run) -> None:
     start, end = run.corpus.opening()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
-        written = run.model.generate(idx, length, temperature=0.8, top_k=50)[0].tolist()
+        known = vocabulary_size(run.tokenizer)
+        written = run.model.generate(idx, length, temperature=0.8, top_k=50, n_tokens=known)
+        written = written[0].tolist()
     tokens = written[len(start) :]
     if end is not None:
         tokens = start + tokens[: tokens.index(end) if end in tokens else None]
@@ -356,17 +368,20 @@ def print_evaluation(run: Run) -> None:
 
 def write_merged(run: Run) -> None:
     """Write base and adapters as one checkpoint, which is a base like any other."""
+    dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
     if "prompt_format" in run.adapter_metadata:
         metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
-    size = save_checkpoint(path, run.model, metadata, run.base)
-    say(wrote_line(path, size))
+    for dtype in dtypes:
+        rounded = str(dtype).removeprefix("torch.")
+        say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")
+    say(wrote_line(path, save_checkpoint(path, run.model, metadata, run.base)))
 
 
 def tokens_per_second(config: Config, step_times: list[float]) -> float:
-    """The rate over steps of these durations in seconds."""
+    """The rate over steps of these durations in seconds; 0 without a step."""
     tokens = config.tokens_per_step * len(step_times)
     return tokens / sum(step_times) if step_times else 0.0
 

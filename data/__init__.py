@@ -15,7 +15,16 @@ from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
 from data.records import RecordCorpus, load_records
 from data.text import TextCorpus, load_corpus
-from data.tokenizer import decode, encode, end_token, stream_decoder, vocabulary_size
+from data.tokenizer import (
+    begun,
+    decode,
+    encode,
+    end_token,
+    end_tokens,
+    start_tokens,
+    stream_decoder,
+    vocabulary_size,
+)
 
 __all__ = [
     "Batch",
@@ -23,12 +32,15 @@ __all__ = [
     "DataError",
     "RecordCorpus",
     "TextCorpus",
+    "begun",
     "decode",
     "encode",
     "end_token",
+    "end_tokens",
     "load_corpus",
     "load_records",
     "open_corpus",
+    "start_tokens",
     "stream_decoder",
     "vocabulary_size",
 ]

@@ -33,7 +33,7 @@ class Corpus(ABC):
         checksum: "sha256:" and 16 hex digits, of all files or of samples of them.
         tokenizer: the content of a tokenizer.json; None where tokens are bytes.
         prompt_format: how to ask a model that was trained on this; it has "{prompt}" in it. None
-            for text, which is not asked but continued.
+            for text, which a model continues.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def describe(self) -> list[str]:
-        """The data as `key: value` lines for the log, aligned, ASCII only."""
+        """The data as `key: value` lines for the log, with aligned values, ASCII only."""
 
     @abstractmethod
     def passes(self, n_tokens: int) -> float:
@@ -138,7 +138,7 @@ class Corpus(ABC):
         Args:
             batches: those of one step in this process.
             n_processes: how many processes share the step.
-            total: adds up a tensor over them; called once, or never where it is not needed.
+            total: adds up a tensor over the processes, which call it once each, or never.
 
         Returns:
             As many parts as there are batches.
@@ -146,17 +146,17 @@ class Corpus(ABC):
         return [1 / len(batches)] * len(batches)
 
     def metadata(self) -> dict[str, str]:
-        """What a trained model's file says of the data."""
-        facts = {"data": self.name, "checksum": self.checksum}
+        """What a trained model's file says of the data, by the keys of its metadata."""
+        metadata = {"data": self.name, "checksum": self.checksum}
         if self.prompt_format is not None:
-            facts["prompt_format"] = self.prompt_format
-        return facts
+            metadata["prompt_format"] = self.prompt_format
+        return metadata
 
 
-def aligned(facts: dict[str, str]) -> list[str]:
+def aligned(rows: dict[str, str]) -> list[str]:
     """`key: value` lines whose values stand below each other."""
-    width = max(map(len, facts)) + 1
-    return [f"{key + ':':<{width}} {value}" for key, value in facts.items()]
+    width = max(map(len, rows)) + 1
+    return [f"{key + ':':<{width}} {value}" for key, value in rows.items()]
 
 
 def printable(text: str) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 from data.corpus import DataError, printable
 
-# How a turn is put before the model, and what makes it go on with the assistant's. Nothing tells
-# such a heading from the same words in a content, so contents should not have them; one with the
-# mark that ends a record is refused.
+# How a turn is written for the model, and the words after which the assistant's turn follows. The
+# same words inside a content look like a heading, so contents should not have them. A content with
+# the mark that ends a record is refused.
 TURN = "{role}: {content}\n"
 OPENING = "assistant: "
 PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
@@ -47,7 +47,7 @@ def parse_records(name: str, content: bytes, end: str = "\0") -> list[Record]:
 
 
 def _rows(name: str, content: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file's content and their numbers, from 1."""
+    """The lines of a file's content, with numbers from 1. Raises DataError for an empty file."""
     lines = content.removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
     if lines == [b""]:
         raise DataError(f"{printable(name)}: the file is empty; accepted: a record in each line")
@@ -71,6 +71,7 @@ def record_of(row: Any, end: str) -> Record:
 
 
 def _turns(messages: Any, end: str) -> Record:
+    """The parts of a chat. Raises ValueError unless it has a turn of the assistant."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is no list of objects with role and content")
     parts: Record = []
@@ -88,6 +89,7 @@ def _turns(messages: Any, end: str) -> Record:
 
 
 def _text(found: dict, key: str, end: str) -> str:
+    """The text found[key]. Raises ValueError where it is empty, no text, or has the mark `end`."""
     text = found.get(key)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{key} is {str(text)[:40]!r}; accepted: a text that is not empty")

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def documented() -> dict[str, str]:
-    """The first sentences of docstrings, by the name of what they are of."""
+    """The first paragraph of each docstring, by the name of what it documents."""
     found = {}
     for name, thing in vars(builtins).items():
         if not name.startswith("_"):

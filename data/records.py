@@ -1,10 +1,10 @@
-"""Prompts and completions: records of .jsonl files, in blocks where none sees another."""
+"""Records: prompts and completions of .jsonl files, in blocks where no record sees another."""
 
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from data.forms import PROMPT_FORMAT, parse_records
 from data.packing import Blocks, pack
 from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
-from data.tokenizer import end_mark, end_token
+from data.tokenizer import NO_FILES, end_mark, end_token
 
-EVERY = 10  # one record of so many is for validation, where there is no valid.jsonl
+EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class RecordCorpus(Corpus):
         name, checksum, tokenizer: see `Corpus`.
         train, validation: the packed records of either split.
         prompt_format: how to ask a model that was trained on them; "{prompt}" for texts alone.
+        end: the token that ends a record.
     """
 
     name: str
@@ -39,20 +40,21 @@ class RecordCorpus(Corpus):
     validation: Blocks = field(repr=False)
     prompt_format: str
     tokenizer: str | None = field(default=None, repr=False)
+    end: int = 0
 
     def describe(self) -> list[str]:
-        facts = {"name": printable(self.name), "checksum": self.checksum}
+        rows = {"name": printable(self.name), "checksum": self.checksum}
         for name, blocks in (("train", self.train), ("validation", self.validation)):
             used = (blocks.segments > 0).sum()
-            facts[name] = (
+            rows[name] = (
                 f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted) "
                 f"in {len(blocks):,} blocks, {1 - used / blocks.segments.size:.1%} padding"
             )
             if blocks.n_cut or blocks.n_dropped:
-                facts[name] += f"; {blocks.n_cut:,} cut to a block"
-                facts[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        facts["prompt"] = json.dumps(self.prompt_format)
-        return aligned(facts)
+                rows[name] += f"; {blocks.n_cut:,} cut to a block"
+                rows[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
+        rows["prompt"] = json.dumps(self.prompt_format)
+        return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.train.inputs.size
@@ -86,12 +88,12 @@ class RecordCorpus(Corpus):
         return [(np.arange(len(self.validation)), block_size)]
 
     def count_predicted(self) -> tuple[int, int]:
-        """How many tokens the loss counts, and their bytes, where an end of a record is one."""
+        """How many tokens the loss counts, and their bytes; an end of a record is one byte."""
         predicted = self.validation.counted
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != end_token(self.tokenizer)]
+        written = predicted[predicted != self.end]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
@@ -99,7 +101,7 @@ class RecordCorpus(Corpus):
         """The first record to validate on, up to what the loss counts, and the end of a record."""
         first_counted = np.argmax(self.validation.targets[0] != IGNORED)
         opening = self.validation.inputs[0, : first_counted + 1].tolist()
-        return opening, end_token(self.tokenizer)
+        return opening, self.end
 
     def loss_parts(
         self,
@@ -107,8 +109,11 @@ class RecordCorpus(Corpus):
         n_processes: int = 1,
         total: Callable[[Tensor], Tensor] = lambda counted: counted,
     ) -> Tensor:
-        """As many parts as a batch counts tokens, for its loss is a mean over these: (n,) float32
-        on the batches' device; see `Corpus`."""
+        """A part for each batch, proportional to how many tokens its loss counts; see `Corpus`.
+
+        Returns:
+            (len(batches),) float32 on the batches' device.
+        """
         counted = torch.stack([self.counted(batch).sum() for batch in batches])
         return counted * n_processes / total(counted.sum())
 
@@ -122,13 +127,19 @@ def is_records(name: str | None) -> bool:
 
 
 def load_records(
-    name: str, tokenizer: str | None, block_size: int, count_prompts: bool = False
+    name: str,
+    tokenizer: str | None,
+    block_size: int,
+    count_prompts: bool = False,
+    files: Mapping[str, bytes] = NO_FILES,
 ) -> RecordCorpus:
     """Read and pack the records that DATA=`name` stands for.
 
     A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
+    `files` are those beside the base's weights, which say what begins and ends a record.
 
-    Raises DataError for a file that cannot be read or has no records, and for a line that is none.
+    Raises DataError for a file that cannot be read or has no records, and for a line that is not a
+    record.
     """
     path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
@@ -138,7 +149,7 @@ def load_records(
         if os.path.lexists(file) or file == paths[0]:
             content = _read(file)
             digest.update(content)
-            splits.append(parse_records(str(file), content, end_mark(tokenizer)))
+            splits.append(parse_records(str(file), content, end_mark(tokenizer, files)))
     if len(splits) == 1:
         (records,) = splits
         if len(records) < 2:
@@ -146,20 +157,25 @@ def load_records(
         validation = records[EVERY - 1 :: EVERY] or records[-1:]
         kept = set(map(id, validation))
         splits = [[record for record in records if id(record) not in kept], validation]
-    train, valid = (pack(records, tokenizer, block_size, count_prompts) for records in splits)
+    train, valid = (
+        pack(records, tokenizer, block_size, count_prompts, files) for records in splits
+    )
     for blocks in (train, valid):
         if len(blocks) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
-    asked = any(not counted for records in splits for record in records for _, counted in record)
-    prompt_format = PROMPT_FORMAT if asked else "{prompt}"
+    has_prompts = any(
+        not counted for records in splits for record in records for _, counted in record
+    )
+    prompt_format = PROMPT_FORMAT if has_prompts else "{prompt}"
     checksum = f"sha256:{digest.hexdigest()[:16]}"
-    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer)
+    end = end_token(tokenizer, files)
+    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer, end)
 
 
 def _batch(
     blocks: Blocks, numbers: np.ndarray, block_size: int, device: str | torch.device
 ) -> Batch:
-    """The blocks with these numbers. Raises ValueError for another length than theirs."""
+    """The blocks with these numbers. Raises ValueError unless block_size is their length."""
     if block_size != blocks.inputs.shape[1]:
         raise ValueError(
             f"block_size is {block_size}, but the blocks have {blocks.inputs.shape[1]} tokens"
@@ -168,7 +184,7 @@ def _batch(
     return tuple(on_device(device, torch.from_numpy(part.astype(np.int64))) for part in parts)
 
 
-@functools.lru_cache(maxsize=2)  # a batch may be of two passes
+@functools.lru_cache(maxsize=2)  # a batch may lie in two passes
 def _order(n: int, seed: int, number: int) -> np.ndarray:
     """In what order pass `number` takes n blocks."""
     return np.random.default_rng([seed, number]).permutation(n)
@@ -182,6 +198,7 @@ def _path(name: str) -> str:
 
 
 def _read(path: Path) -> bytes:
+    """The content of a file. Raises DataError when it cannot be read."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
         raise DataError(f"DATA={printable(str(path))}: not a regular file")
     try:

@@ -24,7 +24,7 @@ class TextCorpus(Corpus):
         tokens: (n_tokens,), read-only, in mapped memory: uint8, one for each byte of the text, or
             what a tokenizer made of it (see tokenized.py).
         n_files, n_skipped: see `Text`.
-        n_bytes: how long the text is; None where tokens are bytes.
+        n_bytes: bytes of the text; None where tokens are bytes.
     """
 
     name: str
@@ -54,7 +54,7 @@ class TextCorpus(Corpus):
     def describe(self) -> list[str]:
         n_validation = len(self.tokens) - self.n_train
         unit = "bytes" if self.n_bytes is None else "tokens"
-        facts = {
+        rows = {
             "name": printable(self.name),
             "bytes": f"{self.n_bytes or len(self.tokens):,}",
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
@@ -65,10 +65,10 @@ class TextCorpus(Corpus):
             f"last 10% validation ({n_validation:,} {unit})",
         }
         if self.n_bytes is None:
-            del facts["tokens"]
+            del rows["tokens"]
         if self.n_skipped == 0:
-            del facts["skipped"]
-        return aligned(facts)
+            del rows["skipped"]
+        return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.n_train
@@ -93,8 +93,10 @@ class TextCorpus(Corpus):
         return windows_batch(self.validation, windows, block_size, device)
 
     def all_validation_windows(self, block_size: int) -> list[tuple[np.ndarray, int]]:
-        """Full windows side by side, and one of the length of the rest; the first token of the
-        split follows nothing, so no window predicts it."""
+        """Full windows side by side, then one window for the rest of the split.
+
+        The first token of the split follows nothing, so no window predicts it.
+        """
         n_predicted = len(self.validation) - 1
         full = np.arange(0, n_predicted - block_size + 1, block_size)
         rest = n_predicted - len(full) * block_size
@@ -109,8 +111,10 @@ class TextCorpus(Corpus):
         return n_tokens, n_bytes_of(predicted, self.tokenizer)
 
     def opening(self) -> tuple[list[int], None]:
-        """A line break, or where a tokenizer leaves white space out, the first token to validate
-        on. Nothing ends a text."""
+        """A line break; the first token to validate on where a tokenizer drops line breaks.
+
+        No token ends a text.
+        """
         return encode("\n", self.tokenizer) or self.validation[:1].tolist(), None
 
 
@@ -133,7 +137,7 @@ def check_length(corpus: TextCorpus, block_size: int) -> None:
     """Check that each split holds a window of block_size tokens and the token that follows it.
 
     Raises:
-        DataError: it does not; says how many tokens the corpus has and how many it needs.
+        DataError: a split is shorter; says how many tokens the corpus has and needs.
     """
     if min(corpus.n_train, len(corpus.tokens) - corpus.n_train) >= block_size + 1:
         return

@@ -31,7 +31,7 @@ NOT_PYTHON_CODE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encoding
 NOT_PYTHON_CODE |= {"site-packages", "dist-packages", "__pycache__"}
 
 MIB = 1024 * 1024
-N_SAMPLES = 64  # of 1 MiB each: what the checksum of a larger corpus reads
+N_SAMPLES = 64  # the checksum of a corpus of more MiB than this reads so many samples of 1 MiB
 HEAD_BYTES = 64 * 1024  # how much of a file decides whether it is text
 
 
@@ -147,7 +147,7 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
     twice, so that a loop of links ends.
 
     Raises:
-        DataError: a folder cannot be listed. To pass over it would train on another text.
+        DataError: a folder cannot be listed. Passing over it would train on another text.
     """
 
     def fail(error: OSError) -> None:
@@ -170,10 +170,10 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
 
 
 def _join_text_files(name: str, paths: Iterable[str]) -> Text:
-    """Those files that are text, joined.
+    """The text files among `paths`, joined.
 
     Raises:
-        DataError: none is, or one cannot be read. To pass over it would train on another text.
+        DataError: none is text, or one cannot be read. Passing over it would train on another text.
     """
     texts: list[str] = []
     n_skipped = 0
@@ -254,9 +254,9 @@ def _join(name: str, texts: Iterable[Iterable[bytes]]) -> tuple[np.ndarray, str]
 def map_file(file: BinaryIO) -> np.ndarray:
     """Map an open file that is not empty: its bytes (n_bytes,) uint8."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Not np.memmap, which cannot tell the system that windows are read here and there: it would
-    # read ahead of each for nothing. Measured with 20 batches of 32 windows of 128 tokens from a
-    # sparse file of 8 GB: 8 s and 45 MiB without the advice, 3 ms and 3 MiB with it.
+    # np.memmap cannot tell the system that windows are read here and there, and the system would
+    # read ahead of each window for nothing. Measured with 20 batches of 32 windows of 128 tokens
+    # from a sparse file of 8 GB: 8 s and 45 MiB without the advice, 3 ms and 3 MiB with it.
     if hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype=np.uint8)
@@ -265,7 +265,7 @@ def map_file(file: BinaryIO) -> np.ndarray:
 def _checksum(file: BinaryIO) -> str:
     """SHA-256 of all bytes up to 64 MiB; above, of the size and 64 evenly spaced samples.
 
-    It reads the file beside the map, or each page of it would count as our memory.
+    It reads the file instead of the map, whose pages would count as memory of this process.
 
     Samples keep a text of any size quick to load. They tell texts apart, and do not prove
     that two are equal, so the string says that they are samples.

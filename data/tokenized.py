@@ -27,11 +27,11 @@ def tokenize_corpus(corpus: TextCorpus, tokenizer: str, folder: Path) -> TextCor
     """The corpus in the tokens of `tokenizer`, from a file in `folder` that is made on first use.
 
     The file holds uint16, or uint32 where the vocabulary is larger, and is memory-mapped. Its name
-    has the checksum of all bytes of the corpus and of the tokenizer, so that it is made again when
-    either changes; and its last 8 bytes say how many tokens it has, so that it is made again when
-    some are lost.
+    has the checksum of all bytes of the corpus and of the tokenizer, so it is made again when
+    either changes. Its last 8 bytes say how many tokens it has, so it is made again when some are
+    lost.
 
-    Raises FileError when it cannot be written.
+    Raises FileError when it cannot be written, and DataError for a corpus that is not UTF-8.
     """
     digest = hashlib.sha256(tokenizer.encode())
     for block in _blocks(corpus):
@@ -40,7 +40,7 @@ def tokenize_corpus(corpus: TextCorpus, tokenizer: str, folder: Path) -> TextCor
     path = folder / f"tokens-{key}.bin"
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     if not _is_whole(path, dtype):
-        with contextlib.suppress(OSError):  # of which writing the file will tell
+        with contextlib.suppress(OSError):  # writing the file will report it
             folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             n = 0
@@ -82,7 +82,7 @@ def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[list[int]]:
 
 
 def _blocks(corpus: TextCorpus) -> Iterator[bytes]:
-    """The bytes of the corpus, 1 MiB at a time, of which none stays in our memory."""
+    """The bytes of the corpus, 1 MiB at a time; mapped pages leave memory after their use."""
     mapped = getattr(corpus.tokens.base, "obj", None)
     for start in range(0, len(corpus.tokens), MIB):
         yield corpus.tokens[start : start + MIB].tobytes()
@@ -93,10 +93,10 @@ def _blocks(corpus: TextCorpus) -> Iterator[bytes]:
 def _text_chunks(corpus: TextCorpus) -> Iterator[str]:
     """The corpus's text in chunks that begin with a space, or a line break, before a word.
 
-    There GPT-2's tokenizer ends a token in any case, so that the chunks have the tokens of the
-    whole. Text with neither is one chunk, in memory.
+    GPT-2's tokenizer never joins a token across such a place, so the chunks have the tokens of the
+    whole text. Text without such a place is one chunk, in memory.
 
-    Raises DataError for bytes that are no UTF-8, which such a tokenizer cannot take.
+    Raises DataError for bytes that are not UTF-8, which a tokenizer cannot take.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest = ""

@@ -6,18 +6,28 @@ A tokenizer is given as the content of its tokenizer.json, None for bytes, and n
 
 import codecs
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from data.corpus import DataError
 
-ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>")  # what tokenizers call the end of a text
+ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")  # of texts, by name
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # of turns: Qwen's and SmolLM's, Llama 3's
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where a tokenizer falls back on them
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 N_BYTES = 256  # the vocabulary of a model whose tokens are bytes
 
 
 def encode(text: str, tokenizer: str | None) -> list[int]:
-    """The tokens of a text. Bytes that are no UTF-8, as the system hands them on, stay as they are
-    where tokens are bytes, and become U+FFFD for a tokenizer."""
+    """The tokens of a text.
+
+    The system hands on bytes that are not UTF-8 as surrogates. They stay as they are where tokens
+    are bytes, and become U+FFFD for a tokenizer.
+    """
     if tokenizer is None:
         return list(text.encode("utf-8", "surrogateescape"))
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
@@ -25,67 +35,142 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
 
 
 def decode(tokens: Iterable[int], tokenizer: str | None) -> str:
-    """The text of tokens; U+FFFD where they are none."""
+    """The text of tokens, with U+FFFD for bytes that are not UTF-8."""
     if tokenizer is None:
         return bytes(tokens).decode("utf-8", errors="replace")
     return load_tokenizer(tokenizer).decode(list(tokens), skip_special_tokens=False)
 
 
 def stream_decoder(tokenizer: str | None) -> Callable[[int | None], str]:
-    """A function that takes the tokens of a text one by one, and None at its end, and returns what
-    text each completes: nothing while a character lacks bytes."""
+    """A function that decodes the tokens of a text one by one; None is its end.
+
+    It returns the text that the token completes, which is empty while a character lacks bytes. The
+    texts joined are what `decode` makes of all tokens.
+    """
     if tokenizer is None:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(
             b"" if token is None else bytes([token]), final=token is None
         )
     loaded = load_tokenizer(tokenizer)
-    from tokenizers.decoders import DecodeStream
-
-    stream, tokens, written = DecodeStream(skip_special_tokens=False), [], 0
+    # Tokens from `start` to `stop` made the last text. They are decoded again with the tokens that
+    # follow, since some decoders treat the first token differently.
+    tokens: list[int] = []
+    start = stop = 0
 
     def write(token: int | None) -> str:
-        nonlocal written
-        if token is None:  # what the stream holds back, such as the first bytes of a character
-            return decode(tokens, tokenizer)[written:]
-        tokens.append(token)
-        text = stream.step(loaded, token) or ""
-        written += len(text)
-        return text
+        nonlocal start, stop
+        if token is not None:
+            tokens.append(token)
+            # A later byte may turn all bytes beside it into U+FFFD.
+            if BYTE_TOKEN.fullmatch(loaded.id_to_token(token) or ""):
+                return ""
+        text = decode(tokens[start:], tokenizer)
+        new = text[len(decode(tokens[start:stop], tokenizer)) :]
+        if token is not None and (not new or new.endswith("\ufffd")):
+            return ""
+        start, stop = stop, len(tokens)
+        return new
 
     return write
 
 
 @functools.lru_cache(maxsize=2)
 def vocabulary_size(tokenizer: str | None) -> int:
-    """How many tokens there are, or one more than the largest where numbers are left out."""
+    """One more than the largest token: how many tokens there are, unless numbers are left out."""
     if tokenizer is None:
         return N_BYTES
     return max(load_tokenizer(tokenizer).get_vocab().values(), default=-1) + 1
 
 
-def end_mark(tokenizer: str | None) -> str:
-    """The text of the token that ends a record: byte 0, or the tokenizer's own.
+def end_mark(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> str:
+    """The text of `end_token`: byte 0, or the tokenizer's own.
+
+    Raises DataError when the tokenizer has no token that ends a text.
+    """
+    end = end_token(tokenizer, files)
+    return chr(end) if tokenizer is None else load_tokenizer(tokenizer).id_to_token(end)
+
+
+def end_token(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> int:
+    """The token that ends a record: the first of `end_tokens`.
 
     Raises DataError when the tokenizer has none.
     """
+    ends = end_tokens(tokenizer, files)
+    if not ends:
+        raise DataError(f"the base's tokenizer has no token for the end of a text ({ENDS[0]})")
+    return ends[0]
+
+
+def end_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> list[int]:
+    """Every token that ends a text or a turn, the base's `eos_token` first.
+
+    `files` are those beside the base's weights, by name. They state ends as `eos_token` in
+    tokenizer_config.json and `eos_token_id` in generation_config.json and config.json. Where no
+    file states one, a usual name is taken. A usual end of turns counts in any case: a base that was
+    not made for chats has it in its tokenizer, and in no other file.
+    """
     if tokenizer is None:
-        return "\0"
-    for name in ENDS:
-        if load_tokenizer(tokenizer).token_to_id(name) is not None:
-            return name
-    raise DataError(f"the base's tokenizer has no token for the end of a text ({ENDS[0]})")
+        return [0]
+    loaded = load_tokenizer(tokenizer)
+    found = [_special_token(loaded, files, "eos_token")]
+    for name in ("generation_config.json", "config.json"):
+        stated = json_file(files, name).get("eos_token_id")
+        found += stated if isinstance(stated, list) else [stated]
+    ends = [end for end in found if type(end) is int and loaded.id_to_token(end) is not None]
+    if not ends:
+        named = (loaded.token_to_id(name) for name in ENDS)
+        ends = [end for end in named if end is not None][:1]
+    ends += [end for end in map(loaded.token_to_id, TURN_ENDS) if end is not None]
+    return list(dict.fromkeys(ends))
 
 
-def end_token(tokenizer: str | None) -> int:
-    """The token that ends a record. Raises DataError as `end_mark` does."""
-    mark = end_mark(tokenizer)
-    return 0 if tokenizer is None else load_tokenizer(tokenizer).token_to_id(mark)
+def start_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> list[int]:
+    """The tokens that a tokenizer puts before every text: its BOS, or none.
+
+    Its own post-processor says so, or `add_bos_token` in tokenizer_config.json, which is among the
+    `files` beside the base's weights.
+    """
+    if tokenizer is None:
+        return []
+    loaded = load_tokenizer(tokenizer)
+    framed = loaded.encode("a", add_special_tokens=True)
+    added = itertools.takewhile(
+        lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True)
+    )
+    starts = [token for token, _ in added]
+    if not starts and json_file(files, "tokenizer_config.json").get("add_bos_token") is True:
+        starts = [_special_token(loaded, files, "bos_token")]
+    return [token for token in starts if token is not None]
+
+
+def begun(tokens: list[int], start: list[int]) -> list[int]:
+    """`tokens` after the tokens `start`, unless they begin with these, as a chat template's do."""
+    return tokens if tokens[: len(start)] == start else start + tokens
+
+
+def _special_token(loaded: Any, files: Mapping[str, bytes], key: str) -> int | None:
+    """A token that tokenizer_config.json names by its text, or by a table with its content."""
+    stated = json_file(files, "tokenizer_config.json").get(key)
+    if isinstance(stated, dict):
+        stated = stated.get("content")
+    return loaded.token_to_id(stated) if isinstance(stated, str) else None
+
+
+def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The table in a file of JSON; empty where it is missing or no table."""
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is optional
-    """The Tokenizer of the package `tokenizers` for the content of a tokenizer.json.
+    """The Tokenizer of the package `tokenizers` for the content of a tokenizer.json, without the
+    truncation and padding that are stored there.
 
     Raises DataError when the package is missing or the content is not a tokenizer.
     """
@@ -96,6 +181,9 @@ def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is opt
             "this base has a tokenizer, which needs the package tokenizers: pip install tokenizers"
         ) from error
     try:
-        return Tokenizer.from_str(content)
+        loaded = Tokenizer.from_str(content)
     except Exception as error:  # the package has no type of its own for it
         raise DataError(f"the base's tokenizer cannot be used: {error}") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded

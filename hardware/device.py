@@ -1,10 +1,11 @@
-"""The hardware of a run: which device, which dtype and why, and its memory."""
+"""The device of a run: which one and why, its dtype, its memory, CUDA graphs and timing."""
 
 import ctypes
 import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,28 @@ def choose_device(
 ) -> tuple[torch.device, str]:
     """The device for DEVICE=`name` (auto, cuda, mps, cpu), and the reason in words.
 
-    Of several processes on this machine, `number` counts from 0, each has a GPU of its own. One
-    that is `in_group`, with others here or elsewhere, cannot have mps, as gloo does not know it.
-    Raises DeviceError for what is not there.
+    Each process has a GPU of its own. A process in a group cannot have mps, which gloo does not
+    know.
+
+    Args:
+        name: the value of DEVICE.
+        number: which of the processes on this machine this is, from 0.
+        processes: how many processes this machine has.
+        in_group: whether there are other processes, here or on another machine.
+
+    Raises DeviceError for a device that is not there.
     """
     in_group = in_group or processes > 1
     mps = torch.backends.mps.is_available() and not in_group
-    there = {"cuda": torch.cuda.is_available(), "mps": mps}
+    available = {"cuda": torch.cuda.is_available(), "mps": mps}
     reason = f"DEVICE={name}"
     if name == "auto":
-        found = [kind for kind, available in there.items() if available]
+        found = [kind for kind, is_available in available.items() if is_available]
         if found:
             name, reason = found[0], "the first of cuda, mps and cpu that is there"
         else:
             name, reason = "cpu", "no cuda or mps device found"
-    elif not there.get(name, True):
+    elif not available.get(name, True):
         where = "for several processes" if in_group else "here"
         raise DeviceError(f"DEVICE={name} was asked for, but torch finds no {name} device {where}")
     if name != "cuda":
@@ -50,10 +58,10 @@ def choose_device(
 
 
 def choose_threads(number: int | None, processes: int) -> None:
-    """Use `number` CPU threads; if None, torch's own choice, or with several processes on this
-    machine a share of its cores, unless OMP_NUM_THREADS says otherwise.
+    """Use `number` CPU threads; None is torch's own choice, which OMP_NUM_THREADS may make.
 
-    torchrun sets that to 1, so 1 does not.
+    torchrun sets OMP_NUM_THREADS=1. Of several `processes` on this machine each then has its share
+    of the cores instead.
     """
     if number is None and processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         affinity = getattr(os, "sched_getaffinity", None)  # Linux only
@@ -78,7 +86,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "the GPU multiplies it natively"
         return torch.float32, "the GPU has no native bfloat16"
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_capabilities()
         for flag, instruction_set in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
             if capabilities.get(flag, False):
                 return torch.bfloat16, f"the CPU multiplies it natively with {instruction_set}"
@@ -86,8 +94,21 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "the safe choice on this device"
 
 
+def cpu_capabilities() -> Mapping[str, object]:
+    """What torch knows of the CPU: whether it has an instruction set, by name, and `cpu_name`.
+
+    Versions of torch without get_capabilities know only the sets that multiply bfloat16.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # no CPU has the tiles without bfloat16
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+    }
+
+
 def gpus(device: torch.device) -> list[int]:
-    """The number of this process's GPU, if it is one of CUDA."""
+    """The number of this process's CUDA device, as torch.random.fork_rng takes it; else nothing."""
     return [torch.cuda.current_device()] if device.type == "cuda" else []
 
 
@@ -96,7 +117,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+        name = cpu_capabilities().get("cpu_name", "CPU")
         return f"{name}, {torch.get_num_threads()} threads"
     return device.type
 
@@ -117,10 +138,10 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: what torch held on CUDA, with what it keeps to use again, as CUDA graphs
-    do; what it holds now on MPS; elsewhere the process's resident set.
+    """Peak memory in MiB; nan where the system does not tell.
 
-    nan where the system does not tell.
+    On CUDA it is what torch reserved, which includes memory that it keeps to use again. On MPS it
+    is what the driver has allocated now. Elsewhere it is the process's largest resident set.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**20
@@ -135,7 +156,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, for which torch has a type of its own on CUDA."""
+    """Whether an error says that memory ran out. Only on CUDA does torch have a type for it."""
     words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         any(text in str(error) for text in words)
@@ -152,6 +173,8 @@ def allow_tf32(device: torch.device) -> None:
 
 
 class _Loss(nn.Module):
+    """A model's loss alone, in `dtype`: a module of which torch can make CUDA graphs."""
+
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
@@ -164,20 +187,22 @@ class _Loss(nn.Module):
 
 
 def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dtype) -> nn.Module:
-    """A module that gives, of batches like this one, a tuple of the loss that `model` in `dtype`
-    gives second, and its gradients, each in a CUDA graph.
+    """The model in CUDA graphs: a module that takes batches like `batch` and returns (loss,).
 
-    A graph starts all its kernels at once, where Python starts one after the other and a GPU waits
-    for it, unless they are large. Each call writes its gradients in the same place, so that a step
-    can have but one batch. The random numbers of later steps are as if none had been captured.
+    The loss is the second output of `model`, computed in `dtype`. Forward is one graph and backward
+    another. A graph starts all its kernels at once. Python starts them one by one, and a GPU waits
+    for it where they are small. Each call writes its gradients to the same place, so a step can
+    have only one batch. The capture does not change the random numbers of later steps.
 
-    No loss of `model` may be left that can still be differentiated.
+    Before the call, no loss of `model` may be left that can still be differentiated.
     """
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    graph = torch.autograd.graph
+    if hasattr(graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # torch 2.8 does not warn
+        graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     module = _Loss(model, dtype)
     with torch.random.fork_rng(gpus(batch[0].device)):
         graphed = torch.cuda.make_graphed_callables(module, batch)
-    # Autograd's nodes belong to the stream of the capture, with which steps would synchronize.
+    # Autograd's nodes belong to the stream of the capture, and steps would wait for that stream.
     module.loss.detach_()
     return graphed
 
@@ -185,8 +210,8 @@ def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dty
 class StepTimer:
     """Seconds of each step, appended to `times`.
 
-    On a CPU each step is timed. A GPU works through a queue, and to wait for it at each step would
-    let it idle: there some steps are timed together, and each has their mean.
+    On a CPU each step is timed. A GPU works through a queue, and would idle if Python waited for it
+    at each step. There, `together` steps are timed as one, and each counts as their mean.
     """
 
     def __init__(self, device: torch.device, times: list[float], together: int = 10) -> None:
@@ -207,7 +232,7 @@ class StepTimer:
             self.flush()
 
     def flush(self) -> None:
-        """Time what was not yet; call before anything that is no step."""
+        """Time the steps since the last time; call before anything that is no step."""
         if self.steps > 0:
             synchronize(self.device)
             self.times += [(time.perf_counter() - self.started) / self.steps] * self.steps

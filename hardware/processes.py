@@ -4,8 +4,8 @@
 
 torchrun starts the script in every process, and all do the same; only the first prints and writes
 files. The model is replicated (DistributedDataParallel), or with FSDP=True its weights are shared
-out (fully_shard). A process that was started alone is the first of one, for which nothing here does
-anything.
+out (fully_shard). A process that was started alone has rank 0 in a world of 1, and the functions
+here leave it alone.
 """
 
 import contextlib
@@ -58,15 +58,15 @@ def _local(name: str, alone: int) -> int:
 
 
 def init_process_group(device: torch.device) -> None:
-    """Meet the other processes; nothing for one that was started alone. Raises GroupError."""
+    """Meet the other processes, if there are any. Raises GroupError where they cannot meet."""
     if not in_group():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
-        # The first process keeps the store by which all find each other, and may be through before
-        # the others have read it: if it then stopped, they would report that loss and not its
-        # reason. So all wait.
+        # All wait for each other here. The first process keeps the store by which all find each
+        # other. If it stopped on an error before the others have read the store, they would report
+        # its loss instead of the reason.
         all_reduce_sum(torch.zeros(1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -74,7 +74,7 @@ def init_process_group(device: torch.device) -> None:
 
 
 def destroy_process_group() -> None:
-    """Leave the other processes; nothing for one that was started alone."""
+    """Leave the other processes, if there are any."""
     if world_size() > 1:
         dist.destroy_process_group()
 
@@ -85,7 +85,7 @@ def is_connection_lost(error: BaseException) -> bool:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The number of this process among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -133,7 +133,7 @@ def all_gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def local_main_process_first() -> Iterator[None]:
-    """Let the first process of each machine do it, then the others, who find what it left."""
+    """A context that the first process of a machine runs first; the others find its files."""
     waits = local_rank() > 0
     if waits:
         dist.barrier()
@@ -142,9 +142,9 @@ def local_main_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise GroupError in every process unless these facts are the same in all."""
-    first, *others = all_gather(dict(facts))
+def check_agreement(settings: Mapping[str, Any]) -> None:
+    """Raise GroupError in every process unless these settings and data are the same in all."""
+    first, *others = all_gather(dict(settings))
     for number, found in enumerate(others, start=1):
         for name in first:
             if found[name] != first[name]:
@@ -164,7 +164,7 @@ class Traffic:
         self.bytes = 0
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """What DistributedDataParallel does with some gradients, counted."""
+        """A hook of DistributedDataParallel: averages some gradients and counts their bytes."""
         self.bytes += bucket.buffer().nbytes
         return allreduce_hook(None, bucket)
 
@@ -172,8 +172,8 @@ class Traffic:
 def replicate(model: nn.Module, traffic: Traffic) -> nn.Module:
     """The model as it trains: backward averages the gradients over the processes.
 
-    Only the gradients of what trains travel, under LoRA those of adapters and embeddings. The
-    weights do not: the processes must have the same ones.
+    Only gradients of trained parameters travel, under LoRA those of adapters and embeddings.
+    Weights do not travel, so the processes must have the same ones.
     """
     if world_size() == 1 or is_sharded(model):
         return model
@@ -183,10 +183,11 @@ def replicate(model: nn.Module, traffic: Traffic) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Keep in each process a share of every weight, in place, and the whole of a block only while
-    it computes (FSDP2; Zhao et al. 2023, arXiv 2304.11277).
+    """Keep a share of every weight in each process, in place (FSDP2; Zhao et al. 2023, arXiv
+    2304.11277).
 
-    The processes must have the same weights, and may have them in the machine's memory.
+    A process has all weights of a block only while the block computes. The processes must have the
+    same weights, which may lie on the CPU. `model.blocks` are its blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -195,16 +196,22 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if device.type == "cpu":  # gloo adds up, in torch 2.8, what it is asked to average
+        for module in (*model.blocks, model):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on the model."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 @contextlib.contextmanager
 def synchronize_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Within it, backward averages the gradients over the processes only where `enabled`: while a
-    step accumulates them, once for all its batches is enough."""
+    """A context in which backward averages the gradients over the processes only where `enabled`.
+
+    While a step accumulates gradients, averaging once for all its batches is enough.
+    """
     if is_sharded(model):
         model.set_requires_gradient_sync(enabled)
     with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():
@@ -213,15 +220,17 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_parameters(model: nn.Module) -> Iterator[None]:
-    """Within it the main process has all of a sharded model's trained weights, on the CPU, and the
-    model cannot compute."""
+    """A context in which the main process has all trained weights of a sharded model, on the CPU.
+
+    The model cannot compute within it. Every process must enter it.
+    """
     places = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad and is_sharded(model)
     ]
-    full: dict[int, nn.Parameter] = {}  # tied ones once
+    full: dict[int, nn.Parameter] = {}  # by id, so that a tied parameter is there once
     for module, name, parameter in places:
         if id(parameter) not in full:
             full[id(parameter)] = nn.Parameter(full_tensor(parameter.detach()))
@@ -234,8 +243,10 @@ def full_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; of one that is sharded the main process has it, and the others
-    nothing."""
+    """All of a tensor, on the CPU; of a sharded one in the main process alone.
+
+    The others get an empty tensor. Every process must call it.
+    """
     if not hasattr(tensor, "full_tensor"):
         return tensor.cpu()
     full = tensor.full_tensor()
@@ -243,7 +254,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of a tensor that all have, as `like` is sharded; all of it if not."""
+    """This process's shard of a tensor that every process has, sharded as `like` is.
+
+    All of the tensor where `like` is not sharded.
+    """
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -80,15 +80,15 @@ def rows_of(path: Path) -> list[tuple[str, ...]]:
 
 def row_of(path: Path) -> tuple[str, ...]:
     adapter = read_adapter(path)
-    facts = adapter.metadata
-    loss = facts.get("val_loss")
+    metadata = adapter.metadata
+    loss = metadata.get("val_loss")
     files = path.iterdir() if path.is_dir() else [path]
     return (
         str(path),
         "/".join(map(str, sorted(set(adapter.ranks.values())))),
         "/".join(f"{alpha:g}" for alpha in sorted(set(adapter.alpha.values()))),
-        str(facts.get("data", "-")),
-        str(facts.get("step", "-")),
+        str(metadata.get("data", "-")),
+        str(metadata.get("step", "-")),
         f"{loss:.4f}" if isinstance(loss, float) else "-",
         adapter.base or "-",
         f"{sum(map(os.path.getsize, files)) / 2**20:.2f}",

@@ -113,6 +113,7 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
         or not all(abs(alpha) < 1e30 for alpha in adapter.alpha.values())
         or not adapter.alpha
         or not isinstance(_tied(adapter), dict)
+        or not isinstance(adapter.metadata.get("base_weights", {}), dict)
     ):
         raise FileError(f"{path} is damaged: it holds no complete adapter")
     check_tensors(path, adapter.tensors, adapter.tensors)  # that they are finite numbers
@@ -138,6 +139,16 @@ def check_base(path: str | os.PathLike, adapter: Adapter, base: str | None) -> N
             f"{path} was trained on base {adapter.base}{f' ({below})' if below else ''}, "
             f"not on {base}: the weights of the two bases differ"
         )
+
+
+def check_base_weights(path: str | os.PathLike, adapter: Adapter, model: nn.Module) -> None:
+    """Raise BaseMismatch where PEFT wrote a base's weight beside the adapter of file `path`, and
+    the model's is another."""
+    stated = adapter.metadata.get("base_weights", {})
+    state = base_state(model) if stated else {}
+    for name, expected in stated.items():
+        if name not in state or fingerprint({name: state[name]}) != expected:
+            raise BaseMismatch(f"{path} was trained on a base with another {name}")
 
 
 def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
@@ -179,6 +190,7 @@ def load_adapter(path: str | os.PathLike, model: nn.Module, base: str | None) ->
     `base` (None insists).
     """
     adapter = read_adapter(path, base)
+    check_base_weights(path, adapter, model)
     bare = take_adapter(model, base or "")
     missing = sorted(set(bare.extras) - set(adapter.extras))
     if missing and base is not None and fingerprint(base_state(model)) != base:

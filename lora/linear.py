@@ -178,12 +178,15 @@ def grouped_linear(x: Tensor | Made, layers: Sequence[nn.Module]) -> tuple[Tenso
 
     Where that is faster than one by one they are one product, and the outputs are views of it.
     Layers in one product are plain linears, or LoRALinears of one mode, rank, scaling and dropout.
+    Plain ones that are frozen in a lower precision than the product's are never stacked.
     All of them have a bias or none, and none has hooks, which would not run. LoRALinears in one
     product share the dropout's mask, since they share its input.
     """
     source, x = (x, x.value) if isinstance(x, Made) else (None, x)
+    tokens = x.numel() // max(1, x.shape[-1])
     alike = _are_alike(layers)
-    if not (alike and stacking_pays(x.numel() // max(1, x.shape[-1]), layers)):
+    one_by_one = any(is_frozen_below(product_dtype(x), layer) for layer in layers)
+    if one_by_one or not (alike and stacking_pays(tokens, layers)):
         if source is not None and alike and type(layers[0]) is LoRALinear:
             return tuple(_adapted(x, [layer], source) for layer in layers)
         return tuple(apply_linear(layer, x) for layer in layers)
@@ -197,7 +200,7 @@ def grouped_linear(x: Tensor | Made, layers: Sequence[nn.Module]) -> tuple[Tenso
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), where a plain linear may be frozen in a lower precision than the product's."""
-    if is_frozen(layer) and layer.weight.itemsize < product_dtype(x).itemsize:
+    if is_frozen_below(product_dtype(x), layer):
         return _Frozen.apply(x.to(product_dtype(x)), layer.weight, layer.bias)
     return layer(x)
 
@@ -205,6 +208,11 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 def is_frozen(layer: nn.Module) -> bool:
     """Whether a layer is a frozen plain linear, whose weight says all that calling it would do."""
     return type(layer) is nn.Linear and not layer.weight.requires_grad and not _has_hooks(layer)
+
+
+def is_frozen_below(dtype: torch.dtype, layer: nn.Module) -> bool:
+    """Whether a layer is a frozen plain linear in a lower precision than `dtype`."""
+    return is_frozen(layer) and layer.weight.itemsize < dtype.itemsize
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:

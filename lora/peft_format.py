@@ -29,7 +29,7 @@ HEADER = "lora"  # our entry in the header of the safetensors file
 # Every option of PEFT's LoraConfig is in one of these three. First those that are honoured here:
 SUPPORTED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
-    "base_model_name_or_path", "init_lora_weights",
+    "base_model_name_or_path", "init_lora_weights", "use_rslora",
 }  # fmt: skip
 # Those that change nothing that an adapter computes: origin and training. Which modules are adapted
 # or saved whole is seen in the tensors' names. Settings of initializations count only where
@@ -44,7 +44,6 @@ HARMLESS = {
 # none of the three belongs to a newer PEFT, and must be off.
 REQUIRED: dict[str, Any] = {
     "bias": "none",
-    "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
     "ensure_weight_tying": False,
@@ -63,6 +62,11 @@ REQUIRED: dict[str, Any] = {
 # Initializations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga)
 # train on a changed base, and their adapters are wrong on the plain one.
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# What an expression of alpha_pattern may consist of, lest matching one never ends. No more than
+# MANY_WAYS of its parts, which are repetitions and groups, can match in several ways.
+EXPRESSION = re.compile(r"\^?([\w|-]|\\[.d-]\+?|\.[*+]?|\[[\w-]+\]\+?|\((\?:)?|\)(?![*+?{]))+\$?")
+MANY_WAYS = 3
+LONGEST = 200  # characters of such an expression, and of a module's name that it is tried on
 
 
 def is_peft_folder(path: str | os.PathLike) -> bool:
@@ -144,27 +148,30 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
     """Read a folder that PEFT or `write_peft` wrote; lower precisions become float32, exactly.
 
     The names of the tensors say which layers are adapted. An adapter of PEFT's own names no base
-    that could be checked: its `base` is None.
+    that could be checked: its `base` is None. PEFT writes the base's weight of an adapted head too;
+    `metadata["base_weights"]` has the fingerprint of that weight, by its name.
 
     Raises OtherKind for a folder that holds no LoRA adapter, or one that uses an option which we
     have not, by its name, and FileError for a damaged one.
     """
     if not is_peft_folder(folder):
-        raise OtherKind(f"{folder} is a folder without {CONFIG}, not a LoRA adapter")
+        within = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {within[0]}?" if within else ", not a LoRA adapter"
+        raise OtherKind(f"{folder} is a folder without {CONFIG}{hint}")
     config = read_config(Path(folder) / CONFIG)
     stored, own = read_tensors(Path(folder))
     tensors: dict[str, Tensor] = {}
+    base_weights: dict[str, str] = {}
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):
             raise FileError(f"{folder}: {key} does not begin with {PREFIX}")
         name = key.removeprefix(PREFIX)
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             name = name.removesuffix(".weight")
-        elif ".base_layer." in name:
-            raise OtherKind(
-                f"{folder} holds weights of the base ({key}) beside the adapter; save it with "
-                "save_pretrained(..., save_embedding_layers=False)"
-            )
+        elif ".base_layer." in name:  # of an adapted head, which PEFT writes too
+            name = name.replace(".base_layer.", ".")
+            base_weights[name] = fingerprint({name: tensor})
+            continue
         elif ".lora_" in name:
             raise OtherKind(f"{folder}: {key} is no lora_A or lora_B of a linear")
         tensors[name] = tensor
@@ -175,9 +182,15 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
         rank = tensors[f"{name}.lora_A"].shape[:1]
         if not config["rank_pattern"] and rank != (config["r"],):
             raise FileError(f"{folder}: {name} has rank {list(rank)}, {CONFIG} has {config['r']}")
-    alpha = {name: alpha_of(name, config) for name in layers}
+    alpha = {}
+    for name in layers:
+        alpha[name] = alpha_of(name, config)
+        if config["use_rslora"]:  # scaled by alpha / sqrt(rank) (Kalajdzievski 2023)
+            alpha[name] *= math.sqrt(len(tensors[f"{name}.lora_A"]))
     if own is None:
-        metadata = {"dropout": config["lora_dropout"]}
+        metadata: dict[str, Any] = {"dropout": config["lora_dropout"]}
+        if base_weights:
+            metadata["base_weights"] = base_weights
         if config.get("base_model_name_or_path"):
             metadata["base_checkpoint"] = str(config["base_model_name_or_path"])
         return Adapter(None, alpha, tensors, metadata)
@@ -215,15 +228,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise OtherKind(
             f"{path} uses init_lora_weights={shown(start)}, which changes the base's weights"
         )
-    defaults = {"lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    defaults = {"lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config = defaults | {name: value for name, value in config.items() if value is not None}
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config[name], dict):
             raise FileError(f"{path}: {name} is {shown(config[name])}, not a table")
+    if type(config["use_rslora"]) is not bool:
+        raise FileError(f"{path}: use_rslora is {shown(config['use_rslora'])}, not true or false")
     for pattern in config["alpha_pattern"]:
-        # Names, as PEFT writes them, with nothing that could match in many ways.
-        if not re.fullmatch(r"\^?([\w-]|\\?\.|\\-)+", pattern):
-            raise OtherKind(f"{path}: alpha_pattern {shown(pattern)} is not a module's name")
+        if not is_simple_expression(pattern):
+            raise OtherKind(f"{path}: alpha_pattern {shown(pattern)} is no name or simple pattern")
     numbers = {name: config.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
     for name, value in (numbers | config["alpha_pattern"]).items():
         if not is_number(value):
@@ -253,9 +267,21 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
 def alpha_of(name: str, config: Mapping[str, Any]) -> float:
     """The alpha of a layer, by PEFT's rule: the first pattern that the end of its name matches."""
     for pattern, alpha in config["alpha_pattern"].items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if len(name) <= LONGEST and re.match(rf"(.*\.)?({pattern})$", name):
             return float(alpha)
     return float(config["lora_alpha"])
+
+
+def is_simple_expression(pattern: str) -> bool:
+    """Whether it is a regular expression that is soon matched against any module's name."""
+    ways = sum(map(pattern.count, "*+("))
+    if len(pattern) > LONGEST or ways > MANY_WAYS or not EXPRESSION.fullmatch(pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def anchored(name: str) -> str:

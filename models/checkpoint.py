@@ -151,5 +151,6 @@ def _loaded(tensor: Tensor, parameter: Tensor, trains: bool) -> Tensor:
     """A checkpoint's tensor as a parameter holds it."""
     device = "cpu" if parameter.is_meta else parameter.device
     if trains:
-        return tensor.to(device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return tensor.to(device).contiguous()

@@ -6,10 +6,11 @@ family's own file.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,19 @@ def read_model(folder: Path) -> Checkpoint:
         sizes = family.read_config(config)
     except ValueError as error:
         raise FileError(f"{folder}/config.json: {error}") from error
-    tensors = _from_folder(folder, _map_weights(folder), family, sizes)
+    tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
     tokenizer = _read_tokenizer(folder)
     return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
 
 
-def write_model(folder: str | os.PathLike, checkpoint: Checkpoint) -> int:
+def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequence[int] = ()) -> int:
     """Write a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` reads; returns its
     bytes.
 
-    What the base's own folder had beside its weights is written as it was, but for the dtype in
-    config.json, which is that of the weights.
+    What the base's own folder had beside its weights is written as it was, with two exceptions:
+    config.json states the dtype of the weights and whether the head is tied, and the tokens `ends`,
+    at which a text ends, are stated where `transformers` would not stop at all of them.
 
     Raises FileError for a checkpoint that lacks a tensor, when something is there already, or when
     it cannot be written.
@@ -80,12 +82,15 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint) -> int:
     files: dict[str, bytes | Callable[[Path], None]] = dict(checkpoint.files)
     if not checkpoint.files:
         files |= {n: _json_bytes(content) for n, content in _new_files(checkpoint).items()}
-    dtype = str(checkpoint.tensors[layout[0].ours[0]].dtype).removeprefix("torch.")
+    dtypes = {checkpoint.tensors[name].dtype for stored in layout for name in stored.ours}
+    dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = json.loads(files["config.json"])
     key = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(key, "float32") != dtype or config.get("tie_word_embeddings") != sizes.tied_head:
+    tied = family.read_config(config).tied_head
+    if config.get(key, "float32") != dtype or tied != sizes.tied_head:
         config |= {key: dtype, "tie_word_embeddings": sizes.tied_head}
         files["config.json"] = _json_bytes(config)
+    files |= _stated_ends(files, ends, checkpoint.tokenizer)
     return write_folder(folder, files | _weight_files(folder, checkpoint, layout))
 
 
@@ -103,11 +108,29 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": sizes.block_size,
         }
-        for token in files["tokenizer.json"].get("added_tokens", []):
-            if token.get("content") == "<|endoftext|>":  # GPT-2's only special token
-                files["tokenizer_config.json"]["eos_token"] = token["content"]
-                config |= {"bos_token_id": token["id"], "eos_token_id": token["id"]}
     return files
+
+
+def _stated_ends(
+    files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | None
+) -> dict[str, bytes]:
+    """Those files of a folder that have to be changed for `transformers` to stop at all `ends`, the
+    first of which is the tokenizer's."""
+    if not ends or tokenizer is None:
+        return {}
+    changed = {}
+    # The one that decides, where it is there, is that of generation.
+    name = "generation_config.json" if "generation_config.json" in files else "config.json"
+    config = json.loads(files[name])
+    stated = config.get("eos_token_id")
+    if not set(ends) <= set(stated if isinstance(stated, list) else [stated]):
+        config["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        changed[name] = _json_bytes(config)
+    options = json.loads(files.get("tokenizer_config.json", b"{}"))
+    added = {t["id"]: t["content"] for t in json.loads(tokenizer).get("added_tokens", [])}
+    if options.get("eos_token") is None and ends[0] in added:
+        changed["tokenizer_config.json"] = _json_bytes(options | {"eos_token": added[ends[0]]})
+    return changed
 
 
 def _json_bytes(content: dict[str, Any]) -> bytes:
@@ -151,17 +174,40 @@ def _weight_files(
     return files | {"model.safetensors.index.json": _json_bytes(index)}
 
 
+def family_of_adapter(adapter: Adapter) -> Family:
+    """The family of an adapter's model: what its metadata says, else the first that has its layers,
+    under our names or the folder's. Raises FileError for none."""
+    name = adapter.metadata.get("family")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    for family in FAMILIES.values():
+        modules = {
+            module
+            for stored in _layout_of(adapter, family)
+            for module in (stored.module, *stored.our_modules)
+        }
+        if adapter.alpha.keys() <= modules:
+            return family
+    raise FileError(
+        f"{min(adapter.alpha)} is no layer of {' or '.join(FAMILIES)}: "
+        "python -m lora export keeps names"
+    )
+
+
 def adapter_to_folder(adapter: Adapter, family: Family) -> Adapter:
     """The adapter of a model of ours, for the model that `write_model` makes of its base.
 
     Exact: the adapters of linears that the folder has as one matrix, such as GPT-2's query, key and
     value, become one whose A is theirs one below the other and whose B is block-diagonal, of their
-    ranks' sum. Those that lack one have zeros there.
+    ranks' sum. Those that lack one have zeros there. One with the folder's names is as it was.
 
     Raises FileError where such linears are scaled differently, and for an adapter of other layers.
     """
     alpha, tensors = {}, {}
     weights = [stored for stored in _layout_of(adapter, family) if stored.name.endswith(".weight")]
+    theirs = {stored.module for stored in weights}
+    if {name.rpartition(".")[0] for name in adapter.tensors} <= theirs:
+        return adapter
     foreign = adapter.alpha.keys() - {our for stored in weights for our in stored.our_modules}
     if foreign:
         raise FileError(
@@ -213,8 +259,9 @@ def adapter_from_folder(adapter: Adapter, family: Family) -> Adapter:
             if blocks and torch.equal(torch.block_diag(*(b[i] for i, b in enumerate(blocks))), B):
                 parts = [(a, b[i]) for i, (a, b) in enumerate(zip(A.chunk(n), blocks, strict=True))]
                 scaled /= n
-            for our, (a, b) in zip(ours, parts, strict=True):
-                if n > 1 and not a.any():  # there was none
+            there = [a.any().item() or b.any().item() for a, b in parts]
+            for our, (a, b), was_there in zip(ours, parts, there, strict=True):
+                if not was_there and any(there):  # as `adapter_to_folder` fills the place of one
                     continue
                 alpha[our] = scaled
                 tensors |= {f"{our}.lora_A": a.contiguous(), f"{our}.lora_B": b.contiguous()}
@@ -240,20 +287,28 @@ def _to_folder(tensors: Mapping[str, Tensor], layout: list[StoredTensor]) -> dic
 
 def _from_folder(
     folder: Path, found: dict[str, Tensor], family: Family, sizes: Any
-) -> dict[str, Tensor]:
-    """A folder's tensors under our names. Raises FileError unless they are those of these sizes."""
+) -> tuple[dict[str, Tensor], Any]:
+    """A folder's tensors under our names, and its sizes: where the head is there beside the
+    embedding and other than it, they are not tied, whatever config.json says.
+
+    Raises FileError unless they are the tensors of these sizes.
+    """
     found = {name: tensor for name, tensor in found.items() if not family.ignored(name)}
-    if sizes.tied_head:
-        found.pop("lm_head.weight", None)
     if sizes.n_layer > len(found):  # before a layout of that length is made
         raise FileError(f"{folder}: {len(found)} tensors are too few for {sizes.n_layer} layers")
     layout = family.layout(sizes)
-    prefix = layout[0].name.partition(".")[0] + "."  # which some files leave out
+    embedding = layout[0].name
+    prefix = embedding.partition(".")[0] + "."  # which some files leave out
     known = {stored.name for stored in layout}
-    found = {
-        prefix + name if name not in known and prefix + name in known else name: tensor
-        for name, tensor in found.items()
-    }
+    for name in known - found.keys():
+        if (bare := name.removeprefix(prefix)) in found:
+            found[name] = found.pop(bare)
+    if sizes.tied_head and "lm_head.weight" in found:
+        if embedding in found and _are_equal(found["lm_head.weight"], found[embedding]):
+            del found["lm_head.weight"]
+        else:
+            sizes = dataclasses.replace(sizes, tied_head=False)
+            layout = family.layout(sizes)
     expected = {stored.name: torch.empty(stored.shape, device="meta") for stored in layout}
     check_tensors(folder, found, expected, finite=False)  # which loading checks, one by one
     result = {}
@@ -263,7 +318,12 @@ def _from_folder(
         result |= dict(zip(stored.ours, parts, strict=True))
     if sizes.tied_head:
         result["lm_head.weight"] = result[layout[0].ours[0]]
-    return result
+    return result, sizes
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and values."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -298,13 +358,13 @@ def _map_shards(folder: Path, index: Path) -> dict[str, Tensor]:
         if name != os.path.basename(name) or not name.endswith((".safetensors", ".bin")):
             raise FileError(f"{index} names {name!r}, which is no file of weights in the folder")
         if not (folder / name).is_file():
-            raise FileError(f"{index} names {name}, which is not in the folder")
+            raise FileError(f"{index} names {name!r}, which is not in the folder")
         for tensor_name, tensor in read_foreign_tensors(folder / name)[0].items():
             if weight_map.get(tensor_name) == name:
                 tensors[tensor_name] = tensor
     missing = weight_map.keys() - tensors.keys()
     if missing:
-        raise FileError(f"{index} names {min(missing)}, which its file lacks")
+        raise FileError(f"{index} names {min(missing)!r}, which its file lacks")
     return tensors
 
 

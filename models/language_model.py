@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lora import add_lora, count_parameters
 from lora.linear import apply_linear, is_frozen
 from ops.attention import KeyValueCache
-from ops.loss import linear_cross_entropy
+from ops.loss import linear_cross_entropy, linear_losses
 from ops.products import product_dtype
 
 
@@ -147,9 +147,11 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
+        reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits (B, T, vocab_size) for idx (B, T), and the mean cross-entropy if `targets` (B, T)
-        is given, over those that are not negative.
+        """Logits (B, T, vocab_size) for idx (B, T), and the cross-entropy if `targets` (B, T) is
+        given: the mean over those that are not negative, or for the `reduction` "none" that of each
+        token, (B, T), without gradients and 0 where the target is negative.
 
         With targets there are no logits, but None, where the head is frozen and the family does not
         keep them: a vocabulary of published models makes them larger than the rest of a step.
@@ -184,12 +186,16 @@ class LanguageModel(nn.Module):
         x = self.final_norm(x)
         if targets is not None and not self.keeps_logits and is_frozen(self.lm_head):
             rows = x.to(product_dtype(x)).flatten(0, -2)
+            if reduction == "none":
+                losses = linear_losses(rows, self.lm_head.weight, targets.flatten())
+                return None, losses.view(targets.shape)
             return None, linear_cross_entropy(rows, self.lm_head.weight, targets.flatten())
         logits = apply_linear(self.lm_head, x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
-        return logits, loss
+        wide = logits.float().flatten(0, -2)
+        loss = F.cross_entropy(wide, targets.flatten(), reduction=reduction)
+        return logits, loss.view(targets.shape) if reduction == "none" else loss
 
     @torch.no_grad()
     def generate(
@@ -200,6 +206,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         use_cache: bool = True,
+        n_tokens: int | None = None,
     ) -> Tensor:
         """Continue `idx` (B, T) by `max_new_tokens` sampled tokens: (B, T + max_new_tokens).
 
@@ -208,7 +215,7 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            options = (temperature, top_k, top_p, use_cache)
+            options = (temperature, top_k, top_p, use_cache, n_tokens)
             return torch.cat([idx, *self.stream(idx, max_new_tokens, *options)], dim=1)
         finally:
             self.train(was_training)
@@ -222,6 +229,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         use_cache: bool = True,
+        n_tokens: int | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
         dropout.
@@ -230,6 +238,8 @@ class LanguageModel(nn.Module):
         from the fewest that have this probability together (Holtzman et al. 2020). The model sees
         up to block_size tokens: when they are full, it goes on from the last half of them.
         `use_cache=False` computes all of them again for each token, to the same effect.
+        Only the first `n_tokens` of the vocabulary are taken: the embedding may be larger than the
+        tokenizer.
 
         Raises ValueError for an empty `idx`, and for an argument out of range.
         """
@@ -246,7 +256,7 @@ class LanguageModel(nn.Module):
                 seen = seen[:, -max(1, self.block_size // 2) :]
                 new, caches = seen, self.new_caches()
             logits, _ = self(new, caches=caches) if use_cache else self(seen)
-            new = sample(logits[:, -1].float(), temperature, top_k, top_p)
+            new = sample(logits[:, -1, :n_tokens].float(), temperature, top_k, top_p)
             yield new
             seen = torch.cat([seen, new], dim=1)
 

@@ -39,7 +39,8 @@ class Sizes:
         max_positions: the context of the published model, which some kinds of rope need;
             `block_size` is less where attention has a sliding window.
 
-    Raises ValueError when `n_head` is not divisible by `n_kv_head`, or `head_dim` is odd.
+    Raises ValueError when `n_head` is not divisible by `n_kv_head`, `head_dim` is odd, `norm_eps`
+    is not between 0 and 1, or `rope` is of a kind or has a number that is not supported.
     """
 
     vocab_size: int
@@ -64,6 +65,9 @@ class Sizes:
             raise ValueError(f"{self.n_head} heads do not share {self.n_kv_head} of keys evenly")
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim={self.head_dim} is odd, which rope cannot turn")
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise ValueError(f"rms_norm_eps is {self.norm_eps!r}, not a number between 0 and 1")
+        check_rope(self.rope)
 
 
 class Llama(LanguageModel):
@@ -148,8 +152,8 @@ class Attention(nn.Module):
             t.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
             for t in grouped_linear(x, [self.q_proj, self.k_proj, self.v_proj])
         )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:  # whose weights are float32 under autocast too
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k = turned(q, cos, sin), turned(k, cos, sin)
         y = causal_attention(q, k, v, self.dropout, self.training, mask, cache, saves_memory=True)
         (y,) = grouped_linear(y, [self.o_proj])
@@ -197,6 +201,48 @@ class Block(nn.Module):
 
 
 # ---- rope
+
+ROPE_NUMBERS = {  # what each kind needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": (),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    "yarn": ("factor",),
+}  # fmt: skip
+YARN_OPTIONS = (
+    "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
+    "beta_fast", "beta_slow",
+)  # fmt: skip
+
+
+def check_rope(rope: dict[str, Any]) -> None:
+    """Raise ValueError for a table of rope that `rope_frequencies` does not compute as stated."""
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
+        raise ValueError(
+            f"rope of type {shortened(kind)} is not supported, only {', '.join(ROPE_NUMBERS)}"
+        )
+    if rope.get("mrope_section") is not None:
+        raise ValueError("rope has mrope_section, supported is one position for each token")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("rope has a partial_rotary_factor, supported is rope of whole heads")
+    options = [name for name in YARN_OPTIONS if kind == "yarn" and rope.get(name)]
+    for name in ("rope_theta", *ROPE_NUMBERS[kind], *options):
+        value, least = rope.get(name), 1 if name == "rope_theta" else 0
+        if type(value) not in (int, float) or not least < value < 1e18:
+            raise ValueError(f"{name} of rope is {shortened(value)}, not a number above {least}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("low_freq_factor of rope is not below high_freq_factor")
+    if kind == "yarn" and type(rope.get("truncate", True)) is not bool:
+        raise ValueError(f"truncate of rope is {shortened(rope['truncate'])}, not true or false")
+
+
+def shortened(value: Any) -> str:
+    """A value of a config for an error of one line, whatever its length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -263,17 +309,10 @@ def yarn_scale(factor: float, mscale: float) -> float:
 
 # ---- Hugging Face's folders
 
-# What an absent or null num_key_value_heads means; None is as many as the query's.
+# What an absent num_key_value_heads means; None is as many as the query's, as null is for all.
 DEFAULT_KV_HEADS = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
-ROPE_NUMBERS = {  # what each kind needs
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": (),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-    "yarn": ("factor",),
-}  # fmt: skip
+LAYER_TYPES = ("full_attention", "sliding_attention")
+LARGEST = 2**24  # of the sizes, so that no product of two is beyond a tensor's
 
 
 def read_config(config: dict[str, Any]) -> Sizes:
@@ -290,18 +329,17 @@ def read_config(config: dict[str, Any]) -> Sizes:
     n_embd, n_head = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
     n_layer = _whole(config, "num_hidden_layers")
     max_positions = _whole(config, "max_position_embeddings")
-    kv_heads = config.get("num_key_value_heads")
+    kv_heads = config.get("num_key_value_heads", DEFAULT_KV_HEADS[kind])
     if kv_heads is None:
-        kv_heads = DEFAULT_KV_HEADS[kind] or n_head
+        kv_heads = n_head
     head_dim = config.get("head_dim")
     if head_dim is None:
         if kind != "qwen3" and n_embd % n_head != 0:
             raise ValueError("hidden_size is not a multiple of num_attention_heads")
         head_dim = 128 if kind == "qwen3" else n_embd // n_head
     sizes = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
-    norm_eps = config.get("rms_norm_eps")
-    if type(norm_eps) is not float or not 0 < norm_eps < 1:
-        raise ValueError(f"rms_norm_eps is {norm_eps!r}, not a small number above 0")
+    sizes["num_attention_heads * head_dim"] = n_head * _whole(sizes, "head_dim")
+    _whole(sizes, "num_attention_heads * head_dim")
     window = _sliding_window(config, n_layer)
     return Sizes(
         vocab_size=_whole(config, "vocab_size"),
@@ -310,10 +348,10 @@ def read_config(config: dict[str, Any]) -> Sizes:
         n_head=n_head,
         n_layer=n_layer,
         n_kv_head=_whole(sizes, "num_key_value_heads"),
-        head_dim=_whole(sizes, "head_dim"),
+        head_dim=head_dim,
         n_inner=_whole(config, "intermediate_size"),
         max_positions=max_positions,
-        norm_eps=norm_eps,
+        norm_eps=config.get("rms_norm_eps"),
         rope=_rope(config),
         qkv_bias=kind == "qwen2" or (kind != "mistral" and _flag(config, "attention_bias")),
         out_bias=kind in ("llama", "qwen3") and _flag(config, "attention_bias"),
@@ -325,15 +363,15 @@ def read_config(config: dict[str, Any]) -> Sizes:
 
 def _whole(config: dict[str, Any], name: str) -> int:
     value = config.get(name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise ValueError(f"{name} is {shortened(value)}, not a whole number from 1 to {LARGEST}")
     return value
 
 
 def _flag(config: dict[str, Any], name: str) -> bool:
     value = config.get(name)
-    if value not in (True, False, None):
-        raise ValueError(f"{name} is {value!r}, neither true nor false")
+    if type(value) is not bool and value is not None:
+        raise ValueError(f"{name} is {shortened(value)}, neither true nor false")
     return bool(value)
 
 
@@ -344,11 +382,17 @@ def _sliding_window(config: dict[str, Any], n_layer: int) -> int | None:
         return None
     window = config.get("sliding_window", 4096)
     if kind != "mistral":
-        layers = config.get("layer_types")
-        if layers is not None:
-            slides = "sliding_attention" in layers
+        first, layers = config.get("max_window_layers", 28), config.get("layer_types")
+        if layers is None:
+            if type(first) is not int:
+                raise ValueError(f"max_window_layers is {shortened(first)}, not a whole number")
+            slides = first < n_layer
         else:
-            slides = config.get("max_window_layers", 28) < n_layer
+            if not isinstance(layers, list) or any(layer not in LAYER_TYPES for layer in layers):
+                raise ValueError(
+                    f"layer_types is {shortened(layers)}, supported are {', '.join(LAYER_TYPES)}"
+                )
+            slides = "sliding_attention" in layers
         if not _flag(config, "use_sliding_window") or not slides:
             return None
     return None if window is None else _whole({"sliding_window": window}, "sliding_window")
@@ -356,27 +400,22 @@ def _sliding_window(config: dict[str, Any], n_layer: int) -> int | None:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The table of rope, with its `rope_type` and `rope_theta`, wherever they stand."""
-    table = config.get("rope_parameters")
-    if table is None:
-        table = config.get("rope_scaling")
-    if not isinstance(table, dict | None):
-        raise ValueError(f"the parameters of rope are {table!r}, not a table")
-    table = {name: value for name, value in (table or {}).items() if value is not None}
+    # Of two tables transformers takes the older files'.
+    table = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(table, dict):
+        raise ValueError(f"the parameters of rope are {shortened(table)}, not a table")
+    table = {name: value for name, value in table.items() if value is not None}
     if any(isinstance(value, dict) for value in table.values()):
-        raise ValueError("rope has a table for each kind of layer, which is not supported")
+        raise ValueError("rope has a table for each kind of layer, supported is one for all")
+    outside = {"rope_theta": 10000.0} | {  # the default of all four model types
+        name: config[name]
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        if config.get(name) is not None
+    }
+    if "original_max_position_embeddings" in outside:  # which has precedence where it stands there
+        table.pop("original_max_position_embeddings", None)
     kind = table.pop("type", "default")
-    kind = table.setdefault("rope_type", kind)
-    if kind not in ROPE_NUMBERS:
-        raise ValueError(f"rope of type {kind!r} is not supported, only {', '.join(ROPE_NUMBERS)}")
-    theta = table.get("rope_theta", config.get("rope_theta"))
-    if theta is None and config["model_type"] in DEFAULT_KV_HEADS:
-        theta = 10000.0  # the default of all four
-    table["rope_theta"] = theta
-    for name in ("rope_theta", *ROPE_NUMBERS[kind]):
-        value = table.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} of rope is {value!r}, not a number above 0")
-    return table
+    return outside | {"rope_type": kind} | table
 
 
 def layout(s: Sizes) -> list[StoredTensor]:

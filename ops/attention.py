@@ -10,7 +10,7 @@ from ops.dropout import draw_numbers, mask_of
 from ops.products import concatenated, differentiable_once, scaled_product
 
 # On a CPU the plain form of attention beats torch's fused one where it has dropout, and in bfloat16
-# up to this context length.
+# up to this context length (`python benchmarks/cpu_operations.py`, as the next).
 PLAIN_ATTENTION_MAX_CONTEXT = 256
 
 # Where weights are computed again in backward, the plain form without dropout is faster up to this
@@ -28,7 +28,11 @@ CPU_TAKES_GROUPS = torch.__version__ >= (2, 9)
 
 
 class KeyValueCache:
-    """The keys and values that one attention layer has computed, each (B, K, T, D)."""
+    """The keys and values that one attention layer has computed, each (B, K, T, D).
+
+    It has room for up to block_size tokens, and takes memory as they come: a context of 131,072
+    tokens is seldom full.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -36,13 +40,21 @@ class KeyValueCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    def _grown(self, old: Tensor) -> Tensor:
+        """A copy with room for twice the tokens, so that all copies cost as much as one."""
+        B, K, n, D = old.shape
+        room = min(self.block_size, max(2 * self.length, 128))
+        new = old.new_empty(B, K, room, D)
+        new[:, :, :n] = old
+        return new
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of the next tokens; returns all so far."""
-        if self.keys is None:
-            B, K, _, D = k.shape
-            self.keys = k.new_empty(B, K, self.block_size, D)
-            self.values = v.new_empty(B, K, self.block_size, D)
         start, self.length = self.length, self.length + k.shape[2]
+        if self.keys is None:
+            self.keys, self.values = k[:, :, :0], v[:, :, :0]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(t) for t in (self.keys, self.values))
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]

@@ -1,11 +1,13 @@
 """The loss of a language model whose head is frozen, without keeping its logits."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.products import base_slices, differentiable_once
 
-# Logits that exist at one time: 128 MiB of them in float32.
+# Logits that exist at one time: 128 MiB of them in float32. Of a head that is cast to it each slice
+# casts the head twice.
 LOGITS = 2**25
 
 
@@ -25,22 +27,44 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
     return _LinearCrossEntropy.apply(x, W, targets)
 
 
+@torch.no_grad()
+def linear_losses(x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each row's logits x W^T, 0 where its target is negative: (tokens,).
+
+    The arguments are those of `linear_cross_entropy`.
+    """
+    losses = []
+    for part in _slices(len(x), len(W)):
+        logits = _wide_logits(x[part], W)
+        losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
+    return torch.cat(losses)
+
+
+def _slices(tokens: int, vocabulary: int) -> list[slice]:
+    """The tokens whose logits exist at one time."""
+    size = max(1, LOGITS // vocabulary)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _wide_logits(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T, (tokens, vocab_size), in float32 or above."""
+    logits = x.new_empty(len(x), len(W))
+    for outputs, weight in base_slices([W], x.dtype):
+        torch.mm(x, weight.t(), out=logits[:, outputs])
+    return logits.float() if logits.itemsize < 4 else logits
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
-        counted = (targets >= 0)[:, None].to(x.dtype if x.itemsize >= 4 else torch.float32)
-        scale = counted / counted.sum()  # of each token in the mean, (tokens, 1)
+        counted = (targets >= 0)[:, None]  # (tokens, 1)
+        # Of each token in the mean, (tokens, 1).
+        scale = counted.to(torch.promote_types(x.dtype, torch.float32)) / counted.sum()
         targets = targets.clamp(min=0)[:, None]
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         loss = 0.0
-        size = max(1, LOGITS // len(W))
-        for start in range(0, len(x), size):
-            part = slice(start, min(start + size, len(x)))
-            logits = x.new_empty(part.stop - start, len(W))
-            for outputs, weight in base_slices([W], x.dtype):
-                torch.mm(x[part], weight.t(), out=logits[:, outputs])
-            wide = logits.to(scale.dtype)
-            del logits
+        for part in _slices(len(x), len(W)):
+            wide = _wide_logits(x[part], W)
             wide.sub_(wide.amax(-1, keepdim=True))
             found = wide.gather(-1, targets[part])
             total = wide.exp_().sum(-1, keepdim=True)

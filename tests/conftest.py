@@ -89,12 +89,12 @@ class Started:
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def wait_for(self, line: str) -> str:
-        """The record so far, which `line` has just entered."""
+        """The log so far, which `line` has just entered."""
         until = time.monotonic() + 120
-        while line not in (record := self.written("out")):
+        while line not in (log := self.written("out")):
             assert time.monotonic() < until and not self.written("err"), self.written("err")
             time.sleep(0.005)
-        return record
+        return log
 
     def send_signal(self, number: int) -> None:
         """Whether it still runs or not."""
@@ -152,7 +152,7 @@ def training(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
 
 def succeeded(process: subprocess.CompletedProcess) -> str:
-    """The record of a run that must have ended well."""
+    """The log of a run that must have ended well."""
     assert process.returncode == 0, process.stderr
     return process.stdout
 

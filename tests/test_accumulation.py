@@ -66,6 +66,7 @@ def test_accumulated_batches_are_one(corpus, model):
     expected = of_one_batch(model, share(corpus, 0, 1))
     batches = [share(corpus, i, 4) for i in range(4)]
     loss = accumulate(model, batches, corpus.loss_parts(batches), contextlib.nullcontext)
+    assert not loss.requires_grad  # or the activations of all steps until an evaluation would stay
     torch.testing.assert_close((loss, gradients(model)), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -12,7 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, Started, environment_of, refused, start_script, succeeded
+from conftest import (
+    ON_CPU,
+    ROOT,
+    TEXT,
+    TINY,
+    Started,
+    environment_of,
+    refused,
+    start_script,
+    succeeded,
+)
 
 import compare
 from trainer.log_reader import Evaluation, RunLog, join, output_of, read_logs
@@ -23,9 +33,9 @@ def outputs(tmp_path_factory) -> dict[str, str]:
     """Real outputs: a full run, a LoRA run on it, and a run that was interrupted and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
-    found = {"full": succeeded(start_script(folder, **TINY))}
-    found["lora"] = succeeded(start_script(folder, **TINY, USE_LORA="True", LORA_RANK="4"))
-    long = TINY | {"MAX_STEPS": "100000", "OUT_DIR": "long"}
+    found = {"full": succeeded(start_script(folder, **TINY | ON_CPU))}
+    found["lora"] = succeeded(start_script(folder, **TINY | ON_CPU, USE_LORA="True", LORA_RANK="4"))
+    long = TINY | ON_CPU | {"MAX_STEPS": "100000", "OUT_DIR": "long"}
     process = Started(folder, ["training.py"], long)
     process.wait_for("step 6 |")
     process.send_signal(signal.SIGINT)

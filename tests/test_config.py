@@ -141,7 +141,6 @@ def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):
 
 
 def test_layers_are_named_and_a_misspelt_one_is_answered():
-    assert lora_targets(read().lora_targets, LINEARS) is None
     assert lora_targets("All", LINEARS) is None
     assert lora_targets("value, query,value", LINEARS) == ["value", "query"]
     for wrong in ("query,,value", "all,query", "qeury", "fc_in"):

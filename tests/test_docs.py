@@ -41,20 +41,22 @@ def split(command: str) -> tuple[dict[str, str], list[str], str | None]:
     return variables, words, target
 
 
-def small_gpt2(folder: Path) -> None:
-    """A GPT-2 with its tokenizer, as the guide has one."""
+def small_llama(folder: Path) -> None:
+    """A model of the Llama family with its tokenizer, as the documents have one."""
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([TEXT], vocab_size=300, show_progress=False)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "vocab_size": 300}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ends)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    ends = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ends))
+    model.to(torch.bfloat16).save_pretrained(folder)
     bpe.save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_run_in_their_order(document, tmp_path):
     """Each command of a document, with the smallest budget; `pip install` and pytest are CI's."""
-    small_gpt2(tmp_path / "gpt2")
+    small_llama(tmp_path / "SmolLM2-135M")
     ran = 0
     for command in commands(document):
         variables, words, target = split(command)
@@ -75,10 +77,10 @@ def test_the_commands_run_in_their_order(document, tmp_path):
             process = start_script(tmp_path, script=words[1], MAX_NEW_TOKENS="5", **variables)
         else:
             process = start_script(tmp_path, *words[2:], script=words[1], **variables | BUDGET)
-        record = succeeded(process)
+        log = succeeded(process)
         if target is not None:
-            (tmp_path / target).write_text(record)
-            assert "Final validation loss: " in record
+            (tmp_path / target).write_text(log)
+            assert "Final validation loss: " in log
         ran += 1
     assert ran >= 4
 
@@ -93,12 +95,12 @@ def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     for mode in ("False", "True"):  # what the guide's commands leave behind
         succeeded(start_script(tmp_path, USE_LORA=mode, DATA="text.txt", **BUDGET))
-    small_gpt2(tmp_path / "gpt2")
-    gpt2 = {"BASE_CHECKPOINT": "gpt2", "OUT_DIR": "out-gpt2", "DATA": "text.txt"}
-    succeeded(start_script(tmp_path, USE_LORA="True", BLOCK_SIZE="32", **gpt2, **BUDGET))
-    succeeded(start_script(tmp_path, MERGE="True", ADAPTERS="out-gpt2/lora.pt", **gpt2))
-    for source, folder in (("lora.pt", "gpt2-peft"), ("merged.pt", "gpt2-merged")):
-        succeeded(start_script(tmp_path, f"out-gpt2/{source}", folder, script="export.py"))
+    small_llama(tmp_path / "SmolLM2-135M")
+    base = {"BASE_CHECKPOINT": "SmolLM2-135M", "OUT_DIR": "out-smol", "DATA": "text.txt"}
+    succeeded(start_script(tmp_path, USE_LORA="True", BLOCK_SIZE="32", **base, **BUDGET))
+    succeeded(start_script(tmp_path, MERGE="True", ADAPTERS="out-smol/lora.pt", **base))
+    for source, folder in (("lora.pt", "smol-peft"), ("merged.pt", "smol-merged")):
+        succeeded(start_script(tmp_path, f"out-smol/{source}", folder, script="export.py"))
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for snippet in blocks("LORA_USAGE.md", "python"):
@@ -125,9 +127,9 @@ def test_the_tables_of_variables_are_those_of_the_help(document, kind):
 def test_the_guides_parameter_counts_are_those_of_the_script(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     variables = {"USE_LORA": "True", "DATA": "text.txt", **BUDGET}
-    record = succeeded(start_script(tmp_path, **variables))
+    log = succeeded(start_script(tmp_path, **variables))
     (statistics,) = (b for b in blocks("LORA_USAGE.md", "text") if "Parameter Statistics" in b)
-    assert statistics in record
+    assert statistics in log
 
 
 @pytest.mark.parametrize("train_embeddings", [True, False])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, refused, start_script, succeeded
+from conftest import ON_CPU, ROOT, TEXT, TINY, refused, start_script, succeeded
 
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def generate(folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    return start_script(folder, script="generate.py", **GENERATE | variables)
+    return start_script(folder, script="generate.py", **ON_CPU | GENERATE | variables)
 
 
 def model_of(path: Path) -> BigramLanguageModelLoRA:
@@ -115,8 +115,8 @@ def test_a_reader_that_goes_ends_in_one_line(folder):
     assert error.splitlines()[-1] == "error: stdout: Broken pipe"
 
 
-def number(record: str, label: str) -> float:
-    return float(re.search(rf"^{label}: ([\d.,]+)", record, re.MULTILINE).group(1).replace(",", ""))
+def number(log: str, label: str) -> float:
+    return float(re.search(rf"^{label}: ([\d.,]+)", log, re.MULTILINE).group(1).replace(",", ""))
 
 
 @pytest.mark.parametrize("adapters", [None, "two/lora.pt"])
@@ -126,7 +126,7 @@ def test_evaluation_covers_all_of_the_validation_data(folder, adapters):
     if adapters:
         variables["ADAPTERS"] = adapters
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    record = succeeded(start_script(folder, **variables))
+    log = succeeded(start_script(folder, **variables))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     model = model_of(folder / "out" / "full.pt").eval()
     if adapters:
@@ -142,28 +142,28 @@ def test_evaluation_covers_all_of_the_validation_data(folder, adapters):
         with torch.no_grad():
             total += model(x[None], y[None])[1].double().item() * len(y)
     loss = total / (len(tokens) - 1)
-    assert number(record, "Bytes evaluated") == len(tokens) - 1
-    assert number(record, "Validation loss") == pytest.approx(loss, abs=2e-4)
-    assert number(record, "Perplexity") == pytest.approx(math.exp(loss), rel=2e-4)
-    assert number(record, "Bits per byte") == pytest.approx(loss / math.log(2), abs=2e-4)
+    assert number(log, "Bytes evaluated") == len(tokens) - 1
+    assert number(log, "Validation loss") == pytest.approx(loss, abs=2e-4)
+    assert number(log, "Perplexity") == pytest.approx(math.exp(loss), rel=2e-4)
+    assert number(log, "Bits per byte") == pytest.approx(loss / math.log(2), abs=2e-4)
 
 
 def test_a_merged_checkpoint_is_a_base_like_any_other(folder):
     merge = TINY | {"MERGE": "True", "ADAPTERS": "two/lora.pt", "OUT_DIR": "merged"}
-    record = succeeded(start_script(folder, **merge, BASE_CHECKPOINT="out/full.pt"))
-    assert "Wrote merged/merged.pt: " in record
+    log = succeeded(start_script(folder, **merge, BASE_CHECKPOINT="out/full.pt"))
+    assert "Wrote merged/merged.pt: " in log
     base = {"BASE_CHECKPOINT": "merged/merged.pt"}
     assert succeeded(generate(folder, **base)) == succeeded(
         generate(folder, ADAPTERS="two/lora.pt")
     )
     for mode in ("False", "True"):
-        record = succeeded(start_script(folder, **TINY | base, USE_LORA=mode, OUT_DIR="tuned"))
-        assert "merged from out/full.pt with two/lora.pt" in record
+        log = succeeded(start_script(folder, **TINY | base, USE_LORA=mode, OUT_DIR="tuned"))
+        assert "merged from out/full.pt with two/lora.pt" in log
     evaluations = [
         succeeded(start_script(folder, **TINY | more, EVAL_ONLY="True", DTYPE="float32"))
         for more in (base, {"ADAPTERS": "two/lora.pt"})
     ]
-    one, two = (number(record, "Validation loss") for record in evaluations)
+    one, two = (number(log, "Validation loss") for log in evaluations)
     assert one == pytest.approx(two, abs=1e-4)
     assert "MERGE" not in refused(generate(folder, BASE_CHECKPOINT="two/lora.pt"))
 
@@ -172,11 +172,11 @@ def test_training_goes_on_from_an_adapter(folder):
     variables = TINY | {"USE_LORA": "True", "BASE_CHECKPOINT": "out/full.pt", "DATA": "upper.txt"}
     error = refused(start_script(folder, **variables, ADAPTERS="two/lora.pt", OUT_DIR="two"))
     assert "ADAPTERS=two/lora.pt is a file that this run would replace" in error
-    record = succeeded(start_script(folder, **variables, ADAPTERS="two/lora.pt", OUT_DIR="more"))
+    log = succeeded(start_script(folder, **variables, ADAPTERS="two/lora.pt", OUT_DIR="more"))
     reached = torch.load(folder / "two" / "lora.pt", weights_only=True)["metadata"]["val_loss"]
-    at_start = float(re.search(r"step 0 .* val loss (\S+)", record).group(1))
+    at_start = float(re.search(r"step 0 .* val loss (\S+)", log).group(1))
     assert at_start == pytest.approx(reached, abs=1e-3)
-    assert number(record, "Final validation loss") < at_start
+    assert number(log, "Final validation loss") < at_start
     # A combination of ranks 4 and 8 trains on with rank 12, or with the rank that one asks for.
     both = {"ADAPTERS": "one/lora.pt:0.5,two/lora.pt:0.5", "OUT_DIR": "both"}
     assert "LoRA rank: 12, alpha: 12.0" in succeeded(start_script(folder, **variables | both))

@@ -244,11 +244,7 @@ def test_an_adapter_that_peft_trained_on_gpt2_gives_its_logits_here(targets, fol
         for name, p in theirs.named_parameters():
             if "lora_" in name:
                 p += 0.1 * torch.randn_like(p)
-    if "lm_head" in targets:  # PEFT would put the base's weight into the file
-        theirs.save_pretrained(tmp_path / "with-base")
-        with pytest.raises(FileError, match=r"lm_head.*save_embedding_layers=False"):
-            read_adapter(tmp_path / "with-base")
-    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    theirs.save_pretrained(tmp_path / "peft")  # with the base's weight of an adapted head
     out = succeeded(
         start_script(
             tmp_path, ADAPTERS="peft", BASE_CHECKPOINT="gpt2", MERGE="True", OUT_DIR="out",
@@ -318,8 +314,9 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
     budget = {"MAX_STEPS": "4", "EVAL_INTERVAL": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5"}
     refusal = refused(start_script(tmp_path, **run | {"BASE_CHECKPOINT": "."}))
     assert "config.json cannot be read" in refusal
-    record = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
-    assert "tokens:   " in record and "weights of the family gpt2" in record
+    budget |= {"LORA_TARGETS": "all", "TRAIN_EMBEDDINGS": "True"}
+    log = succeeded(start_script(tmp_path, USE_LORA="True", **run, **budget))
+    assert "tokens:   " in log and "weights of the family gpt2" in log
     caches = list((tmp_path / "out").glob("tokens-*.bin"))
     assert len(caches) == 1
     asked = start_script(
@@ -351,6 +348,23 @@ def test_the_whole_way_from_published_weights_to_peft_and_transformers(folder, t
         base = transformers.AutoModelForCausalLM.from_pretrained(folder)
         on_peft = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
         assert relative_error(on_peft.eval()(idx).logits, logits) < 1e-5
+
+
+def test_a_published_base_keeps_its_embeddings_and_head_unless_asked(folder, tmp_path):
+    run = {"BASE_CHECKPOINT": "gpt2", "DATA": "text.txt", "USE_LORA": "True", "MAX_STEPS": "1"}
+    run |= {"BATCH_SIZE": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0", "NUM_THREADS": "1"}
+    log = succeeded(start_script(tmp_path, **run))
+    assert "LoRA layers: query,key,value,proj,fc_in,fc_out\n" in log
+    assert ", embeddings 0\n" in log and "Embeddings frozen: the default" in log
+    assert "lm_head not adapted: the default" in log
+    adapter = read_adapter(tmp_path / "out" / "lora.pt")
+    assert adapter.extras == [] and not any("lm_head" in name for name in adapter.alpha)
+    asked = {"TRAIN_EMBEDDINGS": "True", "LORA_TARGETS": "query,lm_head", "OUT_DIR": "asked"}
+    log = succeeded(start_script(tmp_path, **run | asked))
+    assert "Embeddings frozen" not in log and "lm_head not adapted" not in log
+    assert len(read_adapter(tmp_path / "asked" / "lora.pt").extras) == 2
+    refusal = refused(start_script(tmp_path, **run | {"LORA_TARGETS": "q_proj"}))
+    assert "'q_proj' is no layer of the model" in refusal and "query,key,value" in refusal
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(folder, tmp_path):
@@ -391,8 +405,8 @@ def test_an_adapter_of_some_of_query_key_and_value_is_exported_whole(folder, the
 def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, tmp_path):
     run = {"BASE_CHECKPOINT": "gpt2", "DATA": "python-instructions", "NUM_THREADS": "1"}
     budget = {"MAX_STEPS": "2", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "5", "BATCH_SIZE": "2"}
-    record = succeeded(start_script(tmp_path, USE_LORA="True", DTYPE="float32", **run, **budget))
-    assert "records" in record and "user: " in record.rpartition("Sample")[2]
+    log = succeeded(start_script(tmp_path, USE_LORA="True", DTYPE="float32", **run, **budget))
+    assert "records" in log and "user: " in log.rpartition("Sample")[2]
     asked = start_script(
         tmp_path, script="generate.py", BASE_CHECKPOINT="gpt2", ADAPTERS="out/lora.pt",
         PROMPT="What does list.sort do?", MAX_NEW_TOKENS="5", NUM_THREADS="1",

@@ -114,7 +114,7 @@ def test_the_reference_is_the_formula():
 
 
 MODES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TOKENS = [1, 7, 64, 600, 1024]
+TOKENS = [1, 7, 64, 600, 1024, 2 * module.SLICE + 3]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -189,7 +189,7 @@ def test_every_form_takes_its_base_from_base_weight(which, small_batch):
         form(which),
         drawn_masks() as masks,
         patch.object(module, "base_weight", tripled),
-        patch.object(products, "base_weight", tripled),  # for base_slices
+        patch.object(products, "base_weight", tripled),
         patch.object(module, "SMALL_BATCH", small_batch),
     ):
         y = layer(x)
@@ -444,6 +444,38 @@ def test_a_group_of_unlike_layers_falls_back_to_each():
     for layer in layers:
         layer.dropout = 0.5
     torch.testing.assert_close(grouped_linear(x, layers)[1], layers[1](x))
+    layers[1].train().dropout = 0.0
+    torch.testing.assert_close(grouped_linear(x, layers)[1], layers[1](x))
+
+
+def test_a_group_may_have_some_weights_stored_in_the_dtype_of_the_product():
+    """As store_base leaves queries beside fewer keys, which merge at fewer tokens."""
+    torch.manual_seed(0)
+    layers = [make(40, 24, dtype=torch.bfloat16), make(16, 24)]
+    x = torch.randn(600, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), patch.object(LoRALinear, "forward") as called:
+        found = grouped_linear(x, layers)
+    assert not called.called
+    gradients = [torch.randn_like(y) for y in found]
+    torch.autograd.backward(found, gradients)
+    exact = [reference(layer, x, g) for layer, g in zip(layers, gradients, strict=True)]
+    for layer, y, wanted in zip(layers, found, exact, strict=True):
+        for name, value in {"y": y, "A": layer.lora_A.grad, "B": layer.lora_B.grad}.items():
+            assert relative_error(value, wanted[name]) < TOLERANCE[torch.bfloat16]
+    assert relative_error(x.grad, exact[0]["x"] + exact[1]["x"]) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_merged_weight_of_a_group_is_kept_where_all_its_layers_are_small(small):
+    kept = []
+    layers, x = [make(8, 16, bias=False), make(24, 16, bias=False)], torch.randn(100, 16)
+    with (
+        form("merged"),
+        patch.object(module, "SMALL_WEIGHT", 24 * 16 if small else 24 * 16 - 1),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        grouped_linear(x, layers)
+    assert ((32, 16) in {t.shape for t in kept}) == small
 
 
 HOOKS = [
@@ -540,6 +572,40 @@ def test_only_the_input_and_a_small_merged_weight_are_kept_for_backward(which, t
     is_small = (tokens, n_in) == (100, 32)
     assert extra == ([layer.weight.shape] if which == "merged" and is_small else [])
     assert x.data_ptr() in {t.data_ptr() for t in kept}
+
+
+def test_with_dropout_what_is_left_of_the_input_and_a_byte_an_element_are_kept_for_backward():
+    kept = []
+    layer, x = make(64, 32), torch.randn(100, 32, requires_grad=True)
+    layer.dropout = 0.1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    known = {p.data_ptr() for p in layer.parameters()}
+    extra = [(t.shape, t.dtype) for t in kept if t.data_ptr() not in known]
+    assert sorted(extra, key=str) == [(x.shape, torch.float32), (x.shape, torch.int8)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "dims"),
+    [
+        (module.ENOUGH_TOKENS, torch.float32, {3}),
+        (module.ENOUGH_TOKENS - module.PARTS, torch.float32, {2}),
+        (module.ENOUGH_TOKENS + 1, torch.float32, {2}),
+        (module.ENOUGH_TOKENS, torch.float64, {2}),
+    ],
+)
+def test_products_are_in_parts_where_that_is_faster(tokens, dtype, dims):
+    found = []
+    layer, x = make(dtype=dtype), torch.randn(tokens, 5, dtype=dtype)
+
+    def product(s, a, b):
+        found.append(a.dim())
+        return module_product(s, a, b)
+
+    module_product = module.scaled_product
+    with form("merged"), patch.object(module, "scaled_product", product):
+        layer(x).sum().backward()
+    assert set(found) == dims
 
 
 def test_it_survives_copying_pickling_moving_and_state_dicts():

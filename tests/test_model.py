@@ -8,6 +8,7 @@ from conftest import DEVICES
 
 from lora import LoRALinear, lora_layers, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.language_model import sample
 from ops.dropout import dropout
 
 SHAPES = [(256, 32, 16, 2, 2), (65, 48, 8, 3, 1), (300, 64, 20, 4, 3)]
@@ -166,6 +167,30 @@ def test_generate_continues_and_restores_the_mode():
     assert torch.equal(model.generate(idx, 5, temperature=1.0, top_k=1), expected[:, :8])
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(idx[:, :0], 1)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "weights"),
+    [
+        (1.0, None, None, [4, 3, 2, 1]),
+        (0.5, None, None, [16, 9, 4, 1]),
+        (1.0, 2, None, [4, 3, 0, 0]),
+        (1.0, 9, None, [4, 3, 2, 1]),  # more than there are
+        (1.0, None, 0.39, [4, 0, 0, 0]),
+        (1.0, None, 0.41, [4, 3, 0, 0]),  # the fewest that have as much together
+        (1.0, None, 0.71, [4, 3, 2, 0]),
+        (1.0, 3, 0.75, [4, 3, 0, 0]),  # top_p of what top_k leaves
+    ],
+)
+def test_tokens_are_sampled_at_their_rates(temperature, top_k, top_p, weights):
+    """Within 4.5 standard errors, and never where the rate is 0; the likeliest is not the first."""
+    torch.manual_seed(2)
+    n, order = 4000, [2, 0, 3, 1]
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[order].expand(n, 4)
+    found = sample(logits, temperature, top_k, top_p).flatten().bincount(minlength=4) / n
+    for rate, i in zip(found.tolist(), order, strict=True):
+        expected = weights[i] / sum(weights)
+        assert abs(rate - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / n)
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

@@ -1,4 +1,4 @@
-"""What the kernels below models and LoRA compute, beside plain operations, and what they keep."""
+"""What the kernels below models and LoRA keep for backward, and weights that are cast in slices."""
 
 import pytest
 import torch
@@ -40,30 +40,9 @@ def kept_by(function, *arguments) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_rms_norm_is_that_of_plain_operations(device, dtype, frozen):
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 8, device=device).to(dtype).requires_grad_()
-    weight = torch.randn(8, device=device, requires_grad=not frozen)
-    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    square = exact_x.square().mean(-1, keepdim=True)
-    exact = exact_x / torch.sqrt(square + 0.1) * exact_weight
-    y = rms_norm(x, weight, 0.1)
-    g = torch.randn_like(y)
-    y.backward(g)
-    exact.backward(g.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=tolerance)
-    if frozen:
-        assert weight.grad is None
-    else:
-        assert same(weight.grad, exact_weight.grad) or dtype == torch.bfloat16
-    with torch.no_grad():
-        assert torch.equal(rms_norm(x, weight, 0.1), y)
-    assert kept_by(rms_norm, x, weight, 0.1) == 15  # a number for each row
+def test_rms_norm_keeps_its_input_and_a_number_for_each_row():
+    x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(8)
+    assert kept_by(rms_norm, x, weight, 0.1) == 15
 
 
 @pytest.mark.parametrize("device", DEVICES)

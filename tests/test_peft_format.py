@@ -162,15 +162,31 @@ def test_we_read_what_peft_writes(tmp_path, targets, saved):
     assert alike(logits(into_peft(tmp_path / "back")), expected)
 
 
-def test_patterns_are_read_by_pefts_rule(tmp_path):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_patterns_are_read_by_pefts_rule(tmp_path, use_rslora):
     patterns = {
-        "rank_pattern": {"value": 2},
-        "alpha_pattern": {"^blocks.0.attn.query": 3, "key": 9},
+        "rank_pattern": {"value": 2, r".*\.1\..*fc_in": 5},
+        "alpha_pattern": {"^blocks.0.attn.query": 3, "key": 9, r".*\.mlp\..*fc_(in|out)": 2},
     }
-    expected = peft_adapter(tmp_path / "peft", **patterns)
+    expected = peft_adapter(tmp_path / "peft", use_rslora=use_rslora, **patterns)
     model = make()
     load_adapter(tmp_path / "peft", model, BASE_ID)
     assert alike(logits(model), expected)
+
+
+HOSTILE = ["(a+)+", "(a|a)(a|a)(a|a)(a|a)", "a*b", ".*.*.*.*x", "(a|b){9}", "(a", "x" * 300, "a|*"]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_an_expression_that_may_never_end_is_refused(folder, pattern):
+    edit_config(folder, alpha_pattern={pattern: 3})
+    with pytest.raises(OtherKind, match=r"alpha_pattern .* is no name or simple pattern"):
+        read_adapter(folder)
+
+
+def test_an_adapter_in_a_subfolder_is_pointed_to(folder):
+    with pytest.raises(OtherKind, match=r"without adapter_config\.json; did you mean .*ours\?"):
+        read_adapter(folder.parent)
 
 
 def test_layers_that_were_filled_in_can_train(tmp_path):
@@ -252,7 +268,6 @@ def test_every_option_of_peft_has_been_considered():
 
 FEATURES = {
     "use_dora": True,
-    "use_rslora": True,
     "bias": "all",
     "lora_bias": True,
     "layer_replication": [[0, 4], [2, 5]],
@@ -269,7 +284,7 @@ FEATURES = {
     "ensure_weight_tying": True,
     "option_of_the_future": 1,
     "peft_type": "LOHA",
-    "alpha_pattern": {".*(key|query)": 3},
+    "alpha_pattern": {"(.*a)*key": 3},
     "init_lora_weights": "pissa",
 }
 
@@ -357,8 +372,9 @@ def test_wrong_tensors_are_refused_in_one_line(folder, wrong):
         ('{"peft_type": "LORA", "a\\nb": 4}', r"uses a\\nb=4"),
         (
             '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": {"(a+)+": 1}}',
-            "is not a module's name",
+            "is no name or simple pattern",
         ),
+        ('{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_rslora": "no"}', "not true or false"),
     ],
 )
 def test_a_damaged_configuration_is_refused_in_one_line(folder, text, message):
@@ -478,7 +494,7 @@ def test_folders_are_listed_and_exchanged(tmp_path, monkeypatch, capsys):
         (["export", "ours", "x"], "ours is not a file"),
         (["import", "ours", "lora.pt"], "lora.pt exists already"),
         (["import", "lora.pt", "x.pt"], "lora.pt is not a folder"),
-        (["import", ".", "x.pt"], ". is a folder without adapter_config.json, not a LoRA adapter"),
+        (["import", ".", "x.pt"], ". is a folder without adapter_config.json; did you mean dora?"),
         (["nothing"], "nothing cannot be read"),
     ):
         assert command.main(arguments) == 2

@@ -267,6 +267,20 @@ def test_accumulated_batches_weigh_as_one(tmp_path):
         assert [float(x) for x in a[1:3]] == pytest.approx([float(x) for x in b[1:3]], abs=2e-4)
 
 
+def test_an_evaluation_is_the_mean_over_the_tokens_that_count(tmp_path):
+    """As EVAL_ONLY has it, where all windows are evaluated: not the mean of the windows' means."""
+    letters = (3, 50, 8, 20, 61, 5, 33, 12)
+    records = [{"prompt": "say it", "completion": "abc"[i % 3] * n} for i, n in enumerate(letters)]
+    (tmp_path / "train.jsonl").write_bytes(lines(*records * 4))
+    (tmp_path / "valid.jsonl").write_bytes(lines(*records))
+    variables = TINY | {"DATA": "train.jsonl", "BLOCK_SIZE": "96", "EVAL_BATCHES": "50"}
+    variables |= {"DTYPE": "float32", "LEARNING_RATE": "0.01"}
+    trained = losses(succeeded(start_script(tmp_path, **variables)))
+    log = succeeded(start_script(tmp_path, **variables | {"EVAL_ONLY": "True"}))
+    found = re.search(r"^Validation loss: (\S+) nats", log, re.M)[1]
+    assert float(trained[-1][2]) == pytest.approx(float(found), abs=2e-4)
+
+
 def test_texts_are_continued_and_end(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(*[{"text": "one two"}] * 8))
     variables = TINY | {"DATA": "train.jsonl", "DROPOUT": "0", "LEARNING_RATE": "0.01"}

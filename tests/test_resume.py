@@ -155,9 +155,9 @@ def test_what_may_change_between_two_parts_is_said(lora_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(lora_folder, folder)
     changes = {"LORA_PLUS_RATIO": "1", "WEIGHT_DECAY": "0.1", "MAX_STEPS": "9"}
-    record = succeeded(start_script(folder, **LORA | {"RESUME": "True"} | changes))
+    log = succeeded(start_script(folder, **LORA | {"RESUME": "True"} | changes))
     for change in ("LORA_PLUS_RATIO 8.0 -> 1.0", "WEIGHT_DECAY 0.0 -> 0.1", "MAX_STEPS 6 -> 9"):
-        assert change in record
+        assert change in log
 
 
 REFUSED = {
@@ -199,9 +199,9 @@ def test_the_speed_after_a_change_of_the_batch_is_that_of_the_new_steps(lora_fol
     folder = tmp_path / "run"
     shutil.copytree(lora_folder, folder)
     changes = {"RESUME": "True", "BATCH_SIZE": "8", "MAX_STEPS": "8", "EVAL_INTERVAL": "8"}
-    record = succeeded(start_script(folder, **LORA | changes))
-    (evaluated,) = re.findall(r"tokens/s (\d+)", record)
-    assert f"Tokens per second: {evaluated}" in record
+    log = succeeded(start_script(folder, **LORA | changes))
+    (evaluated,) = re.findall(r"tokens/s (\d+)", log)
+    assert f"Tokens per second: {evaluated}" in log
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_a_progress_that_is_none_is_refused(lora_folder, tmp_path, wrong):
 
 def test_nothing_to_resume_starts_at_the_beginning(base_folder, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    record = succeeded(start_script(tmp_path, RESUME="True", **TINY))
-    assert "Nothing to resume in out: starting from step 0" in record
-    assert len(losses(record)) == 3
+    log = succeeded(start_script(tmp_path, RESUME="True", **TINY))
+    assert "Nothing to resume in out: starting from step 0" in log
+    assert len(losses(log)) == 3
 
 
 def test_damaged_states_are_refused(lora_folder, tmp_path):

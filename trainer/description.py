@@ -1,4 +1,4 @@
-"""What the log says of a run before it begins."""
+"""What the log says of a run before its first step."""
 
 import hardware
 from hardware import processes
@@ -9,7 +9,7 @@ from trainer.console import indent
 from trainer.loading import describe_adapters
 from trainer.log import START
 from trainer.settings import Config
-from trainer.setup import Run, trains
+from trainer.setup import Run, is_published, trains
 
 
 def describe(run: Run) -> list[str]:
@@ -28,16 +28,20 @@ def describe(run: Run) -> list[str]:
     lines.append(describe_base(run))
     lines += describe_adapters(run.adapters, run.adapter_metadata, config.lora_rank)
     lines += describe_parameters(config, run.model)
+    if trains(config) and is_published(run.base):
+        lines += describe_defaults(run)
     return lines + [f"Note: {note}" for note in notes(run)]
 
 
 def describe_processes(config: Config) -> str:
+    """How many processes train, and what each of them has of a batch and of the weights."""
     n, sequences = processes.world_size(), config.batch_size
     how = "weights sharded (FSDP2)" if config.fsdp else "weights replicated"
     return f"{n}, each with {sequences // n} of a batch's {sequences} sequences, {how}"
 
 
 def describe_base(run: Run) -> str:
+    """What the run starts from, and how far that was trained."""
     base: Checkpoint | None = run.base
     if base is None:
         return f"Base: none, random weights (fingerprint {run.base_id})"
@@ -57,6 +61,7 @@ def describe_base(run: Run) -> str:
 
 
 def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
+    """How many parameters the model has, and which of them train."""
     info = model.get_parameter_info()
     if not config.use_lora:
         return [
@@ -79,6 +84,29 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
         f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
     ]
+
+
+def describe_defaults(run: Run) -> list[str]:
+    """Which defaults differ on a published base, and why."""
+    config, lines = run.config, []
+    if config.use_lora and not run.adapters:
+        if "TRAIN_EMBEDDINGS" not in config.explicit:
+            tables = run.model.get_parameter_info()["embedding"]
+            lines.append(
+                f"Embeddings frozen: the default on a published base; they have {tables:,} "
+                "parameters (TRAIN_EMBEDDINGS=True trains them)"
+            )
+        if "LORA_TARGETS" not in config.explicit:
+            lines.append(
+                "lm_head not adapted: the default on a published base, whose adapters then fit "
+                "other programs (LORA_TARGETS=all adapts it)"
+            )
+    if "BLOCK_SIZE" not in config.explicit and config.block_size < run.model.block_size:
+        lines.append(
+            f"Windows of {config.block_size} tokens: the default where the base has more, "
+            f"here {run.model.block_size} (BLOCK_SIZE)"
+        )
+    return lines
 
 
 def notes(run: Run) -> list[str]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,16 +17,20 @@ from trainer.setup import Run, trains
 
 @dataclass(frozen=True)
 class FullEvaluation:
-    """The loss on all of the validation data: of text every token but the first, predicted once; of
-    records the tokens that count. `n_bytes` is what the tokens stand for, the mark of an end being
-    a byte."""
+    """The loss on all of the validation data.
+
+    Text counts every token but the first, once; records count the tokens that training counts.
+    `n_tokens` is their number. `n_bytes` is the bytes that they stand for, where the mark that ends
+    a record is one byte. `total` is the sum of their losses in nats.
+    """
 
     n_tokens: int
     n_bytes: int
-    total: float  # nats
+    total: float
 
     @property
     def loss(self) -> float:
+        """Nats per token."""
         return self.total / self.n_tokens
 
     @property
@@ -40,8 +43,12 @@ class FullEvaluation:
 
 
 def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:
-    """Mean validation loss in nats per token over the windows, and its standard error (that of a
-    ratio of sums, since windows of records differ in how many tokens count)."""
+    """Mean validation loss in nats per token over the windows, and its standard error.
+
+    The error is that of a ratio of sums, since windows of records differ in how many tokens count.
+    `windows` (n,) are numbers of windows, as `Corpus.validation_windows` gives them. Every process
+    must call it.
+    """
     losses, counts = window_losses(run, windows, run.config.block_size)
     n, loss = len(losses), (losses.sum() / counts.sum()).item()
     spread = (losses - loss * counts).square().sum().sqrt() / counts.sum()
@@ -73,19 +80,18 @@ def window_losses(run: Run, windows: np.ndarray, length: int) -> tuple[Tensor, T
         numbers.append(batch[processes.rank() :: processes.world_size()])
         x, y, *segments = run.corpus.validation_batch(windows[numbers[-1]], length, run.device)
         with run.autocast():
-            logits, _ = run.model(x, None, *segments)  # (B, T, vocab_size)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        losses.append(loss.view(y.shape).sum(1))  # (B,), with 0 for what is not counted
+            _, loss = run.model(x, y, *segments, reduction="none")  # (B, T), 0 if not counted
+        losses.append(loss.sum(1))  # (B,)
         counts.append(run.corpus.counted((x, y)))
     run.model.train()
     found = torch.zeros(2, len(windows), dtype=torch.float64)
     mine = torch.stack([torch.cat(losses), torch.cat(counts)])
     found[:, np.concatenate(numbers)] = mine.cpu().double()
-    losses, counts = processes.all_reduce_sum(found)  # each window is one process's
+    losses, counts = processes.all_reduce_sum(found)  # one process has computed each window
     return losses, counts
 
 
 def shows_progress(config: Config) -> bool:
-    """Whether a progress bar is of use: on a terminal, and of one process alone."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()  # None when it was closed
+    """Whether to show a progress bar: on a terminal, and from the main process alone."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the caller closed it
     return config.progress and is_terminal and processes.is_main_process()

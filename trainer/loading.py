@@ -1,4 +1,4 @@
-"""Base and adapters on it, as training.py and generate.py load them."""
+"""Base and adapters on it, as training and generating load them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from lora import (
     Adapter,
     BaseMismatch,
     base_state,
+    check_base_weights,
     read_adapter,
     sum_adapters,
     switch_adapter,
@@ -39,8 +40,11 @@ class LoraOptions:
 
 
 def read_checked_base(path: str) -> Checkpoint:
-    """The base at a path. Raises FileError where it has not an embedding for each token of its
-    tokenizer, or others than for bytes."""
+    """The base at a path: a checkpoint, or a folder of Hugging Face's.
+
+    Raises FileError where it cannot be read, where its tokenizer has tokens without an embedding,
+    and where its tokens are bytes and its vocabulary has another size than 256.
+    """
     base = read_base(path)
     try:
         size, needed = base.sizes.vocab_size, vocabulary_size(base.tokenizer)
@@ -53,8 +57,11 @@ def read_checked_base(path: str) -> Checkpoint:
 
 
 def read_adapters(weighted: WeightedAdapters | None, family: Family, sizes: Any) -> AdapterFiles:
-    """The files that ADAPTERS names, each under the names of our model. Raises FileError for one
-    that cannot be read, or is on a layer that a model of these sizes has not."""
+    """The files that ADAPTERS names, each under the names of our model.
+
+    Raises FileError for one that cannot be read, or that adapts a layer which a model of these
+    sizes does not have.
+    """
     if weighted is None:
         return []
     modules = dict(meta_model(family, sizes).named_modules())
@@ -84,8 +91,8 @@ def build_model(
     is no linear of it.
     """
     if base is None or family is GPT2:
-        # The specification's constructor draws the weights that a base replaces, so that with a
-        # base, too, a seed means the adapters that it always meant.
+        # The specification's constructor draws all weights before the adapters. A base replaces
+        # those weights, but a seed gives the same adapters with and without a base.
         options = {}
         if lora is not None:
             options = {f"lora_{n}": v for n, v in dataclasses.asdict(lora).items()}
@@ -119,12 +126,15 @@ def parts_of(adapters: AdapterFiles) -> tuple[list[str], bool]:
 def put_on_adapters(
     model: LanguageModel, base_id: str, files: AdapterFiles, rank: int | None, any_base: bool
 ) -> dict[str, Any]:
-    """Make the weighted sum of adapters the model's, which holds its base; returns the metadata in
-    which they agree.
+    """Make the weighted sum of adapters, reduced to `rank` if given, the adapter of a model on its
+    base; returns the metadata in which the adapters agree.
 
-    Raises FileError for adapters that do not fit, or belong on another base unless `any_base`.
+    `base_id` is the fingerprint of the base. Raises FileError for adapters that do not fit the
+    model, and, unless `any_base`, for those that were trained on another base.
     """
     try:
+        for path, adapter, _ in [] if any_base else files:
+            check_base_weights(path, adapter, model)
         adapter = sum_adapters(files, take_adapter(model, base_id), rank, any_base)
     except BaseMismatch as error:
         raise FileError(f"{error}; ANY_BASE=True insists") from error
@@ -138,7 +148,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def describe_adapters(files: AdapterFiles, metadata: dict[str, Any], rank: int) -> list[str]:
-    """What the log says of ADAPTERS, of which `metadata` is that of their sum and `rank` its."""
+    """What the log says of ADAPTERS; `metadata` and `rank` are those of their sum."""
     lines = [f"Adapter: {path}, weight {weight:g}" for path, _, weight in files]
     if any(adapter.base is None for _, adapter, _ in files):
         lines.append(

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 START = "Configuration (* set in the environment):"  # the first line of a log
-SAMPLE = "Sample ("  # how the line begins after which the words are the model's own
+SAMPLE = "Sample ("  # the line that begins so is the last: after it the model itself writes
 EVALUATION = (
     "step {step:d} | train loss {train_loss} | val loss {val_loss:.4f} +- {val_error:.4f} | "
     "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
@@ -50,14 +50,17 @@ WHOLE = r"\d{1,18}"  # as many digits as a step may have
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the summary: its key in metrics.jsonl, its line in the log, and by what the value
-    of metrics.jsonl is multiplied for that line."""
+    """A figure of the summary: its key in metrics.jsonl and its line in the log.
+
+    The log shows the value of metrics.jsonl times `factor`.
+    """
 
     key: str
     line: str
     factor: int = 1
 
     def written(self, value: float) -> str:
+        """The log's line for a value of metrics.jsonl."""
         return self.line.format(value=value * self.factor)
 
     def read(self, line: str) -> float | None:

@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What the log of one run says; None or empty is what is unknown or has yet to come."""
+    """What the log of one run says. What is unknown, or not yet there, is None or empty."""
 
     name: str
     config: Mapping[str, str] = field(default_factory=dict)  # MAX_STEPS: "1000", as printed
@@ -60,7 +60,7 @@ class RunLog:
     total: int | None = None  # parameters
     trainable: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
-    best_val_loss: float | None = None  # nats per token; this and all below are of the summary
+    best_val_loss: float | None = None  # nats per token; from here on, what the summary says
     final_val_loss: float | None = None
     training_time: float | None = None  # seconds, evaluations included
     median_step_time: float | None = None  # seconds
@@ -101,7 +101,7 @@ class RunLog:
 
     @property
     def elapsed(self) -> float | None:
-        """Seconds of training, up to the last evaluation where it has not ended."""
+        """Seconds of training, up to the last evaluation where the run has not ended."""
         if self.is_finished or not self.evaluations:
             return self.training_time
         return self.evaluations[-1].elapsed
@@ -204,11 +204,12 @@ def join(logs: Iterable[RunLog]) -> tuple[list[RunLog], list[str]]:
 
 
 def count(text: str) -> int:
+    """The number in a text like `3,323,392`."""
     return int(text.replace(",", ""))
 
 
-# What run.py prints in lines of their own: the field, the line, and the value in it.
-FACTS = [
+# Lines of trainer/description.py: the field of RunLog, the line's pattern, the type of its value.
+DESCRIPTION = [
     ("device", r"Device: (.*\)), .*", str),
     ("dtype", r"dtype: (\w+), .*", str),
     ("data", r"   name: +(.*)", str),
@@ -222,10 +223,10 @@ FACTS = [
 
 
 def outputs_of(path: Path, text: str) -> list[RunLog]:
-    """The logs in an output of training.py, of which an unfinished last line is left out.
+    """The logs in an output of training.py. A last line that is not finished is left out.
 
-    A log ends where another starts with the same prefix, or without one. So logs that a collector
-    interleaved, each with a prefix of its own, are told apart.
+    A log ends where another starts with the same prefix, or without one. This tells logs apart that
+    a collector interleaved, each with a prefix of its own.
     """
     lines = [as_shown(line) for line in text.split("\n")[:-1]]
     starts = [(i, prefix_of(line)) for i, line in enumerate(lines) if line.endswith(START)]
@@ -264,7 +265,7 @@ def output_of(path: Path, lines: Iterable[str]) -> RunLog:
             evaluations.append(Evaluation(int(found["step"]), *numbers))
         elif found := fields_of(WROTE, line):
             files[found["path"]] = float(found["size"])
-        for name, pattern, convert in FACTS:
+        for name, pattern, convert in DESCRIPTION:
             if match := re.fullmatch(pattern, line):
                 values.setdefault(name, convert(match[1]))
         for figure in SUMMARY:
@@ -276,7 +277,10 @@ def output_of(path: Path, lines: Iterable[str]) -> RunLog:
 
 
 def metrics_of(path: Path, text: str) -> list[RunLog]:
-    """The logs in a metrics.jsonl, of which an unfinished last line is left out."""
+    """The logs in a metrics.jsonl. A last line that is not finished is left out.
+
+    Raises LogError for a line that is not JSON, or no part of a metrics.jsonl.
+    """
     logs: list[RunLog] = []
     lines = text.split("\n")
     for n, line in enumerate(lines, 1):
@@ -307,16 +311,18 @@ def add_metrics(logs: list[RunLog], name: str, line: Any) -> None:
         config = {k.upper(): "default" if v is None else v for k, v in part(line, "config").items()}
         values = {k: words(run, k) for k in ("device", "dtype", "data", "checksum", "base")}
         values["base_path"] = words(run, "base_checkpoint")
-        values |= {k: whole(parameters, k) for k in ("total", "trainable") if k in parameters}
+        values |= {
+            k: whole_number(parameters, k) for k in ("total", "trainable") if k in parameters
+        }
         if "processes" in run:
-            values["processes"] = whole(run, "processes")
+            values["processes"] = whole_number(run, "processes")
         config = {k: printable(str(v)) for k, v in config.items()}
         logs.append(RunLog(name, config, **values))
     elif not isinstance(line, dict) or not logs:
         raise ValueError('it is no part of a metrics.jsonl, which begins with {"config": ...}')
     elif "step" in line:
         numbers = (number(line, key) for key in ("val_loss", "val_error", "elapsed"))
-        new = Evaluation(whole(line, "step"), *numbers)
+        new = Evaluation(whole_number(line, "step"), *numbers)
         before = tuple(e for e in logs[-1].evaluations if e.step < new.step)
         logs[-1] = dataclasses.replace(logs[-1], evaluations=(*before, new))
     elif "summary" in line:
@@ -328,7 +334,7 @@ def add_metrics(logs: list[RunLog], name: str, line: Any) -> None:
 
 
 def part(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """values[key], which must be an object; empty where it is missing."""
+    """The object values[key], empty where it is missing. Raises ValueError for anything else."""
     found = values.get(key, {})
     if not isinstance(found, dict):
         raise ValueError(f"{key} is {_brief(found)}, not an object")
@@ -336,13 +342,15 @@ def part(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def words(values: Mapping[str, Any], key: str) -> str | None:
+    """The string values[key] on one line, None for null. Raises ValueError for anything else."""
     found = values.get(key)
     if not isinstance(found, str | None):
         raise ValueError(f"{key} is {_brief(found)}, not a string")
     return found if found is None else printable(found)
 
 
-def whole(values: Mapping[str, Any], key: str) -> int:
+def whole_number(values: Mapping[str, Any], key: str) -> int:
+    """values[key], an int from 0 to 2**63 - 1. Raises ValueError for anything else."""
     found = values.get(key)
     if type(found) is not int or not 0 <= found < 2**63:
         raise ValueError(f"{key} is {_brief(found)}, not a whole number from 0")
@@ -350,7 +358,7 @@ def whole(values: Mapping[str, Any], key: str) -> int:
 
 
 def number(values: Mapping[str, Any], key: str) -> float:
-    """values[key], nan where it is null or missing."""
+    """values[key], nan where it is null or missing. Raises ValueError for what is no number."""
     found = values.get(key)
     if found is None:
         return math.nan
@@ -360,7 +368,7 @@ def number(values: Mapping[str, Any], key: str) -> float:
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey, or that breaks a line."""
+    """`text` with "?" for each character that a terminal would obey, or that breaks a line."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

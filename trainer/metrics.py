@@ -1,5 +1,6 @@
-"""metrics.jsonl: the log of a run for programs, a JSON object a line, which can be read while it
-grows. trainer/log.py says what the lines hold.
+"""metrics.jsonl: the log of a run for programs, one JSON object a line.
+
+It can be read while it grows. trainer/log.py says what the lines hold.
 
 The file of an earlier run stays until this one has trained and evaluated, as its other files do.
 """

@@ -30,8 +30,9 @@ FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoi
 class StopSignals:
     """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once.
 
-    Not so under torchrun, which hands on what it gets itself, so that one Ctrl-C comes twice, and
-    which ends the others when one fails: what they have to say of it must not be cut off.
+    Under torchrun a second one is ignored. torchrun hands on each signal that it gets, so one
+    Ctrl-C comes twice. It also ends the other processes when one fails, which must not cut off
+    their messages.
     """
 
     def __enter__(self) -> Self:
@@ -65,14 +66,17 @@ class Progress:
     elapsed: float = 0.0  # seconds of the runs before this one
 
     def plain(self) -> dict[str, Any]:
-        """The same as numbers and lists of numbers, the losses as means over the processes."""
+        """Progress as numbers and lists of numbers, with losses that are means over the processes.
+
+        Every process must call it.
+        """
         return vars(self) | {
             "losses": processes.all_reduce_mean(torch.tensor(self.losses)).tolist()
         }
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
-        """Raises TypeError or ValueError for values that are not those of `plain`."""
+        """The Progress with this `plain`. Raises TypeError or ValueError for other values."""
         lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
         counts, numbers = (progress.step, progress.evaluated), (progress.val_loss, progress.elapsed)
@@ -103,10 +107,10 @@ class TrainingState:
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[str]]:
-    """Restore the run that was interrupted; one that never got to save starts afresh. Returns how
-    far it was, and lines for the log.
+    """Restore the interrupted run; returns how far it was, and lines for the log.
 
-    Raises FileError, and changes nothing, when that run was another one than this.
+    A run that was interrupted before it saved anything starts afresh. Raises FileError, and changes
+    nothing, when the saved state is of another run than this.
     """
     path, config = run.files.resume, run.config
     state = read_training_state(path) if path.exists() else None
@@ -230,10 +234,10 @@ def restore_training_state(
 def _optimizer_state(
     path: str | os.PathLike, saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[int, dict[str, Tensor]]:
-    """What was saved of an optimizer, by the number of the parameter and as this process has it.
+    """The saved state of an optimizer, by the number of the parameter, in this process's shards.
 
-    Raises FileError unless all parameters have the state that the optimizer keeps for them, each of
-    a parameter's shape or a number. Nothing is saved before the first step.
+    Raises FileError unless all parameters have the state that the optimizer keeps for them: for
+    each name a number, or a tensor of the parameter's shape. Before the first step it is empty.
     """
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     expected = {}
@@ -251,8 +255,8 @@ def _optimizer_state(
 
 
 def state_of_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer of this class and these settings keeps for a matrix: a number, or a tensor
-    of the matrix's shape, for each name."""
+    """The state that an optimizer like this one keeps for a matrix: for each name a number, or a
+    tensor of the matrix's shape."""
     matrix = torch.nn.Parameter(torch.zeros(2, 2))
     matrix.grad = torch.zeros(2, 2)
     known = inspect.signature(type(optimizer)).parameters
@@ -263,8 +267,10 @@ def state_of_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def generators(model: nn.Module) -> dict[str, Any]:
-    """The devices that draw a run's random numbers, and the modules with torch's functions for
-    their state. No others: to ask for a GPU's state takes memory there."""
+    """torch's modules with `get_rng_state`, by the kind of each device that draws random numbers.
+
+    Devices that the run does not use are left out, since asking for a GPU's state takes memory.
+    """
     kind = next(model.parameters()).device.type
     return {"cpu": torch} | ({kind: getattr(torch, kind)} if kind in ("cuda", "mps") else {})
 

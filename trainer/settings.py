@@ -18,11 +18,11 @@ from typing import Any, Self
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
 FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
-LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond what is of use
+LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond any use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
-# What changes defaults, the later one first of all.
+# The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
 
@@ -74,9 +74,17 @@ def option(
     choices: tuple[str, ...] = (),
     verbatim: bool = False,
 ) -> Any:
-    """A field: its default, that with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE if it differs,
-    the range or the words that it accepts, whether spaces around a value count, and its line in
-    `--help`."""
+    """A field that is an environment variable.
+
+    Args:
+        default: its value where the variable is not set.
+        help: its line in `--help`.
+        base, lora, fsdp, test: its default with BASE_CHECKPOINT, USE_LORA, FSDP or TEST_MODE, where
+            that is another.
+        at_least, above, below, at_most: the range of a number.
+        choices: the words that a text may be, in lower case.
+        verbatim: whether spaces around a value belong to it.
+    """
     metadata = dict(locals())
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -138,12 +146,15 @@ class Config(Settings):
     lora_plus_ratio: float = option(
         8.0, "learning rate of the adapters' B over that of the rest (LoRA+)", above=0
     )
-    lora_targets: str = option(
-        "all",
-        "linears to adapt: all, or names of the base's, as in query,value [with ADAPTERS, theirs]",
+    lora_targets: str | None = option(
+        None,
+        "linears to adapt: all, or names of the base's, as in query,value [all; of a published "
+        "base all but lm_head; with ADAPTERS, theirs]",
     )
-    train_embeddings: bool = option(
-        True, "under USE_LORA train the embeddings too [with ADAPTERS, if they hold them]"
+    train_embeddings: bool | None = option(
+        None,
+        "under USE_LORA train the embeddings too [where tokens are bytes; with ADAPTERS, if they "
+        "hold them]",
     )
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
@@ -159,8 +170,8 @@ class Config(Settings):
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
     base_checkpoint: str | None = option(
         None,
-        "checkpoint or GPT-2 folder to start from [full.pt in OUT_DIR; none when training every "
-        "weight]",
+        "checkpoint or Hugging Face folder to start from [full.pt in OUT_DIR; none when training "
+        "every weight]",
     )
     adapters: WeightedAdapters | None = option(
         None,
@@ -189,7 +200,9 @@ class Config(Settings):
     n_embd: int = option(256, "width of the model; with a base, the base's", at_least=1)
     n_head: int = option(4, "attention heads; with a base, the base's", at_least=1)
     n_layer: int = option(4, "transformer blocks; with a base, the base's", at_least=1)
-    block_size: int = option(128, "context in tokens; with a base, the base's or fewer", at_least=1)
+    block_size: int = option(
+        128, "context in tokens; with a base, the base's up to 1024, or as set", at_least=1
+    )
     dropout: float = option(
         0.2, "dropout of the model while training", base=0.0, lora=0.0, at_least=0, below=1
     )
@@ -230,7 +243,7 @@ class Config(Settings):
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
-        if not self.train_embeddings and not self.use_lora:
+        if self.train_embeddings is False and not self.use_lora:
             raise ConfigError(
                 "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
             )
@@ -262,7 +275,9 @@ class GenerateConfig(Settings):
     seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
 
     out_dir: str = option("out", "folder of the default base")
-    base_checkpoint: str | None = option(None, "checkpoint or GPT-2 folder [full.pt in OUT_DIR]")
+    base_checkpoint: str | None = option(
+        None, "checkpoint or Hugging Face folder [full.pt in OUT_DIR]"
+    )
     adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
@@ -301,7 +316,7 @@ def help_table(kind: type[Settings]) -> list[tuple[str, str, str]]:
 
 
 def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
-    """The value of variable `name`, checked against its field."""
+    """The value of variable `name`. Raises ConfigError for what its field does not accept."""
     if not field.metadata["verbatim"]:
         text = text.strip()
     kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # X of X | None
@@ -326,7 +341,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     except ValueError:
         raise ConfigError(f"{name}={text[:80]!r} is not {accepted}") from None
     limits = field.metadata
-    if kind is int and limits["below"] is None and value >= 2**31:  # more than any is good for
+    if kind is int and limits["below"] is None and value >= 2**31:  # beyond any use
         raise ConfigError(f"{name}={text[:80]} is too large")
     if (
         (kind is float and not math.isfinite(value))
@@ -340,6 +355,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
 
 
 def _range(field: dataclasses.Field) -> str:
+    """The range of a number in words, as in ` at least 0 and below 1`; empty where it has none."""
     words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
     limits = [f"{w} {field.metadata[k]}" for k, w in words.items() if field.metadata[k] is not None]
     return " " + " and ".join(limits) if limits else ""

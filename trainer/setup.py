@@ -17,7 +17,7 @@ from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
 from lora import lora_layers, store_base, sum_scaling
-from models import GPT2, LanguageModel
+from models import GPT2, Family, LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from trainer.loading import (
     AdapterFiles,
@@ -33,6 +33,10 @@ from trainer.settings import Config, ConfigError, option_fields
 
 DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
 
+# The context of windows on a base, unless BLOCK_SIZE is set: models have up to 131,072, which no
+# text of a few pages fills.
+LONGEST_DEFAULT_BLOCK = 1024
+
 # Sizes of a model that the environment can set, and that a base has.
 SIZES = ("n_embd", "block_size", "n_head", "n_layer")
 
@@ -42,8 +46,11 @@ MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """Where a run writes: the weights, or the adapter, of the last and of the best evaluation, what
-    is needed to resume, and its metrics; and for MERGE the merged checkpoint."""
+    """Where a run writes.
+
+    `last` and `best` have the weights, or under LoRA the adapter, of these evaluations. `resume`
+    has the training state, `metrics` the log for programs, `merged` the checkpoint of MERGE.
+    """
 
     last: Path
     best: Path
@@ -72,23 +79,25 @@ class Run:
 
     @property
     def tokenizer(self) -> str | None:
-        """The base's own; None where tokens are bytes."""
+        """The content of the base's tokenizer.json; None where tokens are bytes."""
         return self.base.tokenizer if self.base is not None else None
 
     @property
     def base_path(self) -> str | None:
-        """None for random weights."""
+        """Where the base is; None for random weights."""
         return self.base.path if self.base is not None else None
 
     def autocast(self) -> torch.autocast:
+        """A context in which matrix products are of the run's dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def set_up(asked: Config) -> Run:
     """Choose device and dtype, open the data, and build the model on its base and adapters.
 
-    `asked` is what the environment says. Raises ConfigError, DataError or FileError for what does
-    not go together.
+    `asked` is what the environment says. Raises ConfigError, DataError or FileError for input that
+    cannot be used or does not fit together, DeviceError for a device that is not there, and
+    GroupError for processes that cannot work together.
     """
     hardware.keep_freed_memory()
     torch.manual_seed(asked.seed)
@@ -102,15 +111,15 @@ def set_up(asked: Config) -> Run:
     family = base.family if base is not None else GPT2
     sizes = choose_sizes(asked, base)
     adapters = read_adapters(asked.adapters, family, sizes)
-    config, targets = resolve(asked, family, sizes, adapters)
+    config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
     corpus = None
     if not config.merge:
         corpus = open_corpus(
             config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
             config.block_size, config.loss_on_prompt, Path(config.output_folder),
-            processes.local_main_process_first(),
+            processes.local_main_process_first(), base.files if base is not None else {},
         )  # fmt: skip
-    place = "cpu" if config.fsdp else device  # whose memory may hold no more than a shard
+    place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     lora = None
     if config.use_lora:
         scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
@@ -138,7 +147,7 @@ def set_up(asked: Config) -> Run:
         )
         if config.fsdp:
             processes.shard(model, device)
-        torch.manual_seed(config.seed + processes.rank())  # masks are each process's own
+        torch.manual_seed(config.seed + processes.rank())  # each process draws masks of its own
     return run
 
 
@@ -161,7 +170,7 @@ def trains(config: Config) -> bool:
 
 
 def output_files(config: Config) -> OutputFiles:
-    """The files to write, in a folder that can be written if anything is."""
+    """The files that a run writes. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
     if not config.eval_only and processes.is_main_process():
         try:
@@ -208,7 +217,10 @@ def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles
 
 
 def choose_sizes(config: Config, base: Checkpoint | None) -> Any:
-    """The model's sizes: the base's, or without one the configuration's."""
+    """The model's sizes: those of the base, or without a base those of the configuration.
+
+    Raises ConfigError for sizes that do not fit each other, or the base.
+    """
     if base is None:
         if config.n_embd % config.n_head != 0:
             raise ConfigError(
@@ -227,23 +239,39 @@ def choose_sizes(config: Config, base: Checkpoint | None) -> Any:
     return base.sizes
 
 
-def resolve(
-    asked: Config, family: Any, sizes: Any, adapters: AdapterFiles
-) -> tuple[Config, list[str] | None]:
-    """The configuration with what its unset variables mean for this model and these adapters, and
-    the linears to adapt, None for all.
+def is_published(base: Checkpoint | None) -> bool:
+    """Whether a base has a tokenizer: then it is a published model, or was trained from one."""
+    return base is not None and base.tokenizer is not None
 
-    The sizes are the model's, but a shorter BLOCK_SIZE is that of the windows. With ADAPTERS, rank
-    and alpha are theirs; and where they train further, so are the layers, and the embeddings train
-    if they hold them. Raises ConfigError for LORA_TARGETS that the model has not, and for adapters
-    that have more than the variables let train.
+
+def resolve(
+    asked: Config, family: Family, sizes: Any, adapters: AdapterFiles, published: bool
+) -> tuple[Config, list[str] | None]:
+    """Decide what unset variables mean for this model and these adapters.
+
+    The sizes become the model's, except that `block_size` is the length of windows. On a
+    `published` base the head is not adapted, and the embeddings are frozen: those of Llama 3.2 1B
+    are 263 million numbers. ADAPTERS decide rank and alpha. Where ADAPTERS are trained further,
+    they also decide which linears are adapted, and whether the embeddings train.
+
+    Returns the configuration without unset variables, and the linears to adapt, None for all.
+
+    Raises ConfigError for LORA_TARGETS that the model does not have, and for ADAPTERS that hold
+    more than the variables let train.
     """
     values = {name: getattr(sizes, name) for name in SIZES}
     if "BLOCK_SIZE" in asked.explicit:
         values["block_size"] = asked.block_size
+    elif published:
+        values["block_size"] = min(sizes.block_size, LONGEST_DEFAULT_BLOCK)
     targets, train_embeddings = None, asked.train_embeddings
+    if train_embeddings is None:
+        train_embeddings = not published
     if trains(asked) and asked.use_lora:
-        targets = lora_targets(asked.lora_targets, family.model.linears)
+        if asked.lora_targets is not None:
+            targets = lora_targets(asked.lora_targets, family.model.linears)
+        elif published:
+            targets = [name for name in family.model.linears if name != "lm_head"]
         if adapters:
             targets, train_embeddings = parts_to_train(asked, targets, adapters)
     elif adapters:
@@ -251,6 +279,8 @@ def resolve(
     if asked.use_lora or adapters:
         values["train_embeddings"] = train_embeddings
         values["lora_targets"] = describe_targets(targets, meta_model(family, sizes))
+    else:  # every parameter trains
+        values |= {"train_embeddings": True, "lora_targets": asked.lora_targets or "all"}
     if adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         rank, alpha = sum_scaling([(adapter, weight) for _, adapter, weight in adapters], rank)
@@ -280,18 +310,21 @@ def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
 def parts_to_train(
     asked: Config, targets: list[str] | None, adapters: AdapterFiles
 ) -> tuple[list[str] | None, bool]:
-    """The linears to adapt and whether the embeddings train, where ADAPTERS are trained further:
-    what the variables say, else what the adapters have. Raises ConfigError where they have more."""
+    """The linears to adapt and whether the embeddings train, where ADAPTERS are trained further.
+
+    The variables decide, and where they are not set the adapters do. `targets` are the linears of
+    LORA_TARGETS, None for all. Raises ConfigError for adapters with more than the variables say.
+    """
     layers, hold_embeddings = parts_of(adapters)
-    if "LORA_TARGETS" not in asked.explicit:
+    if asked.lora_targets is None:
         targets = layers
     for name in layers if targets is not None else ():
         if name not in targets and name.rpartition(".")[2] not in targets:
             raise ConfigError(
-                f"LORA_TARGETS={asked.lora_targets} lacks {name}, of which there is an adapter in "
+                f"LORA_TARGETS={asked.lora_targets} lacks {name}, which has an adapter in "
                 f"ADAPTERS={asked.adapters}"
             )
-    if "TRAIN_EMBEDDINGS" not in asked.explicit:
+    if asked.train_embeddings is None:
         return targets, hold_embeddings
     if hold_embeddings and not asked.train_embeddings:
         raise ConfigError(
@@ -301,7 +334,7 @@ def parts_to_train(
 
 
 def describe_targets(targets: list[str] | None, model: LanguageModel) -> str:
-    """LORA_TARGETS that adapts the linears of `model` that `targets` name, None being all."""
+    """A value of LORA_TARGETS for the linears of `model` that `targets` name; None names all."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     adapted = [
         name
@@ -310,7 +343,7 @@ def describe_targets(targets: list[str] | None, model: LanguageModel) -> str:
     ]
     kinds = [kind for kind in model.linears if any(name.endswith(kind) for name in adapted)]
     frozen = {name.rpartition(".")[2] for name in names if name not in adapted}
-    if frozen & set(kinds):  # such as an adapter of PEFT's of some blocks alone
+    if frozen & set(kinds):  # as with an adapter of PEFT's that is on some blocks only
         return ",".join(adapted)
     return "all" if len(kinds) == len(model.linears) else ",".join(kinds)
 
@@ -319,8 +352,11 @@ def describe_targets(targets: list[str] | None, model: LanguageModel) -> str:
 
 
 def check_scaling(asked: Config, model: nn.Module) -> None:
-    """Raise ConfigError for a LORA_ALPHA, or a rank to train, that no adapter in the model has, be
-    it one of ADAPTERS or of a layer that they lack."""
+    """Raise ConfigError for a LORA_ALPHA that no layer has, and for a LORA_RANK to train that is
+    above the rank of every layer.
+
+    The layers have alpha and rank of ADAPTERS, also where ADAPTERS lack an adapter for them.
+    """
     layers = lora_layers(model).values()
     alphas, rank = {layer.alpha for layer in layers}, max(layer.rank for layer in layers)
     if "LORA_ALPHA" in asked.explicit and asked.lora_alpha not in alphas:
@@ -352,8 +388,11 @@ def check_processes(config: Config) -> None:
 
 
 def check_checkpointing(config: Config, device: torch.device) -> None:
-    """Raise ConfigError for GRAD_CHECKPOINT with dropout on MPS, whose random numbers torch's
-    checkpoint does not draw again: the gradients would be those of other masks."""
+    """Raise ConfigError for GRAD_CHECKPOINT with dropout on MPS.
+
+    In backward torch's checkpoint cannot draw the random numbers of MPS again, so the gradients
+    would be those of other masks.
+    """
     dropout = config.dropout or (config.use_lora and config.lora_dropout)
     if device.type == "mps" and config.grad_checkpoint and dropout and trains(config):
         raise ConfigError(
