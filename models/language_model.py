@@ -265,7 +265,7 @@ class LanguageModel(nn.Module):
                 new, caches = seen, self.new_caches()
             logits, _ = self(new, caches=caches) if use_cache else self(seen)
             last = logits[:, -1, :n_tokens].float()
-            if not torch.isfinite(last).all():
+            if not (last.is_meta or torch.isfinite(last).all()):
                 raise FloatingPointError("the model's logits are not finite numbers")
             new = sample(last, temperature, top_k, top_p)
             yield new

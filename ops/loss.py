@@ -36,7 +36,8 @@ def linear_losses(x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
     losses = []
     for part in _slices(len(x), len(W)):
         logits = _wide_logits(x[part], W)
-        losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
+        known = targets[part].where(targets[part] >= 0, -100)
+        losses.append(F.cross_entropy(logits, known, reduction="none"))
     return torch.cat(losses)
 
 

@@ -283,9 +283,9 @@ def test_dropout_is_where_the_model_says(kind, p, monkeypatch):
     module = importlib.import_module(type(model).__module__)
     attention = module.causal_attention
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, rate: float, training: bool, *rest: object):
+    def recorded(q: Tensor, k: Tensor, v: Tensor, rate: float, training: bool, *rest, **options):
         rates.append((rate, training))
-        return attention(q, k, v, rate, training, *rest)
+        return attention(q, k, v, rate, training, *rest, **options)
 
     monkeypatch.setattr(module, "causal_attention", recorded)
     idx = torch.randint(256, (8, 16))

@@ -12,7 +12,7 @@ from ops import loss as loss_module
 from ops import products
 from ops.activations import swiglu
 from ops.attention import causal_attention
-from ops.loss import linear_cross_entropy
+from ops.loss import linear_cross_entropy, linear_losses
 from ops.norms import rms_norm
 from ops.products import base_slices
 
@@ -69,7 +69,44 @@ def test_linear_cross_entropy_is_that_of_the_logits(device, dtype, at_a_time, mo
     assert not x.grad[2].any() and not x.grad[5].any()
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x, weight, targets), loss)
+    each = F.cross_entropy(exact_x @ weight.double().t(), known, reduction="none")
+    found = linear_losses(x.detach(), weight, targets)
+    torch.testing.assert_close(found.double(), each, rtol=tolerance, atol=10 * tolerance)
     assert kept_by(linear_cross_entropy, x, weight, targets) == x.numel()
+
+
+def test_a_loss_over_no_tokens_is_not_a_number():
+    loss = linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.full((3,), -100))
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 8), (2, 5, 64), (3, 2, 4, 16)])
+def test_norms_and_gates_are_the_plain_ones(device, dtype, shape):
+    torch.manual_seed(0)
+    x, gate, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+
+    def rms_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    def swiglu_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gate * torch.sigmoid(gate) * up
+
+    for function, plain, tensors in (
+        (lambda x, w: rms_norm(x, w, 1e-5), rms_plain, (x, weight)),
+        (swiglu, swiglu_plain, (gate, x)),
+    ):
+        own, exact = (
+            [t.detach().to(kind).requires_grad_() for t in tensors]
+            for kind in (dtype, torch.float64)
+        )
+        found, expected = function(*own), plain(*exact)
+        found.backward(grad)
+        expected.backward(grad.double())
+        assert same(found, expected)
+        assert all(same(one.grad, two.grad) for one, two in zip(own, exact, strict=True))
 
 
 def test_linear_cross_entropy_takes_logits_that_would_overflow():
