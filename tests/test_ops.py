@@ -50,7 +50,6 @@ def test_rms_norm_keeps_its_input_and_a_number_for_each_row():
 @pytest.mark.parametrize("at_a_time", [40, 10**6])  # two tokens' logits, all
 def test_linear_cross_entropy_is_that_of_the_logits(device, dtype, at_a_time, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS", at_a_time)
-    monkeypatch.setattr(loss_module, "TOKENS", 1)
     monkeypatch.setattr(products, "CAST", 6 * 4)  # four rows of the weight, of 20
     torch.manual_seed(0)
     weight = (3 * torch.randn(20, 6, device=device)).bfloat16()
