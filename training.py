@@ -13,6 +13,7 @@ progress bar to stderr.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -341,15 +342,15 @@ def print_sample(run: Run) -> None:
     if length == 0:
         return
     torch.manual_seed(run.config.seed)
-    start, end = run.corpus.opening()
+    start, ends = run.corpus.opening()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
         known = vocabulary_size(run.tokenizer)
         written = run.model.generate(idx, length, temperature=0.8, top_k=50, n_tokens=known)
         written = written[0].tolist()
     tokens = written[len(start) :]
-    if end is not None:
-        tokens = start + tokens[: tokens.index(end) if end in tokens else None]
+    if ends:
+        tokens = start + list(itertools.takewhile(lambda token: token not in ends, tokens))
     text = decode(tokens, run.tokenizer)
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     say(f"{SAMPLE}{length} tokens, temperature 0.8, top_k 50):", *indent(text.split("\n")))
@@ -373,8 +374,9 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    if "prompt_format" in run.adapter_metadata:
-        metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
+    for name in ("prompt_format", "chat_template"):
+        if name in run.adapter_metadata:
+            metadata[name] = run.adapter_metadata[name]
     for dtype in dtypes:
         rounded = str(dtype).removeprefix("torch.")
         say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")

@@ -11,6 +11,7 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     tokenizer.py    text to tokens and back
 """
 
+from data.chat import Format, chat_format, continues_text, text_format
 from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
 from data.records import RecordCorpus, load_records
@@ -30,9 +31,12 @@ __all__ = [
     "Batch",
     "Corpus",
     "DataError",
+    "Format",
     "RecordCorpus",
     "TextCorpus",
     "begun",
+    "chat_format",
+    "continues_text",
     "decode",
     "encode",
     "end_token",
@@ -42,5 +46,6 @@ __all__ = [
     "open_corpus",
     "start_tokens",
     "stream_decoder",
+    "text_format",
     "vocabulary_size",
 ]

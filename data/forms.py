@@ -13,37 +13,35 @@ turns, and texts.
 import codecs
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from data.corpus import DataError, printable
-
-# How a turn is written for the model, and the words after which the assistant's turn follows. The
-# same words inside a content look like a heading, so contents should not have them. A content with
-# the mark that ends a record is refused.
-TURN = "{role}: {content}\n"
-OPENING = "assistant: "
-PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
 
 ROLES = ("system", "user", "assistant")
 FORMS = "a prompt and a completion, messages, or a text"
 LONGEST_REASON = 200  # characters of an error's one line that say what is wrong
 
-Part = tuple[str | None, bool]  # a text, or None for the end, and whether the loss counts it
-Record = list[Part]
+
+@dataclass(frozen=True)
+class Example:
+    """What one row teaches: a chat, with the tools that its assistant may use, or a text."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict, ...] = ()
+    text: str | None = None
+    place: str = ""
 
 
-def parse_records(name: str, content: bytes, end: str = "\0") -> list[Record]:
-    """The records of a file's content; `end` is the mark that ends a record, which none may have.
-
-    Raises DataError that names the line.
-    """
-    records = []
+def parse_examples(name: str, content: bytes) -> list[Example]:
+    """The examples of a file's content. Raises DataError that names the line."""
+    examples = []
     for number, line in _rows(name, content):
         try:
-            records.append(record_of(json.loads(line.decode("utf-8")), end))
+            examples.append(example_of(json.loads(line.decode("utf-8")), f"line {number}"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{printable(name)}, line {number}: {_reason(error)}") from error
-    return records
+    return examples
 
 
 def _rows(name: str, content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -54,42 +52,33 @@ def _rows(name: str, content: bytes) -> Iterator[tuple[int, bytes]]:
     return enumerate(lines, start=1)
 
 
-def record_of(row: Any, end: str) -> Record:
-    """The parts of one row, a value read from JSON. Raises ValueError for what is no record."""
+def example_of(row: Any, place: str) -> Example:
+    """The example of one row, a value read from JSON. Raises ValueError for what is none."""
     if not isinstance(row, dict):
         raise ValueError(f"it is no JSON object; accepted: an object with {FORMS}")
     forms = [set(row) & keys for keys in ({"prompt", "completion"}, {"messages"}, {"text"})]
     if sum(map(bool, forms)) != 1:
         raise ValueError(f"it has {', '.join(map(repr, row)) or 'nothing'}; accepted: {FORMS}")
     if "text" in row:
-        return [(_text(row, "text", end), True), (None, True)]
+        return Example(text=_text(row, "text"), place=place)
     if "messages" not in row:
-        user = {"role": "user", "content": _text(row, "prompt", end)}
-        assistant = {"role": "assistant", "content": _text(row, "completion", end)}
-        return _turns([user, assistant], end)
-    return _turns(row["messages"], end)
-
-
-def _turns(messages: Any, end: str) -> Record:
-    """The parts of a chat. Raises ValueError unless it has a turn of the assistant."""
+        user = {"role": "user", "content": _text(row, "prompt")}
+        assistant = {"role": "assistant", "content": _text(row, "completion")}
+        return Example((user, assistant), place=place)
+    messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is no list of objects with role and content")
-    parts: Record = []
     for message in messages:
-        role, content = message.get("role"), _text(message, "content", end)
-        if role not in ROLES:
-            raise ValueError(f"role is {role!r}; accepted: {', '.join(ROLES)}")
-        if role == "assistant":
-            parts += [(OPENING, False), (content, True), (None, True)]
-        else:
-            parts.append((TURN.format(role=role, content=content), False))
-    if not any(counted for _, counted in parts):
+        _text(message, "content")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"role is {message.get('role')!r}; accepted: {', '.join(ROLES)}")
+    if not any(m["role"] == "assistant" for m in messages):
         raise ValueError("messages has no turn of the assistant, so nothing could be learned")
-    return parts
+    return Example(tuple(messages), place=place)
 
 
-def _text(found: dict, key: str, end: str) -> str:
-    """The text found[key]. Raises ValueError where it is empty, no text, or has the mark `end`."""
+def _text(found: dict, key: str) -> str:
+    """The text found[key]. Raises ValueError where it is empty or no text."""
     text = found.get(key)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{key} is {str(text)[:40]!r}; accepted: a text that is not empty")
@@ -97,8 +86,6 @@ def _text(found: dict, key: str, end: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{key} has half of a surrogate pair, which is no character") from None
-    if end in text:
-        raise ValueError(f"{key} has {end!r}, the mark that ends a record")
     return text
 
 

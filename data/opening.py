@@ -1,14 +1,13 @@
 """Opens DATA, whatever it is: which layout it has decides what reads it."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from data.chat import Format, PlainFormat
 from data.corpus import Corpus
 from data.records import is_records, load_records
 from data.text import check_length, load_corpus
 from data.tokenized import tokenize_corpus
-from data.tokenizer import NO_FILES
 
 
 def open_corpus(
@@ -19,7 +18,7 @@ def open_corpus(
     count_prompts: bool = False,
     token_folder: Path = Path(),
     in_turn: AbstractContextManager = nullcontext(),  # noqa: B008  it has no state
-    files: Mapping[str, bytes] = NO_FILES,
+    format: Format | None = None,
 ) -> Corpus:
     """The corpus that DATA=`name` stands for, long enough for windows of `block_size` tokens.
 
@@ -31,14 +30,14 @@ def open_corpus(
         token_folder: where a text in the tokens of `tokenizer` is kept; made when needed.
         in_turn: entered while that file is looked for and made. Of several processes one should
             make it, and the others find it.
-        files: those beside the base's weights, which say what begins and ends a record.
+        format: how chats are written; by default the plain format.
 
     Raises:
         DataError: the data cannot be used.
         FileError: the file of tokens cannot be written.
     """
     if is_records(name):
-        return load_records(name, tokenizer, block_size, count_prompts, files)
+        return load_records(name, block_size, count_prompts, format or PlainFormat(tokenizer))
     corpus = load_corpus(name, default_path)
     if tokenizer is not None:
         with in_turn:

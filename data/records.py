@@ -2,9 +2,8 @@
 
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
+from data.chat import Format, PlainFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
-from data.forms import PROMPT_FORMAT, parse_records
+from data.forms import Example, parse_examples
 from data.packing import Blocks, pack
 from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
-from data.tokenizer import NO_FILES, end_mark, end_token
+from data.tokenizer import vocabulary_size
+from files.streams import one_line
 
 EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
 
@@ -30,17 +31,15 @@ class RecordCorpus(Corpus):
     Attributes:
         name, checksum, tokenizer: see `Corpus`.
         train, validation: the packed records of either split.
-        prompt_format: how to ask a model that was trained on them; "{prompt}" for texts alone.
-        end: the token that ends a record.
+        format: how chats are written, and how to ask a model that was trained on them.
     """
 
     name: str
     checksum: str
     train: Blocks = field(repr=False)
     validation: Blocks = field(repr=False)
-    prompt_format: str
+    format: Format
     tokenizer: str | None = field(default=None, repr=False)
-    end: int = 0
 
     def describe(self) -> list[str]:
         rows = {"name": printable(self.name), "checksum": self.checksum}
@@ -50,10 +49,13 @@ class RecordCorpus(Corpus):
                 f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted) "
                 f"in {len(blocks):,} blocks, {1 - used / blocks.segments.size:.1%} padding"
             )
-            if blocks.n_cut or blocks.n_dropped:
-                rows[name] += f"; {blocks.n_cut:,} cut to a block"
-                rows[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        rows["prompt"] = json.dumps(self.prompt_format)
+            if blocks.n_cut:
+                rows[name] += (
+                    f"; {blocks.n_cut:,} longer than a block, {blocks.n_lost:,} tokens lost"
+                )
+            if blocks.n_masked:
+                rows[name] += f"; {blocks.n_masked:,} left out, of which nothing would be counted"
+        rows["prompt"] = self.format.describe()
         return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
@@ -93,15 +95,15 @@ class RecordCorpus(Corpus):
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != self.end]
+        written = predicted[predicted != self.format.ends[0]]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
-    def opening(self) -> tuple[list[int], int]:
-        """The first record to validate on, up to what the loss counts, and the end of a record."""
+    def opening(self) -> tuple[list[int], list[int]]:
+        """The first record to validate on, up to what the loss counts, and an answer's ends."""
         first_counted = np.argmax(self.validation.targets[0] != IGNORED)
         opening = self.validation.inputs[0, : first_counted + 1].tolist()
-        return opening, self.end
+        return opening, self.format.ends
 
     def loss_parts(
         self,
@@ -117,6 +119,9 @@ class RecordCorpus(Corpus):
         counted = torch.stack([self.counted(batch).sum() for batch in batches])
         return counted * n_processes / total(counted.sum())
 
+    def metadata(self) -> dict[str, str]:
+        return super().metadata() | self.format.metadata()
+
 
 def is_records(name: str | None) -> bool:
     """Whether DATA=`name` is python-instructions, a .jsonl file or a folder with train.jsonl."""
@@ -127,20 +132,17 @@ def is_records(name: str | None) -> bool:
 
 
 def load_records(
-    name: str,
-    tokenizer: str | None,
-    block_size: int,
-    count_prompts: bool = False,
-    files: Mapping[str, bytes] = NO_FILES,
+    name: str, block_size: int, count_prompts: bool = False, format: Format | None = None
 ) -> RecordCorpus:
     """Read and pack the records that DATA=`name` stands for.
 
     A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
-    `files` are those beside the base's weights, which say what begins and ends a record.
+    Chats are written in `format`, by default that of models of bytes.
 
     Raises DataError for a file that cannot be read or has no records, and for a line that is not a
     record.
     """
+    format = PlainFormat() if format is None else format
     path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -149,7 +151,7 @@ def load_records(
         if os.path.lexists(file) or file == paths[0]:
             content = _read(file)
             digest.update(content)
-            splits.append(parse_records(str(file), content, end_mark(tokenizer, files)))
+            splits.append(parse_examples(str(file), content))
     if len(splits) == 1:
         (records,) = splits
         if len(records) < 2:
@@ -157,19 +159,30 @@ def load_records(
         validation = records[EVERY - 1 :: EVERY] or records[-1:]
         kept = set(map(id, validation))
         splits = [[record for record in records if id(record) not in kept], validation]
-    train, valid = (
-        pack(records, tokenizer, block_size, count_prompts, files) for records in splits
-    )
-    for blocks in (train, valid):
-        if len(blocks) == 0:
+    if all(example.text is not None for examples in splits for example in examples):
+        format = format.of_texts()
+    blocks = []
+    for examples in splits:
+        encoded = [tokens for e in examples for tokens in _encode(name, e, format, count_prompts)]
+        n_tokens = vocabulary_size(format.tokenizer)
+        blocks.append(pack(encoded, block_size, n_tokens, format.ends[0]))
+        if len(blocks[-1]) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
-    has_prompts = any(
-        not counted for records in splits for record in records for _, counted in record
-    )
-    prompt_format = PROMPT_FORMAT if has_prompts else "{prompt}"
     checksum = f"sha256:{digest.hexdigest()[:16]}"
-    end = end_token(tokenizer, files)
-    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer, end)
+    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer)
+
+
+def _encode(name: str, example: Example, format: Format, count_prompts: bool) -> list[Tokens]:
+    """The tokens of an example. Raises DataError that names its place."""
+    try:
+        found = format.encode(example)
+    except ValueError as error:
+        raise DataError(
+            f"DATA={printable(name)}, {example.place}: {one_line(str(error))}"
+        ) from error
+    if count_prompts:
+        found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
+    return found
 
 
 def _batch(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ class TextCorpus(Corpus):
     n_skipped: int
     n_bytes: int | None = None
     tokenizer: str | None = field(default=None, repr=False)
-    prompt_format: ClassVar[None] = None
 
     @property
     def n_train(self) -> int:
@@ -110,12 +108,12 @@ class TextCorpus(Corpus):
             return n_tokens, n_tokens
         return n_tokens, n_bytes_of(predicted, self.tokenizer)
 
-    def opening(self) -> tuple[list[int], None]:
+    def opening(self) -> tuple[list[int], list[int]]:
         """A line break; the first token to validate on where a tokenizer drops line breaks.
 
         No token ends a text.
         """
-        return encode("\n", self.tokenizer) or self.validation[:1].tolist(), None
+        return encode("\n", self.tokenizer) or self.validation[:1].tolist(), []
 
 
 def n_bytes_of(tokens: np.ndarray, tokenizer: str) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data import DataError, TextCorpus, load_corpus, open_corpus, text, tokenized
 from data.text import check_length
 from data.tokenized import tokenize_corpus
-from data.tokenizer import decode, encode, end_mark, end_token, stream_decoder, vocabulary_size
+from data.tokenizer import decode, encode, end_token, stream_decoder, vocabulary_size
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_corpus_in_tokens_knows_the_bytes_that_they_stand_for(bpe, tmp_path, m
     predicted = corpus.validation[1:].tolist()
     n_bytes = len(decode(predicted, bpe).encode())
     assert len(predicted) < n_bytes and corpus.count_predicted() == (len(predicted), n_bytes)
-    assert corpus.opening() == (encode("\n", bpe), None)
+    assert corpus.opening() == (encode("\n", bpe), [])
     assert any(line.startswith("tokens:") for line in corpus.describe())
     with pytest.raises(DataError, match=f"has {len(corpus.tokens):,} tokens"):
         check_length(corpus, len(corpus.tokens))
@@ -128,7 +128,7 @@ def test_a_sample_begins_with_the_text_where_a_tokenizer_leaves_white_space_out(
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     (tmp_path / "text.txt").write_text("a " * 180 + "b " * 20)
     corpus = load_corpus(str(tmp_path / "text.txt"), Path())
-    assert tokenize_corpus(corpus, words.to_str(), tmp_path).opening() == ([1], None)
+    assert tokenize_corpus(corpus, words.to_str(), tmp_path).opening() == ([1], [])
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -171,7 +171,7 @@ def test_special_tokens_are_shown_and_not_added(bpe):
 def test_of_several_ends_that_a_tokenizer_has_the_first_is_taken(bpe):
     loaded = tokenizers.Tokenizer.from_str(bpe)
     loaded.add_special_tokens(["</s>", "<eos>"])
-    assert end_mark(loaded.to_str()) == "<|endoftext|>"
+    assert end_token(loaded.to_str()) == loaded.token_to_id("<|endoftext|>")
 
 
 def test_text_that_is_not_utf8_is_refused_by_a_tokenizer(bpe, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hardware
-from data import Corpus, open_corpus
+from data import Corpus, chat_format, open_corpus
 from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
@@ -114,10 +114,12 @@ def set_up(asked: Config) -> Run:
     config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
     corpus = None
     if not config.merge:
+        tokenizer, base_files = (base.tokenizer, base.files) if base is not None else (None, {})
+        stated = [adapter.metadata for _, adapter, _ in adapters] or [base.metadata if base else {}]
+        format = chat_format(tokenizer, base_files, stated[0], config.chat_template)
         corpus = open_corpus(
-            config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
-            config.block_size, config.loss_on_prompt, Path(config.output_folder),
-            processes.local_main_process_first(), base.files if base is not None else {},
+            config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
+            Path(config.output_folder), processes.local_main_process_first(), format,
         )  # fmt: skip
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     lora = None
