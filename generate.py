@@ -35,9 +35,9 @@ from data import (
 from files import FileError
 from files.streams import write_err, write_out
 from lora import lora_layers, merge_adapter
-from models import LanguageModel
+from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
-from ops.attention import KeyValueCache
+
 from trainer.console import asks_for_help, exit_code_of, format_table, say
 from trainer.loading import (
     LoraOptions,
@@ -97,9 +97,7 @@ class Writer:
     ends: list[int]
     device: torch.device
 
-    def write(
-        self, prompt: Sequence[int], length: int, caches: list[KeyValueCache] | None = None
-    ) -> list[int]:
+    def write(self, prompt: Sequence[int], length: int, caches: Caches | None = None) -> list[int]:
         """Write up to `length` tokens that follow a prompt to stdout, each character as soon as it
         is complete; returns the tokens with the end, if one came.
 

@@ -20,6 +20,8 @@ from ops.attention import KeyValueCache
 from ops.loss import linear_cross_entropy, linear_losses
 from ops.products import product_dtype
 
+Caches = list[KeyValueCache]  # one for each block
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -153,7 +155,7 @@ class LanguageModel(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         segments: Tensor | None = None,
-        caches: list[KeyValueCache] | None = None,
+        caches: Caches | None = None,
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, vocab_size) for idx (B, T), and the cross-entropy if `targets` (B, T) is
@@ -234,7 +236,7 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         use_cache: bool = True,
         n_tokens: int | None = None,
-        caches: list[KeyValueCache] | None = None,
+        caches: Caches | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
         dropout.
@@ -271,7 +273,7 @@ class LanguageModel(nn.Module):
             yield new
             seen = torch.cat([seen, new], dim=1)
 
-    def new_caches(self) -> list[KeyValueCache]:
+    def new_caches(self) -> Caches:
         """Empty caches for `forward`, one for each block."""
         return [KeyValueCache(self.block_size) for _ in self.blocks]
 
