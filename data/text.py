@@ -24,6 +24,7 @@ class TextCorpus(Corpus):
             what a tokenizer made of it (see tokenized.py).
         n_files, n_skipped: see `Text`.
         n_bytes: bytes of the text; None where tokens are bytes.
+        n_unread: characters of the text that no token of the tokenizer stands for.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TextCorpus(Corpus):
     n_files: int
     n_skipped: int
     n_bytes: int | None = None
+    n_unread: int = 0
     tokenizer: str | None = field(default=None, repr=False)
 
     @property
@@ -56,6 +58,7 @@ class TextCorpus(Corpus):
             "name": printable(self.name),
             "bytes": f"{self.n_bytes or len(self.tokens):,}",
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
+            "unread": f"{self.n_unread:,} characters, for which the tokenizer has no token",
             "files": f"{self.n_files:,}",
             "skipped": f"{self.n_skipped:,} (not text)",
             "checksum": self.checksum,
@@ -64,6 +67,8 @@ class TextCorpus(Corpus):
         }
         if self.n_bytes is None:
             del rows["tokens"]
+        if self.n_unread == 0:
+            del rows["unread"]
         if self.n_skipped == 0:
             del rows["skipped"]
         return aligned(rows)

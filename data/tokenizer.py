@@ -41,6 +41,24 @@ def tokens_with_offsets(text: str, tokenizer: str) -> list[tuple[int, int, int]]
     ]
 
 
+@functools.lru_cache(maxsize=1)
+def unknown_token(tokenizer: str) -> int | None:
+    """The token that stands for whatever a tokenizer does not know, if it has one."""
+    model = load_tokenizer(tokenizer).model
+    name = getattr(model, "unk_token", None)
+    return load_tokenizer(tokenizer).token_to_id(name) if name else getattr(model, "unk_id", None)
+
+
+def count_unread(found: list[tuple[int, int, int]], text: str, tokenizer: str) -> int:
+    """How many characters of a text no token of `tokens_with_offsets` stands for, or the unknown
+    one."""
+    unknown, end, unread = unknown_token(tokenizer), 0, 0
+    for token, start, stop in found:
+        unread += max(0, start - end) + (stop - start if token == unknown else 0)
+        end = max(end, stop)
+    return unread + len(text) - end
+
+
 def _characters(text: str) -> str:
     """The text with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
