@@ -25,6 +25,7 @@ class Blocks:
         n_cut: how many of them were longer than T + 1 tokens.
         n_lost: how many tokens of these are in no block; a long text loses none.
         n_masked: how many were left out, because the loss would count no token of what was left.
+        n_unread: how many characters of them no token of the tokenizer stands for.
     """
 
     inputs: np.ndarray
@@ -34,6 +35,7 @@ class Blocks:
     n_cut: int
     n_lost: int
     n_masked: int
+    n_unread: int
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -58,7 +60,7 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, end: int) -
     """
     size = block_size + 1
     kept, n_cut, n_lost, n_masked = [], 0, 0, 0
-    for tokens, counted, is_text in examples:
+    for tokens, counted, is_text, _ in examples:
         n_cut += len(tokens) > size
         # The last token of a piece is the first of the next one, so that each is predicted once.
         starts = range(0, max(1, len(tokens) - 1), block_size) if is_text else [0]
@@ -83,7 +85,8 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, end: int) -
             first = stop
     parts = (tokens[:, :-1], targets[:, 1:], segments[:, :-1])
     parts = map(np.ascontiguousarray, parts)
-    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked)
+    n_unread = sum(example.n_unread for example in examples)
+    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked, n_unread)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -53,6 +53,8 @@ class RecordCorpus(Corpus):
                 rows[name] += (
                     f"; {blocks.n_cut:,} longer than a block, {blocks.n_lost:,} tokens lost"
                 )
+            if blocks.n_unread:
+                rows[name] += f"; {blocks.n_unread:,} characters without a token"
             if blocks.n_masked:
                 rows[name] += f"; {blocks.n_masked:,} left out, of which nothing would be counted"
         rows["prompt"] = self.format.describe()

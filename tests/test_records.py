@@ -182,7 +182,7 @@ def test_packing_loses_nothing_but_what_it_says(lengths, block_size, count_promp
     blocks = pack(records, block_size, 256, 0)
     size = block_size + 1
     expected, n_cut, n_lost, n_masked = [], 0, 0, 0
-    for tokens, counted, _ in records:
+    for tokens, counted, _, _ in records:
         n_cut += len(tokens) > size
         n_lost += max(0, len(tokens) - size)
         pairs = list(zip(tokens[:-1], tokens[1:], counted[1:], strict=True))[: size - 1]
