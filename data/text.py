@@ -113,6 +113,12 @@ class TextCorpus(Corpus):
             return n_tokens, n_tokens
         return n_tokens, n_bytes_of(predicted, self.tokenizer)
 
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Windows side by side; the loss counts all tokens but the first, which follows none."""
+        starts = range(0, min(n * block_size, self.n_train - block_size), block_size)
+        rows = [self.train[start : start + block_size + 1].tolist() for start in starts]
+        return [(row, [i > 0 for i in range(len(row))]) for row in rows]
+
     def opening(self) -> tuple[list[int], list[int]]:
         """A line break; the first token to validate on where a tokenizer drops line breaks.
 
