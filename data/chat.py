@@ -206,6 +206,14 @@ class TemplateFormat:
         added = load_tokenizer(self.tokenizer).get_added_tokens_decoder().values()
         return [t.content for t in added if not t.special and t.content in self.template]
 
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The special tokens that a template may name."""
+        stated = json_file(self.files, "tokenizer_config.json")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        texts = {name: _content(stated.get(name)) for name in names}
+        return {name: text for name, text in texts.items() if text is not None}
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), opens: bool = False
     ) -> str:
@@ -215,10 +223,6 @@ class TemplateFormat:
         """
         import jinja2
 
-        names = {
-            key: _content(json_file(self.files, "tokenizer_config.json").get(key))
-            for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
         try:
             return compile_template(self.template).render(
                 messages=[_with_reasoning(message) for message in messages],
@@ -226,7 +230,7 @@ class TemplateFormat:
                 documents=None,
                 add_generation_prompt=opens,
                 date_string=TODAY.strftime("%d %b %Y"),
-                **{key: name for key, name in names.items() if name is not None},
+                **self._names,
             )
         except (
             jinja2.TemplateError,
