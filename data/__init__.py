@@ -7,7 +7,8 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     opening.py      open_corpus: which kind DATA is
     text.py         text_files.py finds and maps it, tokenized.py has it in a tokenizer's tokens,
                     batches.py draws windows
-    records.py      prompts and completions: forms.py reads rows, packing.py fills blocks
+    records.py      prompts and completions: record_files.py finds their files, rows.py reads a
+                    file's rows, forms.py makes examples of them, packing.py fills blocks
     tokenizer.py    text to tokens and back
 """
 

@@ -1,12 +1,9 @@
-"""Records: prompts and completions of .jsonl files, in blocks where no record sees another."""
+"""Records: prompts and completions of dataset files, in blocks where no record sees another."""
 
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +11,11 @@ from torch import Tensor
 
 from data.batches import even_spread, on_device
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
-from data.forms import PROMPT_FORMAT, parse_records
+from data.forms import NO_COLUMNS, PROMPT_FORMAT, parts_of
 from data.packing import Blocks, pack
+from data.record_files import read_splits
 from data.text import n_bytes_of
-from data.text_files import BUILT_IN_RECORDS
 from data.tokenizer import NO_FILES, end_mark, end_token
-
-EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +27,7 @@ class RecordCorpus(Corpus):
         train, validation: the packed records of either split.
         prompt_format: how to ask a model that was trained on them; "{prompt}" for texts alone.
         end: the token that ends a record.
+        found: for the log, by the file's name: its layout, how many rows, and what was ignored.
     """
 
     name: str
@@ -41,6 +37,7 @@ class RecordCorpus(Corpus):
     prompt_format: str
     tokenizer: str | None = field(default=None, repr=False)
     end: int = 0
+    found: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         rows = {"name": printable(self.name), "checksum": self.checksum}
@@ -54,7 +51,7 @@ class RecordCorpus(Corpus):
                 rows[name] += f"; {blocks.n_cut:,} cut to a block"
                 rows[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
         rows["prompt"] = json.dumps(self.prompt_format)
-        return aligned(rows)
+        return aligned(rows) + (aligned(self.found) if self.found else [])
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.train.inputs.size
@@ -118,45 +115,28 @@ class RecordCorpus(Corpus):
         return counted * n_processes / total(counted.sum())
 
 
-def is_records(name: str | None) -> bool:
-    """Whether DATA=`name` is python-instructions, a .jsonl file or a folder with train.jsonl."""
-    if name is None:
-        return False
-    path = _path(name)
-    return path.endswith(".jsonl") or os.path.isfile(os.path.join(path, "train.jsonl"))
-
-
 def load_records(
     name: str,
     tokenizer: str | None,
     block_size: int,
     count_prompts: bool = False,
     files: Mapping[str, bytes] = NO_FILES,
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> RecordCorpus:
-    """Read and pack the records that DATA=`name` stands for.
+    """Read and pack the records that DATA=`name` stands for, as `read_splits` reads them.
 
-    A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
-    `files` are those beside the base's weights, which say what begins and ends a record.
+    `columns` are what the files call the columns of a layout. `files` are those beside the base's
+    weights, which say what begins and ends a record.
 
     Raises DataError for a file that cannot be read or has no records, and for a line that is not a
     record.
     """
-    path = Path(_path(name))
-    paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    splits = []
-    for file in paths:
-        if os.path.lexists(file) or file == paths[0]:
-            content = _read(file)
-            digest.update(content)
-            splits.append(parse_records(str(file), content, end_mark(tokenizer, files)))
-    if len(splits) == 1:
-        (records,) = splits
-        if len(records) < 2:
-            raise DataError(f"{paths[0]}: one record is too few, as validation needs one too")
-        validation = records[EVERY - 1 :: EVERY] or records[-1:]
-        kept = set(map(id, validation))
-        splits = [[record for record in records if id(record) not in kept], validation]
+    found = read_splits(name, columns)
+    mark = end_mark(tokenizer, files)
+    splits = [
+        [parts_of(example, mark) for example in examples]
+        for examples in (found.train, found.validation)
+    ]
     train, valid = (
         pack(records, tokenizer, block_size, count_prompts, files) for records in splits
     )
@@ -167,9 +147,10 @@ def load_records(
         not counted for records in splits for record in records for _, counted in record
     )
     prompt_format = PROMPT_FORMAT if has_prompts else "{prompt}"
-    checksum = f"sha256:{digest.hexdigest()[:16]}"
     end = end_token(tokenizer, files)
-    return RecordCorpus(name, checksum, train, valid, prompt_format, tokenizer, end)
+    return RecordCorpus(
+        name, found.checksum, train, valid, prompt_format, tokenizer, end, found.found
+    )
 
 
 def _batch(
@@ -188,20 +169,3 @@ def _batch(
 def _order(n: int, seed: int, number: int) -> np.ndarray:
     """In what order pass `number` takes n blocks."""
     return np.random.default_rng([seed, number]).permutation(n)
-
-
-def _path(name: str) -> str:
-    """The path that DATA=`name` stands for."""
-    if name == BUILT_IN_RECORDS:
-        return str(Path(__file__).resolve().parent / name)
-    return os.path.expanduser(name)
-
-
-def _read(path: Path) -> bytes:
-    """The content of a file. Raises DataError when it cannot be read."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-        raise DataError(f"DATA={printable(str(path))}: not a regular file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"DATA={printable(str(path))}: cannot be read: {error.strerror}") from error

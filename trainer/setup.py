@@ -118,6 +118,7 @@ def set_up(asked: Config) -> Run:
             config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
             config.block_size, config.loss_on_prompt, Path(config.output_folder),
             processes.local_main_process_first(), base.files if base is not None else {},
+            dict(config.columns.pairs if config.columns is not None else ()), config.text,
         )  # fmt: skip
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     lora = None
@@ -407,7 +408,8 @@ def check_checkpointing(config: Config, device: torch.device) -> None:
 def header(run: Run) -> dict[str, Any]:
     """What a program needs to know of a run: the first line of its metrics."""
     config = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
-    config["adapters"] = config["adapters"] and str(config["adapters"])
+    for name in ("adapters", "columns"):
+        config[name] = config[name] and str(config[name])
     return {
         "config": config,
         "run": {
