@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
-from data.chat import Format, PlainFormat, Tokens
+from data.chat import Format, PlainFormat, TemplateFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
 from data.forms import Example, parse_examples
 from data.packing import Blocks, pack
 from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
-from data.tokenizer import vocabulary_size
+from data.tokenizer import end_token, vocabulary_size
 from files.streams import one_line
 
 EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
@@ -95,7 +95,7 @@ class RecordCorpus(Corpus):
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != self.format.ends[0]]
+        written = predicted[~np.isin(predicted, self.format.ends)]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
@@ -139,13 +139,16 @@ def load_records(
     A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
     Chats are written in `format`, by default that of models of bytes.
 
-    Raises DataError for a file that cannot be read or has no records, and for a line that is not a
-    record.
+    Raises DataError for a file that cannot be read or has no records, for a line that is not a
+    record, and for a tokenizer without an end.
     """
     format = PlainFormat() if format is None else format
+    end = format.ends[0] if format.ends else end_token(format.tokenizer, format.files)
     path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
     digest = hashlib.sha256()
+    if isinstance(format, TemplateFormat):
+        digest.update(format.template.encode())  # other tokens are other data
     splits = []
     for file in paths:
         if os.path.lexists(file) or file == paths[0]:
@@ -165,7 +168,7 @@ def load_records(
     for examples in splits:
         encoded = [tokens for e in examples for tokens in _encode(name, e, format, count_prompts)]
         n_tokens = vocabulary_size(format.tokenizer)
-        blocks.append(pack(encoded, block_size, n_tokens, format.ends[0]))
+        blocks.append(pack(encoded, block_size, n_tokens, end))
         if len(blocks[-1]) == 0:
             raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
     checksum = f"sha256:{digest.hexdigest()[:16]}"

@@ -30,18 +30,18 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
     """
     if tokenizer is None:
         return list(text.encode("utf-8", "surrogateescape"))
-    return load_tokenizer(tokenizer).encode(_characters(text), add_special_tokens=False).ids
+    return load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False).ids
 
 
 def tokens_with_offsets(text: str, tokenizer: str) -> list[tuple[int, int, int]]:
     """The tokens of a text, each with the first of its characters and the one after the last."""
-    encoding = load_tokenizer(tokenizer).encode(_characters(text), add_special_tokens=False)
+    encoding = load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False)
     return [
         (token, *offsets) for token, offsets in zip(encoding.ids, encoding.offsets, strict=True)
     ]
 
 
-def _characters(text: str) -> str:
+def characters(text: str) -> str:
     """The text with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
 
