@@ -37,7 +37,6 @@ from files.streams import write_err, write_out
 from lora import lora_layers, merge_adapter
 from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
-
 from trainer.console import asks_for_help, exit_code_of, format_table, say
 from trainer.loading import (
     LoraOptions,

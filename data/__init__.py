@@ -9,12 +9,14 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
                     batches.py draws windows
     records.py      chats and texts: forms.py reads rows, chat.py writes them in a chat template or
                     the plain format, packing.py fills blocks
+    preview.py      what a model will see, with what the loss counts marked
     tokenizer.py    text to tokens and back
 """
 
 from data.chat import Format, chat_format, continues_text, text_format
 from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
+from data.preview import preview_lines
 from data.records import RecordCorpus, load_records
 from data.text import TextCorpus, load_corpus
 from data.tokenizer import (
@@ -45,6 +47,7 @@ __all__ = [
     "load_corpus",
     "load_records",
     "open_corpus",
+    "preview_lines",
     "start_tokens",
     "stream_decoder",
     "text_format",

@@ -22,11 +22,11 @@ from data.tokenizer import (
     NO_FILES,
     begun,
     characters,
+    count_unread,
     encode,
     end_tokens,
     json_file,
     load_tokenizer,
-    plain_tokens,
     start_tokens,
     tokens_with_offsets,
 )
@@ -52,11 +52,15 @@ MOST_STEPS = 1_000_000
 
 
 class Tokens(NamedTuple):
-    """An example's tokens, and whether the loss counts each; a text may be cut into pieces."""
+    """An example's tokens, and whether the loss counts each; a text may be cut into pieces.
+
+    `n_unread` is how many of its characters no token stands for.
+    """
 
     tokens: list[int]
     counted: list[bool]
     is_text: bool = False
+    n_unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,12 @@ class PlainFormat:
     def _chat(self, example: Example) -> Tokens:
         if example.tools:
             raise ValueError("tools need a base with a chat template")
-        tokens, counted = list(self.start), [False] * len(self.start)
-        for new, counts in self._turns(example.messages):
+        tokens, counted, n_unread = list(self.start), [False] * len(self.start), 0
+        for new, counts, unread in self._turns(example.messages):
             tokens += new
             counted += [counts] * len(new)
-        return Tokens(tokens, counted)
+            n_unread += unread
+        return Tokens(tokens, counted, n_unread=n_unread)
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue.
@@ -105,12 +110,13 @@ class PlainFormat:
             text = self.prompt_format.replace("{prompt}", messages[-1]["content"])
             return begun(encode(text, self.tokenizer), self.start)
         turns = self._turns(messages, opens=True)
-        return self.start + [token for new, _ in turns for token in new]
+        return self.start + [token for new, _, _ in turns for token in new]
 
     def _turns(
         self, messages: Sequence[Message], opens: bool = False
-    ) -> list[tuple[list[int], bool]]:
-        """The tokens of turns, in pieces of which the loss counts all or none."""
+    ) -> list[tuple[list[int], bool, int]]:
+        """The tokens of turns, in pieces of which the loss counts all or none; and how many of a
+        piece's characters none of its tokens stands for."""
         parts: list[tuple[str | None, bool]] = []  # a text, or None for the end
         for message in messages:
             role, content = message["role"], message["content"]
@@ -130,7 +136,8 @@ class PlainFormat:
         pieces = []
         for (ends, counts), group in itertools.groupby(parts, lambda p: (p[0] is None, p[1])):
             text = "".join(text or "" for text, _ in group)
-            pieces.append((self.ends[:1] if ends else plain_tokens(text, self.tokenizer), counts))
+            new, unread = _encoded(text, self.tokenizer, special=False)
+            pieces.append((self.ends[:1] if ends else new, counts, unread))
         return pieces
 
     def of_texts(self) -> "PlainFormat":
@@ -283,6 +290,7 @@ class TemplateFormat:
             found = [(t, a, b) for t, a, b in found if text[a:b] != BREAK]
             if any(BREAK in text[a:b] for _, a, b in found):
                 raise ValueError("a special token's text in it cannot be kept a text")
+        n_unread = count_unread(found, text, self.tokenizer) - text.count(BREAK)
         tokens = [token for token, _, _ in found]
         counted = [False] * len(found)
         ends = set(self.ends) if spans else set()
@@ -295,7 +303,7 @@ class TemplateFormat:
                     counted[i] = True
                     if token in ends:
                         break
-        return Tokens(tokens, counted)
+        return Tokens(tokens, counted, n_unread=n_unread)
 
     def _guarded(self, message: Message) -> dict[str, Any]:
         """The message with its texts guarded, without keys that have nothing to say: a template may
@@ -468,10 +476,19 @@ def _text(example: Example, format: Format) -> Tokens | None:
     if format.tokenizer is None:
         refuse_end(example.text)
     start, end = format.start, format.ends[0]
-    tokens = begun(encode(example.text, format.tokenizer), start)
+    tokens, n_unread = _encoded(example.text, format.tokenizer)
+    tokens = begun(tokens, start)
     if tokens[-1:] != [end]:
         tokens = [*tokens, end]
-    return Tokens(tokens, [True] * len(tokens), is_text=True)
+    return Tokens(tokens, [True] * len(tokens), True, n_unread)
+
+
+def _encoded(text: str, tokenizer: str | None, special: bool = True) -> tuple[list[int], int]:
+    """The tokens of a text, and how many of its characters none of them stands for."""
+    if tokenizer is None:
+        return encode(text, None), 0
+    found = tokens_with_offsets(text, tokenizer, special)
+    return [token for token, _, _ in found], count_unread(found, text, tokenizer)
 
 
 def refuse_end(text: str) -> None:

@@ -114,6 +114,10 @@ class Corpus(ABC):
         """How many tokens `all_validation_windows` predict, and how many bytes they stand for."""
 
     @abstractmethod
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Up to `n` examples of the training split: tokens, and whether the loss counts each."""
+
+    @abstractmethod
     def opening(self) -> tuple[list[int], list[int]]:
         """The tokens that a sample begins with, and those that end it, if any does."""
 

@@ -25,6 +25,9 @@ class Blocks:
         n_cut: how many of them were longer than T + 1 tokens.
         n_lost: how many tokens of these are in no block; a long text loses none.
         n_masked: how many were left out, because the loss would count no token of what was left.
+        n_unread: how many characters of them no token of the tokenizer stands for.
+        n_empty: how many have nothing to learn but the end.
+        n_endless: how many do not end with the mark of an end, so that a model learns none.
     """
 
     inputs: np.ndarray
@@ -34,6 +37,9 @@ class Blocks:
     n_cut: int
     n_lost: int
     n_masked: int
+    n_unread: int
+    n_empty: int
+    n_endless: int
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -44,7 +50,7 @@ class Blocks:
         return self.targets[self.targets != IGNORED]
 
 
-def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, end: int) -> Blocks:
+def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Sequence[int]) -> Blocks:
     """Put examples into blocks, each whole in one block (best fit decreasing; Johnson et al. 1974).
 
     Blocks are shuffled, so that their order says nothing of the examples' lengths. A text of more
@@ -54,22 +60,25 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, end: int) -
         examples: the tokens of each example, and which of them the loss counts.
         block_size: T.
         n_tokens: the size of the vocabulary.
-        end: the token that fills the rest of a block.
+        ends: the tokens that end a text or a turn; the first one fills the rest of a block.
     """
     size = block_size + 1
-    kept, n_cut, n_lost, n_masked = [], 0, 0, 0
-    for tokens, counted, is_text in examples:
+    kept, n_cut, n_lost, n_masked, n_empty, n_endless = [], 0, 0, 0, 0, 0
+    for tokens, counted, is_text, _ in examples:
         n_cut += len(tokens) > size
         # The last token of a piece is the first of the next one, so that each is predicted once.
         starts = range(0, max(1, len(tokens) - 1), block_size) if is_text else [0]
         pieces = [(tokens[i : i + size], counted[i : i + size]) for i in starts]
         pieces = [piece for piece in pieces if any(piece[1][1:])]
         n_masked += not pieces
+        learned = [token for token, counts in zip(tokens, counted, strict=True) if counts]
+        n_empty += bool(learned) and set(learned) <= set(ends)
+        n_endless += bool(learned) and learned[-1] not in ends
         n_lost += 0 if is_text else len(tokens[size:])
         kept += pieces
     blocks = best_fit([len(tokens) for tokens, _ in kept], size)
     np.random.default_rng(0).shuffle(blocks)
-    tokens = np.full((len(blocks), size), end, np.min_scalar_type(n_tokens - 1))
+    tokens = np.full((len(blocks), size), ends[0], np.min_scalar_type(n_tokens - 1))
     targets = np.full((len(blocks), size), IGNORED, np.int32)  # a token's own, shifted below
     segments = np.zeros((len(blocks), size), np.uint16)
     for row, block in enumerate(blocks):
@@ -83,7 +92,8 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, end: int) -
             first = stop
     parts = (tokens[:, :-1], targets[:, 1:], segments[:, :-1])
     parts = map(np.ascontiguousarray, parts)
-    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked)
+    n_unread = sum(example.n_unread for example in examples)
+    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked, n_unread, n_empty, n_endless)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

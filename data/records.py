@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from data.chat import Format, PlainFormat, TemplateFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
 from data.forms import Example, parse_examples
 from data.packing import Blocks, pack
+from data.preview import END_TOKENS, marked
 from data.text import n_bytes_of
 from data.text_files import BUILT_IN_RECORDS
 from data.tokenizer import end_token, vocabulary_size
@@ -46,16 +48,25 @@ class RecordCorpus(Corpus):
         for name, blocks in (("train", self.train), ("validation", self.validation)):
             used = (blocks.segments > 0).sum()
             rows[name] = (
-                f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted) "
-                f"in {len(blocks):,} blocks, {1 - used / blocks.segments.size:.1%} padding"
+                f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted, "
+                f"{len(blocks.counted) / used:.1%}) in {len(blocks):,} blocks, "
+                f"{1 - used / blocks.segments.size:.1%} padding"
             )
             if blocks.n_cut:
                 rows[name] += (
                     f"; {blocks.n_cut:,} longer than a block, {blocks.n_lost:,} tokens lost"
                 )
+            if blocks.n_empty:
+                rows[name] += f"; {blocks.n_empty:,} with an empty answer"
+            if blocks.n_endless:
+                rows[name] += f"; {blocks.n_endless:,} without the mark of an end"
+            if blocks.n_unread:
+                rows[name] += f"; {blocks.n_unread:,} characters without a token"
             if blocks.n_masked:
                 rows[name] += f"; {blocks.n_masked:,} left out, of which nothing would be counted"
         rows["prompt"] = self.format.describe()
+        ((tokens, counted),) = self.examples(1, self.train.inputs.shape[1])
+        rows["end"] = json.dumps(marked(tokens[-END_TOKENS:], counted[-END_TOKENS:], self))
         return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:
@@ -98,6 +109,21 @@ class RecordCorpus(Corpus):
         written = predicted[~np.isin(predicted, self.format.ends)]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
+
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Records, whole or cut as they are trained on."""
+        found, blocks = [], self.train
+        for row, segments in enumerate(blocks.segments):
+            for segment in range(1, int(segments.max()) + 1):
+                if len(found) == n:
+                    return found
+                (places,) = np.nonzero(segments == segment)
+                targets = blocks.targets[row, places]
+                tokens, counted = blocks.inputs[row, places].tolist(), (targets != IGNORED).tolist()
+                if counted[-1]:  # the last token of a full block is a target alone
+                    tokens.append(int(targets[-1]))
+                found.append((tokens, [False, *counted][: len(tokens)]))
+        return found
 
     def opening(self) -> tuple[list[int], list[int]]:
         """The first record to validate on, up to what the loss counts, and an answer's ends."""
@@ -143,7 +169,8 @@ def load_records(
     record, and for a tokenizer without an end.
     """
     format = PlainFormat() if format is None else format
-    end = format.ends[0] if format.ends else end_token(format.tokenizer, format.files)
+    if not format.ends:
+        end_token(format.tokenizer, format.files)  # which says so
     path = Path(_path(name))
     paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -168,9 +195,12 @@ def load_records(
     for examples in splits:
         encoded = [tokens for e in examples for tokens in _encode(name, e, format, count_prompts)]
         n_tokens = vocabulary_size(format.tokenizer)
-        blocks.append(pack(encoded, block_size, n_tokens, end))
+        blocks.append(pack(encoded, block_size, n_tokens, format.ends))
         if len(blocks[-1]) == 0:
-            raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
+            raise DataError(
+                f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
+                f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are empty"
+            )
     checksum = f"sha256:{digest.hexdigest()[:16]}"
     return RecordCorpus(name, checksum, *blocks, format, format.tokenizer)
 

@@ -33,29 +33,45 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
     return load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False).ids
 
 
-def tokens_with_offsets(text: str, tokenizer: str) -> list[tuple[int, int, int]]:
-    """The tokens of a text, each with the first of its characters and the one after the last."""
-    encoding = load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False)
+def tokens_with_offsets(
+    text: str, tokenizer: str, special: bool = True
+) -> list[tuple[int, int, int]]:
+    """The tokens of a text, each with the first of its characters and the one after the last.
+
+    Unless `special`, the text of a special token is a text like any other.
+    """
+    loaded = load_tokenizer(tokenizer)
+    loaded.encode_special_tokens = not special
+    try:
+        encoding = loaded.encode(characters(text), add_special_tokens=False)
+    finally:
+        loaded.encode_special_tokens = False
     return [
         (token, *offsets) for token, offsets in zip(encoding.ids, encoding.offsets, strict=True)
     ]
 
 
+@functools.lru_cache(maxsize=1)
+def unknown_token(tokenizer: str) -> int | None:
+    """The token that stands for whatever a tokenizer does not know, if it has one."""
+    model = load_tokenizer(tokenizer).model
+    name = getattr(model, "unk_token", None)
+    return load_tokenizer(tokenizer).token_to_id(name) if name else getattr(model, "unk_id", None)
+
+
+def count_unread(found: list[tuple[int, int, int]], text: str, tokenizer: str) -> int:
+    """How many characters of a text no token of `tokens_with_offsets` stands for, or the unknown
+    one."""
+    unknown, end, unread = unknown_token(tokenizer), 0, 0
+    for token, start, stop in found:
+        unread += max(0, start - end) + (stop - start if token == unknown else 0)
+        end = max(end, stop)
+    return unread + len(text) - end
+
+
 def characters(text: str) -> str:
     """The text with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
-
-
-def plain_tokens(text: str, tokenizer: str | None) -> list[int]:
-    """The tokens of a text in which a special token's text is a text like any other."""
-    if tokenizer is None:
-        return encode(text, None)
-    loaded = load_tokenizer(tokenizer)
-    loaded.encode_special_tokens = True
-    try:
-        return encode(text, tokenizer)
-    finally:
-        loaded.encode_special_tokens = False
 
 
 def decode(tokens: Iterable[int], tokenizer: str | None) -> str:

@@ -42,7 +42,7 @@ def packed(
     found = [tokens for example in examples for tokens in format.encode(example)]
     if prompts:
         found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
-    return pack(found, block_size, vocabulary_size(tokenizer), format.ends[0])
+    return pack(found, block_size, vocabulary_size(tokenizer), format.ends)
 
 
 def asked(prompt: str, completion: str) -> Example:
@@ -179,10 +179,10 @@ def test_packing_loses_nothing_but_what_it_says(lengths, block_size, count_promp
         of_bytes((chr(97 + i % 26) * prompt, count_prompts), ("A" * answer + "\0", True))
         for i, (prompt, answer) in enumerate(lengths)
     ]
-    blocks = pack(records, block_size, 256, 0)
+    blocks = pack(records, block_size, 256, [0])
     size = block_size + 1
     expected, n_cut, n_lost, n_masked = [], 0, 0, 0
-    for tokens, counted, _ in records:
+    for tokens, counted, _, _ in records:
         n_cut += len(tokens) > size
         n_lost += max(0, len(tokens) - size)
         pairs = list(zip(tokens[:-1], tokens[1:], counted[1:], strict=True))[: size - 1]
@@ -228,44 +228,46 @@ def test_what_could_teach_nothing_is_left_out():
 
 def test_the_order_of_blocks_says_nothing_of_their_length():
     """Packing takes the longest first, so in its order a run would begin with all of them."""
-    blocks = pack([of_bytes(("a" * n, True)) for n in range(33, 65)], 64, 256, 0)
+    blocks = pack([of_bytes(("a" * n, True)) for n in range(33, 65)], 64, 256, [0])
     lengths = (blocks.segments > 0).sum(1)
     assert len(blocks) == 32
     assert abs(np.corrcoef(np.arange(32), lengths)[0, 1]) < 0.5
 
 
 def test_a_description_counts_records_tokens_and_padding():
-    train = pack([of_bytes(("qqq", False), ("a\0", True))] * 2, 9, 256, 0)
+    train = pack([of_bytes(("qqq", False), ("a\0", True))] * 2, 9, 256, [0])
     long = [of_bytes(("q" * 30, False), ("a", True)), of_bytes(("a" + "q" * 30, True))]
-    validation = pack(long, 9, 256, 0)
+    validation = pack(long, 9, 256, [0])
     format = PlainFormat(prompt_format="{prompt}\n")
     described = RecordCorpus("caf\u00e9", "sha256:0", train, validation, format).describe()
     assert described == [
         r"name:       caf\xe9",
         "checksum:   sha256:0",
         # 10 tokens in a block of 9 and the one that follows them, which is no input
-        "train:      2 records, 9 tokens (4 counted) in 1 blocks, 0.0% padding",
-        "validation: 2 records, 9 tokens (9 counted) in 1 blocks, 0.0% padding; "
-        "2 longer than a block, 42 tokens lost; 1 left out, of which nothing would be counted",
+        "train:      2 records, 9 tokens (4 counted, 44.4%) in 1 blocks, 0.0% padding",
+        "validation: 2 records, 9 tokens (9 counted, 100.0%) in 1 blocks, 0.0% padding; "
+        "2 longer than a block, 42 tokens lost; 2 without the mark of an end; "
+        "1 left out, of which nothing would be counted",
         r'prompt:     "{prompt}\n"',
+        r'end:        "qqq[[a\\x00]]"',
     ]
-    half = pack([of_bytes(("a" * 5, True))], 9, 256, 0)
+    half = pack([of_bytes(("a" * 5, True))], 9, 256, [0])
     described = RecordCorpus("x", "sha256:0", half, half, PlainFormat()).describe()
-    assert "1 records, 5 tokens (4 counted) in 1 blocks, 44.4% padding" in described[2]
+    assert "1 records, 5 tokens (4 counted, 80.0%) in 1 blocks, 44.4% padding" in described[2]
 
 
 def test_a_hundred_thousand_records_are_packed_in_seconds_with_little_padding():
     choose = random.Random(0)
     records = [of_bytes(("q" * choose.randint(5, 300), False), ("a", True)) for _ in range(100_000)]
     started = time.perf_counter()
-    blocks = pack(records, 512, 256, 0)
+    blocks = pack(records, 512, 256, [0])
     assert time.perf_counter() - started < 30
     assert (blocks.segments == 0).mean() < 0.01
 
 
 def test_every_block_is_trained_on_once_in_a_pass_and_in_another_order_in_the_next():
     records = [of_bytes(("q" * 20, False), (f"{i:03}", True)) for i in range(50)]
-    blocks = pack(records, 24, 256, 0)
+    blocks = pack(records, 24, 256, [0])
     n, size = len(blocks), 7
     assert n == 50
     draw = RecordCorpus("x", "sha256:0", blocks, blocks, PlainFormat()).training_batch
@@ -338,7 +340,7 @@ def test_validation_is_valid_jsonl_or_every_tenth_record(tmp_path):
     path.write_bytes(lines(ASKED))
     with pytest.raises(DataError, match="one record is too few"):
         load_records(str(path), 32)
-    with pytest.raises(DataError, match="no completion is left"):
+    with pytest.raises(DataError, match="would count no token of 1 records"):
         load_records(str(tmp_path), 4)
 
 
@@ -390,8 +392,8 @@ def test_records_have_what_every_corpus_has(tmp_path, bpe, with_tokenizer, count
 @pytest.mark.parametrize("n_windows", [1, 2, 7, 20, 99])
 def test_validation_blocks_are_evenly_spaced(n_windows):
     records = [of_bytes(("q" * 20, False), (f"{i:03}", True)) for i in range(50)]
-    blocks = pack(records[:20], 24, 256, 0)
-    train = pack(records, 24, 256, 0)
+    blocks = pack(records[:20], 24, 256, [0])
+    train = pack(records, 24, 256, [0])
     corpus = RecordCorpus("x", "sha256:0", train, blocks, PlainFormat())
     windows = corpus.validation_windows(n_windows, 24)
     assert windows.dtype == np.int64 and len(windows) == min(n_windows, 20)
@@ -409,7 +411,7 @@ def test_no_record_sees_another(dtype, block_size):
     torch.manual_seed(0)
     model = BigramLanguageModelLoRA(256, 32, block_size, "cpu", 0.0, n_head=2, n_layer=2).eval()
     records = [of_bytes(("q" * n, False), ("ab" * n + "\0", True)) for n in (1, 2, 3)]
-    blocks = pack(records, block_size, 256, 0)
+    blocks = pack(records, block_size, 256, [0])
     assert len(blocks) == 1
     parts = (blocks.inputs, blocks.targets, blocks.segments)
     idx, targets, segments = (torch.from_numpy(part.astype(np.int64)) for part in parts)
@@ -470,7 +472,7 @@ def test_train_ask_and_get_an_answer_that_ends(tmp_path):
     log = succeeded(start_script(tmp_path, **tuned | budget))
     assert "user: one?" in log.rpartition("Sample")[2]
     everything = succeeded(start_script(tmp_path, LOSS_ON_PROMPT="True", **tuned | budget))
-    assert "(8 counted)" in log and "(8 counted)" not in everything
+    assert "(8 counted, " in log and "(8 counted)" not in everything
     answered = start_script(
         tmp_path, PROMPT="two?", ADAPTERS="out/lora.pt:0.5,out/lora.pt:0.5", **ask
     )

@@ -168,6 +168,9 @@ class Config(Settings):
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
     eval_only: bool = option(False, "evaluate on all of the validation data; train nothing")
+    preview: int = option(
+        0, "show this many examples, and in them what the loss counts; train nothing", at_least=0
+    )
     merge: bool = option(False, "write base and ADAPTERS as merged.pt in OUT_DIR; train nothing")
 
     # Data and files
@@ -245,7 +248,7 @@ class Config(Settings):
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
                 f"LEARNING_RATE={self.learning_rate}"
             )
-        modes = [name for name in ("resume", "eval_only", "merge") if getattr(self, name)]
+        modes = [n for n in ("resume", "eval_only", "merge", "preview") if getattr(self, n)]
         if len(modes) > 1:
             raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
         for name in ("compile", "merge"):
