@@ -40,6 +40,14 @@ OPENING = "assistant: "
 PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
 TEXT_FORMAT = "{prompt}"  # of models that continue a text
 
+# The plain format as a chat template, with the texts of a base's tokens for START and END.
+PLAIN_TEMPLATE = """{{ START }}{% for message in messages %}
+{{ message.role + ': ' + message.content + (END if message.role == 'assistant' else '\\n') }}
+{%- endfor %}
+{{ 'assistant: ' if add_generation_prompt }}"""
+
+TEMPLATE_FILE = "chat_template.jinja"  # in a folder of Hugging Face's
+
 # Some templates print the day. A fixed one, Llama 3's own default, makes every run's data the same.
 TODAY = datetime(2024, 7, 26)
 
@@ -147,6 +155,17 @@ class PlainFormat:
     def metadata(self) -> dict[str, str]:
         """What a model's file says of how to ask it."""
         return {"prompt_format": self.prompt_format}
+
+    def as_template(self) -> str | None:
+        """The chat template that writes the same, for other programs; None for other formats, and
+        where tokens are bytes or have no end."""
+        if self.prompt_format != PROMPT_FORMAT or self.tokenizer is None or not self.ends:
+            return None
+        text_of = load_tokenizer(self.tokenizer).id_to_token
+        start = json.dumps("".join(map(text_of, self.start)))
+        return PLAIN_TEMPLATE.replace("START", start).replace(
+            "END", json.dumps(text_of(self.ends[0]))
+        )
 
     def describe(self) -> str:
         """How a question is asked, on one line."""
@@ -319,6 +338,10 @@ class TemplateFormat:
         """What a model's file says of how to ask it."""
         return {"chat_template": self.template}
 
+    def as_template(self) -> str:
+        """The chat template, for other programs."""
+        return self.template
+
     def describe(self) -> str:
         """How a question is asked, on one line."""
         asked = self.render([{"role": "user", "content": "{prompt}"}], opens=True)
@@ -393,8 +416,8 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
     chat_template.jinja decides where tokenizer_config.json has one too. Of several the one named
     default is taken.
     """
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8", "replace")
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].decode("utf-8", "replace")
     found = json_file(files, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
         named = [t for t in found if isinstance(t, dict)]

@@ -357,10 +357,9 @@ def test_where_a_template_lies(tmp_path):
         assert found.tokens == base.tokens(HI)
         (folder / "chat_template.jinja").write_text(model.template)
         assert template_in(files_of(folder)) == model.template
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert theirs.apply_chat_template(HI, tokenize=False) == base._replace(
-            theirs=theirs
-        ).format.__class__(model.template, base.format.tokenizer, base.format.files).render(HI)
+        again = transformers.AutoTokenizer.from_pretrained(folder)
+        format = TemplateFormat(model.template, base.format.tokenizer, base.format.files)
+        assert again.apply_chat_template(HI, tokenize=False) == format.render(HI)
     files = {"tokenizer_config.json": json.dumps({"chat_template": named[:1]}).encode()}
     assert template_in(files) is None and template_in({}) is None
     assert isinstance(chat_format(base.format.tokenizer, files), PlainFormat)
@@ -378,7 +377,7 @@ def test_records_are_packed_with_their_marks(tmp_path):
         base = base_of(tmp_path / model, "bytes", PUBLISHED[model])
         corpus = load_records(name, 256, format=base.format)
         assert (corpus.train.n_records, corpus.train.n_cut, corpus.train.n_masked) == (n, 0, 0)
-        expected = [t for tokens in base.format.encode(Example(tuple(LONG))) for t in [tokens]]
+        expected = base.format.encode(Example(tuple(LONG)))
         counted = [t for e in expected for t, c in zip(e.tokens, e.counted, strict=True) if c]
         assert sorted(corpus.train.counted.tolist()) == sorted(counted * 3)
         assert (corpus.train.targets == IGNORED).any()
