@@ -3,13 +3,13 @@
     python export.py out/merged.pt merged    a checkpoint, as a folder of its family's model
     python export.py out/lora.pt peft        an adapter, as a folder that PEFT reads
 
-The folders must not exist yet.
+The folders must not exist yet. They have the chat template that the model was trained in.
 """
 
 import os
 import sys
 
-from data import end_tokens
+from data import TEMPLATE_FILE, chat_format, continues_text, template_in, text_format
 from files import OtherKind
 from lora import read_adapter, write_peft
 from models.huggingface import adapter_to_folder, family_of_adapter, read_base, write_model
@@ -34,16 +34,28 @@ def work(arguments: list[str]) -> None:
         adapter = read_adapter(source)
     except OtherKind:
         checkpoint = read_base(source)
-        ends = end_tokens(checkpoint.tokenizer, checkpoint.files)
-        size = write_model(folder, checkpoint, ends)
+        tokenizer, files, metadata = checkpoint.tokenizer, checkpoint.files, checkpoint.metadata
+        format = text_format(tokenizer, files)
+        if not continues_text(files, metadata):
+            format = chat_format(tokenizer, files, metadata)
+        template = format.as_template()
+        others = {} if template == template_in(files) else template_file(template)
+        size = write_model(folder, checkpoint, format.ends, others)
         what = f"a model of the family {checkpoint.family.name}"
     else:
         family = family_of_adapter(adapter)
         below = adapter.metadata.get("base_checkpoint")
         base_model = below if below is not None and os.path.isdir(below) else None
-        size = write_peft(folder, adapter_to_folder(adapter, family), "CAUSAL_LM", base_model)
+        others = template_file(adapter.metadata.get("chat_template"))
+        adapter = adapter_to_folder(adapter, family)
+        size = write_peft(folder, adapter, "CAUSAL_LM", base_model, others)
         what = "a PEFT adapter"
     say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB")
+
+
+def template_file(template: str | None) -> dict[str, bytes]:
+    """The file of a chat template, by its name; none for none."""
+    return {} if template is None else {TEMPLATE_FILE: template.encode()}
 
 
 if __name__ == "__main__":

@@ -193,9 +193,11 @@ def write_text(writer: Writer) -> None:
 def chat(writer: Writer) -> None:
     """Answer the lines that are typed, each with all turns before it, until Ctrl-D.
 
-    The oldest turns are forgotten where the context has no room for them.
+    The oldest turns are forgotten where they would leave an answer less than a quarter of the
+    context, or less than MAX_NEW_TOKENS if these are fewer.
     """
     size, length = writer.model.block_size, writer.config.max_new_tokens
+    room = size - min(length, size // 4)  # tokens for a question and the turns before it
     write_err("/reset begins anew, Ctrl-D ends")
     turns: list[dict[str, str]] = []
     caches, seen = writer.model.new_caches(), []  # `seen` are the tokens in them
@@ -204,21 +206,23 @@ def chat(writer: Writer) -> None:
             turns = []
         if line.strip() in ("", "/reset"):
             continue
-        turns.append({"role": "user", "content": line})
-        forgotten = 0
-        while len(prompt := asked(writer, turns)) >= size and len(turns) > 1:
-            turns, forgotten = turns[2:], forgotten + 1
-        if forgotten:
-            write_err(f"the first {forgotten} turns are forgotten: the context is {size:,} tokens")
-        if len(prompt) >= size:
-            write_err(f"that has {len(prompt):,} tokens; accepted: up to {size - 1:,}")
-            turns.pop()
+        question = {"role": "user", "content": line}
+        if len(alone := asked(writer, [question])) >= size:
+            write_err(f"that has {len(alone):,} tokens; accepted: up to {size - 1:,}")
             continue
+        turns.append(question)
+        forgotten = 0
+        while len(prompt := asked(writer, turns)) > room and len(turns) > 1:
+            turns, forgotten = turns[2:], forgotten + 2
+        if forgotten:
+            write_err(f"the oldest {forgotten} turns are forgotten: the context is {size:,} tokens")
         same = [a == b for a, b in zip(seen, prompt[:-1], strict=False)]
         for cache in caches:
             cache.truncate(same.index(False) if False in same else len(same))
         written = writer.write(prompt, min(length, size - len(prompt)), caches)
         seen = [*prompt, *written][: caches[0].length]
+        if len(written) == size - len(prompt) < length and written[-1] not in writer.ends:
+            write_err(f"the answer is cut: the context is {size:,} tokens")
         answer = itertools.takewhile(lambda token: token not in writer.ends, written)
         turns.append({"role": "assistant", "content": decode(answer, writer.base.tokenizer)})
 

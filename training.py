@@ -381,7 +381,7 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    for name in ("prompt_format", "chat_template"):
+    for name in ("data", "prompt_format", "chat_template"):  # what says how the model is asked
         if name in run.adapter_metadata:
             metadata[name] = run.adapter_metadata[name]
     for dtype in dtypes:

@@ -14,7 +14,14 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     tokenizer.py    text to tokens and back
 """
 
-from data.chat import Format, chat_format, continues_text, text_format
+from data.chat import (
+    TEMPLATE_FILE,
+    Format,
+    chat_format,
+    continues_text,
+    template_in,
+    text_format,
+)
 from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
 from data.preview import preview_lines
@@ -32,6 +39,7 @@ from data.tokenizer import (
 )
 
 __all__ = [
+    "TEMPLATE_FILE",
     "Batch",
     "Corpus",
     "DataError",
@@ -51,6 +59,7 @@ __all__ = [
     "preview_lines",
     "start_tokens",
     "stream_decoder",
+    "template_in",
     "text_format",
     "vocabulary_size",
 ]

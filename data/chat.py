@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from data.forms import Example
 from data.tokenizer import (
     NO_FILES,
     begun,
+    characters,
     count_unread,
     encode,
     end_tokens,
@@ -39,12 +40,23 @@ OPENING = "assistant: "
 PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
 TEXT_FORMAT = "{prompt}"  # of models that continue a text
 
+# The plain format as a chat template, with the texts of a base's tokens for START and END.
+PLAIN_TEMPLATE = """{{ START }}{% for message in messages %}
+{{ message.role + ': ' + message.content + (END if message.role == 'assistant' else '\\n') }}
+{%- endfor %}
+{{ 'assistant: ' if add_generation_prompt }}"""
+
+TEMPLATE_FILE = "chat_template.jinja"  # in a folder of Hugging Face's
+
 # Some templates print the day. A fixed one, Llama 3's own default, makes every run's data the same.
 TODAY = datetime(2024, 7, 26)
 
 # Put into a special token's text that a content has, so that the tokenizer leaves it a text. It is
 # no character: Unicode sets it aside for use within a program.
 BREAK = "\ufdd0"
+
+# How often a template's loops and macros may turn for one chat, before it is taken for endless.
+MOST_STEPS = 1_000_000
 
 
 class Tokens(NamedTuple):
@@ -144,6 +156,17 @@ class PlainFormat:
         """What a model's file says of how to ask it."""
         return {"prompt_format": self.prompt_format}
 
+    def as_template(self) -> str | None:
+        """The chat template that writes the same, for other programs; None for other formats, and
+        where tokens are bytes or have no end."""
+        if self.prompt_format != PROMPT_FORMAT or self.tokenizer is None or not self.ends:
+            return None
+        text_of = load_tokenizer(self.tokenizer).id_to_token
+        start = json.dumps("".join(map(text_of, self.start)))
+        return PLAIN_TEMPLATE.replace("START", start).replace(
+            "END", json.dumps(text_of(self.ends[0]))
+        )
+
     def describe(self) -> str:
         """How a question is asked, on one line."""
         return json.dumps(self.prompt_format)
@@ -168,12 +191,16 @@ class TemplateFormat:
     origin: str = "the base's"
 
     def __post_init__(self) -> None:
-        """Raises DataError for a template that cannot be read or writes no chat."""
+        """Raises DataError for a template that cannot be read or writes no chat, and for a base
+        that has no end."""
         try:
-            compile_template(self.template)
-            self.ask([{"role": "user", "content": "a"}])
+            ends = self.ends
         except ValueError as error:
-            raise DataError(f"the chat template ({self.origin}): {error}") from error
+            raise DataError(
+                f"{self.origin} chat template: {error}; CHAT_TEMPLATE=none goes on without it"
+            ) from error
+        if not ends:
+            raise DataError(f"{self.origin} chat template: no token ends a turn")
 
     @functools.cached_property
     def start(self) -> list[int]:
@@ -187,32 +214,38 @@ class TemplateFormat:
         They are those that the base states, and the mark that the template puts after an answer.
         """
         stated = end_tokens(self.tokenizer, self.files)
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        before = self.render([question], opens=True)
-        after = self.render([question, answer]).removeprefix(before).partition("b")[2]
-        special = self._special
-        marks = [t for t, _, _ in tokens_with_offsets(after, self.tokenizer) if t in special]
+        words = "This is the answer."
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": words}
+        _, found, after = self.render([question, answer]).rpartition(words)
+        behind = [t for t, _, _ in tokens_with_offsets(after if found else "", self.tokenizer)]
+        marks = [t for t in behind if t in self._special] + [t for t in behind if t in self._added]
         return list(dict.fromkeys(stated + marks[:1]))
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        """The tokens that the tokenizer takes out of a text before all others, by number."""
+        return load_tokenizer(self.tokenizer).get_added_tokens_decoder()
 
     @functools.cached_property
     def _special(self) -> dict[int, str]:
         """The texts of the tokens that no content may make, by number."""
-        added = load_tokenizer(self.tokenizer).get_added_tokens_decoder()
-        return {number: token.content for number, token in added.items() if token.special}
+        return {number: t.content for number, t in self._added.items() if t.special}
 
     @functools.cached_property
-    def _written(self) -> list[str]:
-        """The texts of the other added tokens that the template writes itself, such as <think>."""
-        added = load_tokenizer(self.tokenizer).get_added_tokens_decoder().values()
-        return [t.content for t in added if not t.special and t.content in self.template]
+    def _guards(self) -> dict[bool, re.Pattern | None]:
+        """What must stay a text: in an assistant's message (True) special tokens, in others also
+        the added tokens that the template itself writes, such as <think>."""
+        written = [t.content for t in self._added.values() if t.content in self.template]
+        special = list(self._special.values())
+        return {True: _any_of(special), False: _any_of(special + written)}
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        """The special tokens that a template may name."""
+        """The special tokens that a template may write by name."""
         stated = json_file(self.files, "tokenizer_config.json")
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        texts = {name: _content(stated.get(name)) for name in names}
-        return {name: text for name, text in texts.items() if text is not None}
+        keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+        names = {key: _content(stated.get(key)) for key in keys}
+        return {key: name for key, name in names.items() if name is not None}
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), opens: bool = False
@@ -221,10 +254,9 @@ class TemplateFormat:
 
         Raises ValueError with the template's own reason where it refuses the chat.
         """
-        import jinja2
-
+        render = compile_template(self.template)
         try:
-            return compile_template(self.template).render(
+            return render(
                 messages=[_with_reasoning(message) for message in messages],
                 tools=list(tools) or None,
                 documents=None,
@@ -232,13 +264,7 @@ class TemplateFormat:
                 date_string=TODAY.strftime("%d %b %Y"),
                 **self._names,
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            KeyError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except Exception as error:  # a template is a program, which may raise any
             raise ValueError(f"the chat template refuses it: {error}") from error
 
     def encode(self, example: Example) -> list[Tokens]:
@@ -251,8 +277,10 @@ class TemplateFormat:
         if text is not None:
             return [text]
         messages = [self._guarded(message) for message in example.messages]
-        tools = _guard(list(example.tools), self._pattern(False))
+        tools = _guard(list(example.tools), self._guards[False])
         learned = [i for i, message in enumerate(messages) if is_learned(message)]
+        if not learned:
+            return [self._counted(self.render(messages, tools), [])]
         spans = {}  # of each learned turn: its text with all before it, and where it begins
         for i in learned:
             before = self.render(messages[:i], tools, opens=True)
@@ -270,7 +298,8 @@ class TemplateFormat:
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue; see `PlainFormat.ask`."""
         guarded = [self._guarded(message) for message in messages]
-        return self._counted(self.render(guarded, tools, opens=True), []).tokens
+        tools = _guard(list(tools), self._guards[False])
+        return self._counted(characters(self.render(guarded, tools, opens=True)), []).tokens
 
     def _counted(self, text: str, spans: Sequence[tuple[int, int]]) -> Tokens:
         """The tokens of a rendered text; of each span (start, end) the loss counts those up to the
@@ -287,21 +316,19 @@ class TemplateFormat:
         for start, end in spans:
             end = start + len(text[start:end].rstrip())
             for i, (token, a, b) in enumerate(found):
-                if b > start and a < end:
+                # A token may begin in the line break before the span; an added one that does has
+                # only taken white space of it.
+                if a < end and (a >= start or (b > start and token not in self._added)):
                     counted[i] = True
                     if token in ends:
                         break
         return Tokens(tokens, counted, n_unread=n_unread)
 
     def _guarded(self, message: Message) -> dict[str, Any]:
-        pattern = self._pattern(message["role"] == "assistant")
-        return {key: _guard(value, pattern) for key, value in message.items()}
-
-    def _pattern(self, assistant: bool) -> re.Pattern | None:
-        """What must stay a text in a message; an assistant's may have tokens such as <think>."""
-        texts = [*self._special.values(), *([] if assistant else self._written)]
-        texts = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
+        """The message with its texts guarded, without keys that have nothing to say: a template may
+        ask whether they are there."""
+        guarded = _guard(message, self._guards[message["role"] == "assistant"])
+        return {key: v for key, v in guarded.items() if key == "content" or v not in (None, [])}
 
     def of_texts(self) -> PlainFormat:
         """The format of data that has texts alone, which a model continues."""
@@ -310,6 +337,10 @@ class TemplateFormat:
     def metadata(self) -> dict[str, str]:
         """What a model's file says of how to ask it."""
         return {"chat_template": self.template}
+
+    def as_template(self) -> str:
+        """The chat template, for other programs."""
+        return self.template
 
     def describe(self) -> str:
         """How a question is asked, on one line."""
@@ -385,8 +416,8 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
     chat_template.jinja decides where tokenizer_config.json has one too. Of several the one named
     default is taken.
     """
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8", "replace")
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].decode("utf-8", "replace")
     found = json_file(files, "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
         named = [t for t in found if isinstance(t, dict)]
@@ -395,14 +426,19 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 @functools.lru_cache(maxsize=4)
-def compile_template(source: str) -> Any:  # a jinja2.Template
-    """Jinja's template for a chat template's source, in a sandbox, with what such templates use.
+def compile_template(source: str) -> Callable[..., str]:
+    """The function that renders a chat template's source with the variables that it is given.
 
-    Raises ValueError for a source that is no template.
+    It runs in Jinja's sandbox, with what chat templates use. It raises whatever the template does,
+    and ValueError where its loops and macros take more than MOST_STEPS. Raises ValueError for a
+    source that is no template.
     """
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
+    from jinja2 import nodes
+
+    steps = 0
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which marks what the assistant says, and writes what is in it."""
@@ -413,11 +449,21 @@ def compile_template(source: str) -> Any:  # a jinja2.Template
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+        def step(self) -> bool:
+            nonlocal steps
+            steps += 1
+            if steps > MOST_STEPS:
+                raise ValueError(f"it does not end within {MOST_STEPS:,} steps")
+            return True
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, indent=indent, **{"ensure_ascii": False} | options)
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any
+    ) -> str:
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+        return text.replace(json.dumps(BREAK)[1:-1], BREAK)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -425,10 +471,25 @@ def compile_template(source: str) -> Any:  # a jinja2.Template
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = TODAY.strftime
+    step = environment.extensions[Generation.identifier].call_method("step")
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
+        parsed = environment.parse(source)
+        for node in parsed.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            node.body.insert(0, nodes.ExprStmt(step))
+            if getattr(node, "test", None) is not None:
+                node.test = nodes.And(step, node.test)
+        compiled = environment.compile(parsed)
+        template = jinja2.Template.from_code(environment, compiled, environment.globals)
+    # Python refuses what is nested too deeply.
+    except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
         raise ValueError(f"it is no template: {error}") from error
+
+    def render(**names: Any) -> str:
+        nonlocal steps
+        steps = 0
+        return template.render(**names)
+
+    return render
 
 
 def _text(example: Example, format: Format) -> Tokens | None:
@@ -466,10 +527,16 @@ def _guard(value: Any, pattern: re.Pattern | None) -> Any:
             return value
         return pattern.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
     if isinstance(value, Mapping):
-        return {key: _guard(item, pattern) for key, item in value.items()}
+        return {_guard(key, pattern): _guard(item, pattern) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_guard(item, pattern) for item in value]
     return value
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern | None:
+    """What finds each of the texts, the longest first; None for none. One character is no mark."""
+    texts = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:

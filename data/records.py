@@ -1,6 +1,7 @@
 """Records: chats and texts of dataset files, in blocks where no record sees another."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
-from data.chat import Format, PlainFormat, Tokens
+from data.chat import Format, PlainFormat, TemplateFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
 from data.forms import NO_COLUMNS, Example
 from data.packing import Blocks, pack
 from data.preview import END_TOKENS, marked
 from data.record_files import read_splits
 from data.text import n_bytes_of
-from data.tokenizer import vocabulary_size
+from data.tokenizer import end_token, vocabulary_size
 from files.streams import one_line
 
 
@@ -103,7 +104,7 @@ class RecordCorpus(Corpus):
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != self.format.ends[0]]
+        written = predicted[~np.isin(predicted, self.format.ends)]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
@@ -158,11 +159,17 @@ def load_records(
     Chats are written in `format`, by default that of models of bytes. `columns` are what the files
     call the columns of a layout.
 
-    Raises DataError for a file that cannot be read or has no records, and for a row that is no
-    record.
+    Raises DataError for a file that cannot be read or has no records, for a row that is no record,
+    and for a tokenizer without an end.
     """
     format = PlainFormat() if format is None else format
+    if not format.ends:
+        end_token(format.tokenizer, format.files)  # which says so
     found = read_splits(name, columns)
+    checksum = found.checksum
+    if isinstance(format, TemplateFormat):  # other tokens are other data
+        digest = hashlib.sha256(f"{checksum}{format.template}".encode())
+        checksum = f"sha256:{digest.hexdigest()[:16]}"
     splits = (found.train, found.validation)
     if all(example.text is not None for examples in splits for example in examples):
         format = format.of_texts()
@@ -176,7 +183,7 @@ def load_records(
                 f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
                 f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are empty"
             )
-    return RecordCorpus(name, found.checksum, *blocks, format, format.tokenizer, found.found)
+    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer, found.found)
 
 
 def _encode(example: Example, format: Format, count_prompts: bool) -> list[Tokens]:

@@ -30,7 +30,7 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
     """
     if tokenizer is None:
         return list(text.encode("utf-8", "surrogateescape"))
-    return load_tokenizer(tokenizer).encode(_characters(text), add_special_tokens=False).ids
+    return load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False).ids
 
 
 def tokens_with_offsets(
@@ -43,7 +43,7 @@ def tokens_with_offsets(
     loaded = load_tokenizer(tokenizer)
     loaded.encode_special_tokens = not special
     try:
-        encoding = loaded.encode(_characters(text), add_special_tokens=False)
+        encoding = loaded.encode(characters(text), add_special_tokens=False)
     finally:
         loaded.encode_special_tokens = False
     return [
@@ -69,7 +69,7 @@ def count_unread(found: list[tuple[int, int, int]], text: str, tokenizer: str) -
     return unread + len(text) - end
 
 
-def _characters(text: str) -> str:
+def characters(text: str) -> str:
     """The text with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
 

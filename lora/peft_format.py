@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def write_peft(
     adapter: Adapter,
     task_type: str | None = None,
     base_model: str | None = None,
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     """Write an adapter as a folder that PEFT reads, and return the bytes of its files.
 
@@ -90,6 +92,7 @@ def write_peft(
         adapter: as `take_adapter` or `read_adapter` give it.
         task_type: PEFT's, such as "CAUSAL_LM".
         base_model: name or path of the base, for programs that load it by that.
+        others: the content of further files, by name, such as a chat template.
 
     Raises FileError when it cannot be written, and for what the format cannot hold. That is a
     trained tensor which stands in several modules, since PEFT adapts one of them or trains a copy;
@@ -142,7 +145,7 @@ def write_peft(
         SAFETENSORS: save(tensors, metadata=header),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
     }
-    return write_folder(folder, files)
+    return write_folder(folder, files | dict(others))
 
 
 def read_peft(folder: str | os.PathLike) -> Adapter:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,13 +85,19 @@ def _what_is_there(folder: Path) -> str:
     return f"config.json cannot be read: No such file or directory{hint}"
 
 
-def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequence[int] = ()) -> int:
+def write_model(
+    folder: str | os.PathLike,
+    checkpoint: Checkpoint,
+    ends: Sequence[int] = (),
+    others: Mapping[str, bytes] = MappingProxyType({}),
+) -> int:
     """Write a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` reads; returns its
     bytes.
 
-    What the base's own folder had beside its weights is written as it was, with two exceptions.
+    What the base's own folder had beside its weights is written as it was, with three exceptions.
     config.json states the dtype of the weights and whether the head is tied. The tokens `ends`, at
-    which a text ends, are added where `transformers` would not stop at all of them.
+    which a text or a turn ends, are added where `transformers` would not stop at all of them. And
+    `others` are further files, by name, such as a chat template.
 
     Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
     when it cannot be written.
@@ -112,7 +119,7 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
         config |= {key: dtype, "tie_word_embeddings": sizes.tied_head}
         files["config.json"] = _json_bytes(config)
     files |= _stated_ends(files, ends, checkpoint.tokenizer)
-    return write_folder(folder, files | _weight_files(folder, checkpoint, layout))
+    return write_folder(folder, files | dict(others) | _weight_files(folder, checkpoint, layout))
 
 
 def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
