@@ -15,7 +15,7 @@ from typing import Any
 from data.corpus import DataError, printable
 
 GZIP, PARQUET, GIT_LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs"  # how files begin
-AS_TEXT = "TEXT=True takes it as plain text"
+AS_TEXT = "TEXT=True takes DATA as plain text"
 WHITESPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 LONGEST_REASON = 300  # characters of an error's one line that say what is wrong
 
@@ -36,8 +36,8 @@ def read_rows(name: str, content: bytes, columns: Sequence[str]) -> list[Row]:
             content = gzip.decompress(content)
         if content.startswith(PARQUET):
             rows = _parquet(content)
-        elif name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-            rows = _csv(_text(content))
+        elif (ending := name.lower().removesuffix(".gz")[-4:]) in (".csv", ".tsv"):
+            rows = _csv(_text(content), ",;\t" if ending == ".csv" else "\t")
         else:
             rows = _json(_text(content), columns)
         if not rows:
@@ -164,14 +164,14 @@ def _not_json(reason: str, character: int) -> str:
 # ---- CSV and parquet
 
 
-def _csv(text: str) -> list[Row]:
-    """The rows of a CSV with a header. Its first line says whether , or ; or a tab divides cells.
+def _csv(text: str, delimiters: str) -> list[Row]:
+    """The rows of a CSV with a header, whose line says which of the `delimiters` divides cells.
 
     A quoted cell may have line breaks. A row is named by the line on which it begins.
     """
     csv.field_size_limit(2**31 - 1)  # 128 KiB are too few for a long conversation
     first = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(delimiters, key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     rows: list[Row] = []
@@ -179,7 +179,7 @@ def _csv(text: str) -> list[Row]:
     try:
         for cells in reader:
             place, line = f"line {line}", reader.line_num + 1
-            if not cells:
+            if not cells or (len(cells) == 1 and not cells[0].strip()):
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
