@@ -198,8 +198,8 @@ def _csv(text: str, delimiters: str) -> list[Row]:
 def _parquet(content: bytes) -> list[Row]:
     """The rows of a parquet file.
 
-    Its objects have the keys of all rows' objects, with nulls where a row has none. These nulls are
-    left out.
+    Objects inside a column have the keys of all rows' objects, with nulls where a row has none.
+    These nulls are left out.
     """
     try:
         import pyarrow
@@ -213,8 +213,10 @@ def _parquet(content: bytes) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"it is not parquet that pyarrow reads ({reason})") from error
-    rows = (_without_nulls(row) for row in table.to_pylist())
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [
+        (f"row {number}", {column: _without_nulls(value) for column, value in row.items()})
+        for number, row in enumerate(table.to_pylist(), start=1)
+    ]
 
 
 def _without_nulls(value: Any) -> Any:

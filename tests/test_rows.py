@@ -493,7 +493,7 @@ def test_nulls_of_parquet_are_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     assert read_rows("a.parquet", b"PAR1", COLUMNS) == [
-        ("row 1", {"messages": [USER, BOT | {"calls": [{}, 0]}]})
+        ("row 1", {"messages": [USER, BOT | {"calls": [{}, 0]}], "n": None})
     ]
 
 
