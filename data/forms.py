@@ -108,9 +108,11 @@ def parse_rows(
             if columns:
                 row = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             layout = layout or layout_of(row)
-            examples.append(_example(row, layout, f"{name}, {place}"))
+            examples.append(_example(row, layout, f"{printable(name)}, {place}"))
         except ValueError as error:
             raise DataError(f"{printable(name)}, {place}: {printable(str(error))}") from error
+        except RecursionError as error:
+            raise DataError(f"{printable(name)}, {place}: it is nested too deeply") from error
     names = {ours: columns.get(ours, ours) for ours in layout.columns}
     used = [theirs for theirs in names.values() if seen.get(theirs)]
     found = f"{layout.name} ({_names(used)}), {len(examples):,} rows"
@@ -126,8 +128,7 @@ def layout_of(row: Mapping[str, Any]) -> Layout:
             "it has chosen and rejected: preference pairs, which nothing here trains on; "
             "accepted: one completion, as COLUMNS=prompt,completion:chosen has it"
         )
-    found = _layouts(frozenset(name for name, value in row.items() if value is not None))
-    found = found or _layouts(frozenset(row))
+    found = _layouts(_columns_with_values(row)) or _layouts(frozenset(row))
     if not found:
         begun = [layout for layout in LAYOUTS if set(layout.needs) & set(row)]
         if begun:
@@ -151,29 +152,36 @@ def _layouts(columns: frozenset[str]) -> tuple[Layout, ...]:
     )
 
 
+def _columns_with_values(row: Mapping[str, Any]) -> frozenset[str]:
+    """Columns but those with null, which files have where another row has a value."""
+    return frozenset(name for name, value in row.items() if value is not None)
+
+
 def _missing(row: Mapping[str, Any], layout: Layout) -> str:
     return ", ".join(name for name in layout.needs if name not in row)
 
 
 def _example(row: Mapping[str, Any], layout: Layout, place: str) -> Example:
     """What a row teaches. Raises ValueError where it is not of this layout, or of another too."""
+    fitting = _layouts(_columns_with_values(row))
+    if fitting and layout_of(row) != layout:
+        raise ValueError(
+            f"it is of another layout, {'+'.join(fitting[0].needs)}, than the first row, which has "
+            f"{'+'.join(layout.needs)}"
+        )
     if missing := _missing(row, layout):
-        found = _layouts(frozenset(row))
-        other = f"; it has {'+'.join(found[0].needs)}, another layout" if found else ""
-        raise ValueError(f"it lacks {missing}, which the first row has{other}")
-    present = frozenset(name for name, value in row.items() if value is not None)
-    if len(_layouts(present)) > 1:
-        layout_of(row)  # says which
+        raise ValueError(f"it lacks {missing}, which the first row has")
     if layout.needs == ("text",):
-        return Example(text=_text(row, "text"), place=place)
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    if layout.takes[-2:] == ("system", "tools"):
-        (column,) = layout.needs
-        messages = _messages(row, column)
-        if system and messages and messages[0]["role"] == "system":
-            raise ValueError("it has a system column and a system turn; accepted: one of them")
+        return Example(text=_text(row["text"], "text"), place=place)
+    system = []
+    if row.get("system"):
+        system = [{"role": "system", "content": _text(row["system"], "system")}]
+    if len(layout.needs) == 1:  # a column of messages
+        messages = _messages(row, layout.needs[0])
     else:
         messages = _earlier(row) + _pair(row, layout)
+    if system and messages[:1] and messages[0]["role"] == "system":
+        raise ValueError("it has a system column and a system turn; accepted: one of them")
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
         raise ValueError(
             f"{layout.needs[-1]} has no turn of the assistant that counts, "
@@ -190,14 +198,14 @@ def _pair(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
             m | {"weight": 0} if m["role"] == "assistant" else m for m in _messages(row, asked)
         ]
     else:
-        content = _text(row, asked)
+        content = _text(row[asked], asked)
         for more in ("input", "context"):
             if more in layout.takes and row.get(more):
-                content += "\n\n" + _text(row, more)
+                content += "\n\n" + _text(row[more], more)
         prompt = [{"role": "user", "content": content}]
     if isinstance(row[answered], list):
         return prompt + _messages(row, answered)
-    return [*prompt, {"role": "assistant", "content": _text(row, answered)}]
+    return [*prompt, {"role": "assistant", "content": _text(row[answered], answered)}]
 
 
 def _earlier(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -206,9 +214,9 @@ def _earlier(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     for pair in _list(row, "history"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history has {_kind(pair)}; accepted: pairs of question and answer")
-        texts = {"history's question": pair[0], "history's answer": pair[1]}
-        for role, key in zip(("user", "assistant"), texts, strict=True):
-            turns.append({"role": role, "content": _text(texts, key)})
+        question, answer = (_text(text, "a text of history") for text in pair)
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
     return turns
 
 
@@ -231,28 +239,39 @@ def _message(turn: Any) -> dict[str, Any]:
         raise ValueError(f"it is {_kind(turn)}; accepted: an object with role and content")
     speaker, content_key = ("role", "content") if "role" in turn else ("from", "value")
     if speaker not in turn:
-        raise ValueError(f"it has {_names(turn) or 'nothing'}; accepted: role and content")
+        raise ValueError(
+            f"it has {_names(turn) or 'nothing'}; accepted: role and content, or from and value"
+        )
     rest = {k: v for k, v in turn.items() if k not in (speaker, content_key) and v is not None}
     if not set(rest) <= {"weight"}:
         _check_characters("it", json.dumps(rest, ensure_ascii=False, default=str))
     word = turn[speaker]
     if word == CALL and speaker == "from":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(turn)} | rest
-    role = ROLE_OF.get(word) if isinstance(word, str) else None
-    if role is None:
-        accepted = ", ".join(ROLES if speaker == "role" else [*ROLE_OF, CALL])
-        raise ValueError(f"{speaker} is {_shown(word)}; accepted: {accepted}")
-    content = _content(turn, content_key, role, may_be_empty=bool(rest.get("tool_calls")))
+        role, content, rest["tool_calls"] = "assistant", "", _calls(turn)
+    else:
+        role = ROLE_OF.get(word) if isinstance(word, str) else None
+        if role is None:
+            accepted = ", ".join((*ROLES, "developer") if speaker == "role" else (*ROLE_OF, CALL))
+            raise ValueError(f"{speaker} is {_shown(word)}; accepted: {accepted}")
+        if not all(isinstance(call, dict) for call in _list(rest, "tool_calls")):
+            raise ValueError("tool_calls is no list of objects")
+        content = _content(turn, content_key, role, has_calls=bool(rest.get("tool_calls")))
     _check_weight(rest, role)
     return {"role": role, "content": content} | rest
 
 
-def _content(turn: Mapping[str, Any], key: str, role: str, may_be_empty: bool) -> str:
-    """The text of a turn's content. Those of a system and of a tool may be empty, as they are in
-    many files, and so may an assistant's beside tool calls."""
+def _content(turn: Mapping[str, Any], key: str, role: str, has_calls: bool) -> str:
+    """The text of a turn's content.
+
+    A system's and a tool's may be empty, since an empty system keeps a template from writing its
+    own, and a tool may have nothing to say. An assistant's may be beside tool calls. An empty
+    question is a fault of the data.
+    """
+    if key not in turn and not has_calls:
+        raise ValueError(f"it lacks {key}")
     content = turn.get(key)
-    if content is None and may_be_empty:
-        return ""
+    if content is None and has_calls:
+        content = ""
     if isinstance(content, list):
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
@@ -260,9 +279,8 @@ def _content(turn: Mapping[str, Any], key: str, role: str, may_be_empty: bool) -
                 raise ValueError(
                     f"{key} has a part of type {_shown(kind)}; accepted: parts of type text"
                 )
-        content = "".join(_text(part, "text", may_be_empty=True) for part in content)
-    may_be_empty = may_be_empty or role in ("system", "tool")
-    return _text(turn | {key: content} if key in turn else turn, key, may_be_empty)
+        content = "".join(_text(part.get("text"), "text", may_be_empty=True) for part in content)
+    return _text(content, key, may_be_empty=has_calls or role in ("system", "tool"))
 
 
 def _check_weight(rest: dict[str, Any], role: str) -> None:
@@ -315,16 +333,13 @@ def _from_json(column: str, text: str) -> Any:
         raise ValueError(f"{column} is {_shown(text)}, which is no JSON") from None
 
 
-def _text(row: Mapping[str, Any], key: str, may_be_empty: bool = False) -> str:
-    """The text row[key]. Raises ValueError where it is no text, or empty and may not be."""
-    if key not in row:
-        raise ValueError(f"it lacks {key}")
-    text = row[key]
+def _text(text: Any, name: str, may_be_empty: bool = False) -> str:
+    """A text as it is. Raises ValueError where it is none, or empty and may not be."""
     if not isinstance(text, str):
-        raise ValueError(f"{key} is {_shown(text)}; accepted: a text")
+        raise ValueError(f"{name} is {_shown(text)}; accepted: a text")
     if not text and not may_be_empty:
-        raise ValueError(f"{key} is empty; accepted: a text that is not empty")
-    _check_characters(key, text)
+        raise ValueError(f"{name} is empty; accepted: a text that is not empty")
+    _check_characters(name, text)
     return text
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from data.corpus import DataError, printable
 
 GZIP, PARQUET, GIT_LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs"  # how files begin
-AS_TEXT = "TEXT=True takes it as plain text"
+AS_TEXT = "TEXT=True takes DATA as plain text"
 WHITESPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 LONGEST_REASON = 300  # characters of an error's one line that say what is wrong
 
@@ -36,8 +36,8 @@ def read_rows(name: str, content: bytes, columns: Sequence[str]) -> list[Row]:
             content = gzip.decompress(content)
         if content.startswith(PARQUET):
             rows = _parquet(content)
-        elif name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-            rows = _csv(_text(content))
+        elif (ending := name.lower().removesuffix(".gz")[-4:]) in (".csv", ".tsv"):
+            rows = _csv(_text(content), ",;\t" if ending == ".csv" else "\t")
         else:
             rows = _json(_text(content), columns)
         if not rows:
@@ -164,14 +164,14 @@ def _not_json(reason: str, character: int) -> str:
 # ---- CSV and parquet
 
 
-def _csv(text: str) -> list[Row]:
-    """The rows of a CSV with a header. Its first line says whether , or ; or a tab divides cells.
+def _csv(text: str, delimiters: str) -> list[Row]:
+    """The rows of a CSV with a header, whose line says which of the `delimiters` divides cells.
 
     A quoted cell may have line breaks. A row is named by the line on which it begins.
     """
     csv.field_size_limit(2**31 - 1)  # 128 KiB are too few for a long conversation
     first = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(delimiters, key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     rows: list[Row] = []
@@ -179,7 +179,7 @@ def _csv(text: str) -> list[Row]:
     try:
         for cells in reader:
             place, line = f"line {line}", reader.line_num + 1
-            if not cells:
+            if not cells or (len(cells) == 1 and not cells[0].strip()):
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
@@ -198,8 +198,8 @@ def _csv(text: str) -> list[Row]:
 def _parquet(content: bytes) -> list[Row]:
     """The rows of a parquet file.
 
-    Its objects have the keys of all rows' objects, with nulls where a row has none. These nulls are
-    left out.
+    Objects inside a column have the keys of all rows' objects, with nulls where a row has none.
+    These nulls are left out.
     """
     try:
         import pyarrow
@@ -213,8 +213,10 @@ def _parquet(content: bytes) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"it is not parquet that pyarrow reads ({reason})") from error
-    rows = (_without_nulls(row) for row in table.to_pylist())
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [
+        (f"row {number}", {column: _without_nulls(value) for column, value in row.items()})
+        for number, row in enumerate(table.to_pylist(), start=1)
+    ]
 
 
 def _without_nulls(value: Any) -> Any:
