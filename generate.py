@@ -1,28 +1,41 @@
 """Let a trained model write, with adapters or without.
 
     python generate.py                                  continue a line break
-    PROMPT="The " ADAPTERS=out/lora.pt python generate.py
+    PROMPT="The " USE_LORA=True python generate.py      with the adapter lora.pt in OUT_DIR
     ADAPTERS=a.pt:0.7,b.pt:0.3 python generate.py       a weighted sum of two adapters
-    PROMPT="What is a list?" python generate.py         a model trained on records answers it
+    PROMPT="What is a list?" python generate.py         a model trained on chats answers it
+    python generate.py                                  on a terminal such a model chats:
+                                                        /reset begins anew, Ctrl-D ends
     python generate.py --help                           every variable
 
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
 """
 
+import itertools
 import os
 import sys
 import time
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import hardware
-from data import begun, encode, end_tokens, start_tokens, stream_decoder, vocabulary_size
+from data import (
+    Format,
+    chat_format,
+    continues_text,
+    decode,
+    stream_decoder,
+    text_format,
+    vocabulary_size,
+)
 from files import FileError
 from files.streams import write_err, write_out
 from lora import lora_layers, merge_adapter
-from models import LanguageModel
+from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
 from trainer.console import asks_for_help, exit_code_of, format_table, say
 from trainer.loading import (
@@ -44,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: list[str]) -> None:
-    """Write the continuation of PROMPT."""
+    """Write the continuation of PROMPT, or the answer to it, or chat."""
     if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(GenerateConfig)))
         return
@@ -53,26 +66,75 @@ def work(arguments: list[str]) -> None:
         torch.set_num_threads(config.num_threads)
     device, _ = hardware.choose_device(config.device)
     dtype, _ = hardware.choose_dtype(config.dtype, device)
-    model, base, prompt_format = load_model(config, device)
+    writer = load_writer(config, device)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         try:
-            write_text(config, model, base, prompt_format, device)
+            if config.prompt is None and writer.answers and sys.stdin and sys.stdin.isatty():
+                chat(writer)
+            else:
+                write_text(writer)
         except FloatingPointError as error:
-            raise FileError(f"{base.path} cannot be used: {error}") from error
+            raise FileError(f"{writer.base.path} cannot be used: {error}") from error
 
 
-def load_model(
-    config: GenerateConfig, device: torch.device
-) -> tuple[LanguageModel, Checkpoint, str | None]:
-    """The model on its base with the sum of ADAPTERS, its base, and the format of its prompts.
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes, and how it is asked.
 
-    Adapters are merged into the weights unless those lie in a lower precision. The format has
-    "{prompt}" in it; it is None for a model that was trained on text. Raises FileError for a base
-    or adapters that cannot be used.
+    It `answers` a question in its `format`, unless it was trained on text, or RAW_PROMPT asks for
+    the continuation of a text. It stops after any of the tokens `ends`.
     """
-    base = read_checked_base(config.base_checkpoint or str(Path(config.out_dir) / "full.pt"))
-    adapters = read_adapters(config.adapters, base.family, base.sizes)
+
+    config: GenerateConfig
+    model: LanguageModel
+    base: Checkpoint
+    format: Format
+    answers: bool
+    ends: list[int]
+    device: torch.device
+
+    def write(self, prompt: Sequence[int], length: int, caches: Caches | None = None) -> list[int]:
+        """Write up to `length` tokens that follow a prompt to stdout, each character as soon as it
+        is complete; returns the tokens with the end, if one came.
+
+        A text that is continued is written first. `caches` may hold the first tokens of the prompt,
+        and hold more afterwards.
+        """
+        config, written = self.config, []
+        decoded = stream_decoder(self.base.tokenizer)
+        if not self.answers:
+            start = self.format.start
+            text = prompt[len(start) :] if prompt[: len(start)] == start else prompt
+            show("".join(map(decoded, text)))
+        for token in self.model.stream(
+            torch.tensor([prompt], device=self.device),
+            length,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            n_tokens=vocabulary_size(self.base.tokenizer),
+            caches=caches,
+        ):
+            written.append(token.item())
+            if written[-1] in self.ends:
+                break
+            show(decoded(written[-1]))
+        show(decoded(None) + "\n")
+        return written
+
+
+def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
+    """The model on its base with the sum of ADAPTERS.
+
+    Adapters are merged into the weights unless those lie in a lower precision. Raises FileError or
+    DataError for a base, adapters or a chat template that cannot be used, and ConfigError for a
+    SYSTEM_PROMPT to a model that answers no questions.
+    """
+    base = read_checked_base(config.base_checkpoint or str(Path(config.output_folder) / "full.pt"))
+    adapters = read_adapters(config.adapter_files, base.family, base.sizes)
     lora = None
     if adapters:
         targets, train_embeddings = parts_of(adapters)
@@ -89,49 +151,96 @@ def load_model(
             merge_adapter(model)  # not in lower precision, which would round the sum
     for line in lines:
         write_err(line)
-    prompt_format = metadata.get("prompt_format")
-    return model.eval(), base, prompt_format if isinstance(prompt_format, str) else None
+    metadata = metadata or base.metadata  # of PEFT's adapters there is none
+    answers = not config.raw_prompt
+    if config.chat_template is None and continues_text(base.files, metadata):
+        answers = False
+    if config.system_prompt is not None and not answers:
+        raise ConfigError(
+            "SYSTEM_PROMPT needs a model that answers: one that was trained on chats or has a chat "
+            "template, without RAW_PROMPT"
+        )
+    format = text_format(base.tokenizer, base.files)
+    if answers:
+        format = chat_format(base.tokenizer, base.files, metadata, config.chat_template)
+    # A model of bytes that was trained on text has no end.
+    ends = format.ends if base.tokenizer is not None or "prompt_format" in metadata else []
+    return Writer(config, model.eval(), base, format, answers, ends, device)
 
 
-def write_text(
-    config: GenerateConfig,
-    model: LanguageModel,
-    base: Checkpoint,
-    prompt_format: str | None,
-    device: torch.device,
-) -> None:
-    """Write the prompt and its continuation to stdout, each character as soon as it is complete.
+def write_text(writer: Writer) -> None:
+    """Write the prompt and its continuation, or only the answer where the model answers.
 
-    Where the prompt is put in a format, only the answer is written. It ends at one of the model's
-    end tokens; a model of bytes that was trained on text has none. Raises ConfigError for a prompt
-    without tokens.
+    Raises ConfigError for a prompt without tokens, and for a question longer than the context.
     """
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    tokenizer, files = base.tokenizer, base.files
-    decoded = stream_decoder(tokenizer)
-    text, ends = config.prompt, []
-    if tokenizer is not None or prompt_format is not None:
-        ends = end_tokens(tokenizer, files)
-    if prompt_format is not None and not config.raw_prompt:
-        text = prompt_format.replace("{prompt}", config.prompt)
-    start = start_tokens(tokenizer, files)
-    prompt = begun(encode(text, tokenizer), start)
+    config, size = writer.config, writer.model.block_size
+    text = "\n" if config.prompt is None else config.prompt
+    prompt = asked(writer, [{"role": "user", "content": text}])
     if not prompt:
-        raise ConfigError(f"PROMPT={config.prompt!r} has no tokens that the base's tokenizer knows")
-    if text == config.prompt:
-        show("".join(decoded(token) for token in prompt[len(start) :]))
-    idx = torch.tensor([prompt], device=device)
-    options = (config.temperature, config.top_k, config.top_p)
-    started, n_written = time.perf_counter(), 0
-    n_tokens = vocabulary_size(tokenizer)
-    for token in model.stream(idx, config.max_new_tokens, *options, n_tokens=n_tokens):
-        if token.item() in ends:
-            break
-        show(decoded(token.item()))
-        n_written += 1
-    seconds = time.perf_counter() - started
-    show(decoded(None) + "\n")
-    write_err(f"{n_written} tokens in {seconds:.2f} s")
+        raise ConfigError(f"PROMPT={text!r} has no tokens that the base's tokenizer knows")
+    if not writer.answers and len(prompt) > size:
+        write_err(f"PROMPT has {len(prompt):,} tokens, of which the model sees the last {size:,}")
+    if writer.answers and len(prompt) >= size:
+        raise ConfigError(
+            f"PROMPT has {len(prompt):,} tokens in the model's format; accepted: up to {size - 1:,}"
+        )
+    started = time.perf_counter()
+    written = writer.write(prompt, config.max_new_tokens)
+    n_written = len(written) - (written[-1:] and written[-1] in writer.ends)
+    write_err(f"{n_written} tokens in {time.perf_counter() - started:.2f} s")
+
+
+def chat(writer: Writer) -> None:
+    """Answer the lines that are typed, each with all turns before it, until Ctrl-D.
+
+    The oldest turns are forgotten where the context has no room for them.
+    """
+    size, length = writer.model.block_size, writer.config.max_new_tokens
+    write_err("/reset begins anew, Ctrl-D ends")
+    turns: list[dict[str, str]] = []
+    caches, seen = writer.model.new_caches(), []  # `seen` are the tokens in them
+    while (line := typed()) is not None:
+        if line.strip() == "/reset":
+            turns = []
+        if line.strip() in ("", "/reset"):
+            continue
+        turns.append({"role": "user", "content": line})
+        forgotten = 0
+        while len(prompt := asked(writer, turns)) >= size and len(turns) > 1:
+            turns, forgotten = turns[2:], forgotten + 1
+        if forgotten:
+            write_err(f"the first {forgotten} turns are forgotten: the context is {size:,} tokens")
+        if len(prompt) >= size:
+            write_err(f"that has {len(prompt):,} tokens; accepted: up to {size - 1:,}")
+            turns.pop()
+            continue
+        same = [a == b for a, b in zip(seen, prompt[:-1], strict=False)]
+        for cache in caches:
+            cache.truncate(same.index(False) if False in same else len(same))
+        written = writer.write(prompt, min(length, size - len(prompt)), caches)
+        seen = [*prompt, *written][: caches[0].length]
+        answer = itertools.takewhile(lambda token: token not in writer.ends, written)
+        turns.append({"role": "assistant", "content": decode(answer, writer.base.tokenizer)})
+
+
+def typed() -> str | None:
+    """The next line that the user types; None after Ctrl-D."""
+    try:
+        return input("> ")
+    except EOFError:
+        show("\n")
+        return None
+
+
+def asked(writer: Writer, turns: list[dict[str, str]]) -> list[int]:
+    """The tokens that ask for the next turn, after SYSTEM_PROMPT. Raises ConfigError where the
+    model's format refuses the turns."""
+    system = writer.config.system_prompt
+    first = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        return writer.format.ask(first + turns)
+    except ValueError as error:
+        raise ConfigError(f"PROMPT: {error}") from error
 
 
 def show(text: str) -> None:

@@ -5,6 +5,7 @@
     RESUME=True python training.py                      go on with an interrupted run
     torchrun --standalone --nproc_per_node=2 training.py   in two processes
     EVAL_ONLY=True python training.py                   the loss of a model on all validation data
+    PREVIEW=3 DATA=chats.jsonl python training.py       what the model will learn from
     MERGE=True ADAPTERS=out/lora.pt python training.py  write base and adapter as one checkpoint
     python training.py --help                           every variable
 
@@ -13,6 +14,7 @@ progress bar to stderr.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 import hardware
 from data import Batch, decode, vocabulary_size
+from files.streams import write_out
 from hardware import processes
 from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
@@ -48,7 +51,7 @@ from trainer.metrics import Metrics
 from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.settings import Config, help_table
-from trainer.setup import Run, header, identity, set_up
+from trainer.setup import Run, header, identity, preview, set_up
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
 # starts the next (`python benchmarks/families.py --device cuda`: on an H200 a step of 2**42.8 took
@@ -66,7 +69,12 @@ def work(arguments: list[str]) -> None:
     if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
         return
-    run = set_up(Config.from_environment(os.environ))
+    config = Config.from_environment(os.environ)
+    if config.preview:
+        colour = sys.stdout is not None and sys.stdout.isatty()
+        write_out("".join(f"{line}\n" for line in preview(config, colour)))
+        return
+    run = set_up(config)
     say(*describe(run))
     if run.config.eval_only:
         print_evaluation(run)
@@ -341,15 +349,15 @@ def print_sample(run: Run) -> None:
     if length == 0:
         return
     torch.manual_seed(run.config.seed)
-    start, end = run.corpus.opening()
+    start, ends = run.corpus.opening()
     with run.autocast():
         idx = torch.tensor([start], device=run.device)
         known = vocabulary_size(run.tokenizer)
         written = run.model.generate(idx, length, temperature=0.8, top_k=50, n_tokens=known)
         written = written[0].tolist()
     tokens = written[len(start) :]
-    if end is not None:
-        tokens = start + tokens[: tokens.index(end) if end in tokens else None]
+    if ends:
+        tokens = start + list(itertools.takewhile(lambda token: token not in ends, tokens))
     text = decode(tokens, run.tokenizer)
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     say(f"{SAMPLE}{length} tokens, temperature 0.8, top_k 50):", *indent(text.split("\n")))
@@ -373,8 +381,9 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    if "prompt_format" in run.adapter_metadata:
-        metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
+    for name in ("prompt_format", "chat_template"):
+        if name in run.adapter_metadata:
+            metadata[name] = run.adapter_metadata[name]
     for dtype in dtypes:
         rounded = str(dtype).removeprefix("torch.")
         say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")

@@ -7,13 +7,17 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     opening.py      open_corpus: which kind DATA is
     text.py         text_files.py finds and maps it, tokenized.py has it in a tokenizer's tokens,
                     batches.py draws windows
-    records.py      prompts and completions: record_files.py finds their files, rows.py reads a
-                    file's rows, forms.py makes examples of them, packing.py fills blocks
+    records.py      chats and texts: record_files.py finds their files, rows.py reads a file's rows,
+                    forms.py makes examples of them, chat.py writes these in a chat template or the
+                    plain format, packing.py fills blocks
+    preview.py      what a model will see, with what the loss counts marked
     tokenizer.py    text to tokens and back
 """
 
+from data.chat import Format, chat_format, continues_text, text_format
 from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
+from data.preview import preview_lines
 from data.records import RecordCorpus, load_records
 from data.text import TextCorpus, load_corpus
 from data.tokenizer import (
@@ -31,9 +35,12 @@ __all__ = [
     "Batch",
     "Corpus",
     "DataError",
+    "Format",
     "RecordCorpus",
     "TextCorpus",
     "begun",
+    "chat_format",
+    "continues_text",
     "decode",
     "encode",
     "end_token",
@@ -41,7 +48,9 @@ __all__ = [
     "load_corpus",
     "load_records",
     "open_corpus",
+    "preview_lines",
     "start_tokens",
     "stream_decoder",
+    "text_format",
     "vocabulary_size",
 ]

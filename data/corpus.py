@@ -32,14 +32,11 @@ class Corpus(ABC):
         name: what was asked for: a built-in name, or the path as the user wrote it.
         checksum: "sha256:" and 16 hex digits, of all files or of samples of them.
         tokenizer: the content of a tokenizer.json; None where tokens are bytes.
-        prompt_format: how to ask a model that was trained on this; it has "{prompt}" in it. None
-            for text, which a model continues.
     """
 
     name: str
     checksum: str
     tokenizer: str | None
-    prompt_format: str | None
 
     @abstractmethod
     def describe(self) -> list[str]:
@@ -117,8 +114,12 @@ class Corpus(ABC):
         """How many tokens `all_validation_windows` predict, and how many bytes they stand for."""
 
     @abstractmethod
-    def opening(self) -> tuple[list[int], int | None]:
-        """The tokens that a sample begins with, and the token that ends it, if one does."""
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Up to `n` examples of the training split: tokens, and whether the loss counts each."""
+
+    @abstractmethod
+    def opening(self) -> tuple[list[int], list[int]]:
+        """The tokens that a sample begins with, and those that end it, if any does."""
 
     def counted(self, batch: Batch) -> Tensor:
         """How many tokens of each window the loss counts: (B,) int64."""
@@ -147,10 +148,7 @@ class Corpus(ABC):
 
     def metadata(self) -> dict[str, str]:
         """What a trained model's file says of the data, by the keys of its metadata."""
-        metadata = {"data": self.name, "checksum": self.checksum}
-        if self.prompt_format is not None:
-            metadata["prompt_format"] = self.prompt_format
-        return metadata
+        return {"data": self.name, "checksum": self.checksum}
 
 
 def aligned(rows: Mapping[str, str]) -> list[str]:

@@ -13,16 +13,6 @@ from typing import Any
 from data.corpus import DataError, printable
 from data.rows import AS_TEXT
 
-# How a turn is written for the model, and the words after which the assistant's turn follows. The
-# same words inside a content look like a heading, so contents should not have them. A content with
-# the mark that ends a record is refused.
-TURN = "{role}: {content}\n"
-OPENING = "assistant: "
-PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
-
-Part = tuple[str | None, bool]  # a text, or None for the end, and whether the loss counts it
-Record = list[Part]
-
 
 @dataclass(frozen=True)
 class Example:
@@ -388,33 +378,3 @@ def _names(columns: Iterable[str]) -> str:
     names = [name[:30] or "''" for name in columns]
     more = [f"{len(names) - NAMES_SHOWN:,} others"] if len(names) > NAMES_SHOWN else []
     return ", ".join(names[:NAMES_SHOWN] + more)
-
-
-# ---- examples in the plain format
-
-
-def parts_of(example: Example, end: str) -> Record:
-    """The parts of an example in the plain format; `end` is the mark that ends a record.
-
-    Raises DataError for what this format cannot write: tools, and the mark inside a content.
-    """
-
-    def unmarked(text: str) -> str:
-        if end in text:
-            mark = printable(repr(end))
-            raise DataError(f"{example.place}: it has {mark}, the mark that ends a record")
-        return text
-
-    if example.text is not None:
-        return [(unmarked(example.text), True), (None, True)]
-    if example.tools or any(m["role"] == "tool" or "tool_calls" in m for m in example.messages):
-        raise DataError(f"{example.place}: it has tools, which need a chat template")
-    parts: Record = []
-    for message in example.messages:
-        content = unmarked(message["content"])
-        if message["role"] == "assistant":
-            counts = message.get("weight") != 0
-            parts += [(OPENING, False), (content, counts), (None, counts)]
-        else:
-            parts.append((TURN.format(role=message["role"], content=content), False))
-    return parts

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from data.chat import Format, PlainFormat
 from data.corpus import Corpus, DataError
 from data.forms import NO_COLUMNS
 from data.record_files import is_records
 from data.records import load_records
 from data.text import check_length, load_corpus
 from data.tokenized import tokenize_corpus
-from data.tokenizer import NO_FILES
 
 
 def open_corpus(
@@ -21,7 +21,7 @@ def open_corpus(
     count_prompts: bool = False,
     token_folder: Path = Path(),
     in_turn: AbstractContextManager = nullcontext(),  # noqa: B008  it has no state
-    files: Mapping[str, bytes] = NO_FILES,
+    format: Format | None = None,
     columns: Mapping[str, str] = NO_COLUMNS,
     text: bool = False,
 ) -> Corpus:
@@ -35,7 +35,7 @@ def open_corpus(
         token_folder: where a text in the tokens of `tokenizer` is kept; made when needed.
         in_turn: entered while that file is looked for and made. Of several processes one should
             make it, and the others find it.
-        files: those beside the base's weights, which say what begins and ends a record.
+        format: how chats are written; by default the plain format.
         columns: what records call the columns of a layout; see `parse_rows`.
         text: whether to take records as a text too.
 
@@ -44,7 +44,8 @@ def open_corpus(
         FileError: the file of tokens cannot be written.
     """
     if not text and is_records(name):
-        return load_records(name, tokenizer, block_size, count_prompts, files, columns)
+        format = format or PlainFormat(tokenizer)
+        return load_records(name, block_size, count_prompts, format, columns)
     if columns:
         raise DataError("COLUMNS is of rows, but DATA is plain text; accepted: unset COLUMNS")
     corpus = load_corpus(name, default_path)

@@ -4,15 +4,13 @@ T is the block size: a block is T tokens and the one that follows them.
 """
 
 import bisect
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data.chat import Tokens
 from data.corpus import IGNORED
-from data.forms import Record
-from data.tokenizer import NO_FILES, begun, encode, end_token, start_tokens, vocabulary_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +22,12 @@ class Blocks:
         targets: (n, T) int32, the tokens that follow, IGNORED where the loss does not count them.
         segments: (n, T) uint16, 1, 2, ... for the tokens of a block's records and 0 for padding.
         n_records: how many records there were.
-        n_cut: how many of them were cut to T + 1 tokens.
-        n_dropped: how many were left out, because the loss would count no token of what was left.
+        n_cut: how many of them were longer than T + 1 tokens.
+        n_lost: how many tokens of these are in no block; a long text loses none.
+        n_masked: how many were left out, because the loss would count no token of what was left.
+        n_unread: how many characters of them no token of the tokenizer stands for.
+        n_empty: how many have nothing to learn but the end.
+        n_endless: how many do not end with the mark of an end, so that a model learns none.
     """
 
     inputs: np.ndarray
@@ -33,7 +35,11 @@ class Blocks:
     segments: np.ndarray
     n_records: int
     n_cut: int
-    n_dropped: int
+    n_lost: int
+    n_masked: int
+    n_unread: int
+    n_empty: int
+    n_endless: int
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -44,66 +50,50 @@ class Blocks:
         return self.targets[self.targets != IGNORED]
 
 
-def tokens_of(
-    record: Record, tokenizer: str | None, count_prompts: bool, start: list[int], end: int
-) -> tuple[list[int], list[bool]]:
-    """The tokens of a record, and whether the loss counts each.
+def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Sequence[int]) -> Blocks:
+    """Put examples into blocks, each whole in one block (best fit decreasing; Johnson et al. 1974).
 
-    A record begins with the tokens `start`. `end` is the token that ends a text or a turn.
+    Blocks are shuffled, so that their order says nothing of the examples' lengths. A text of more
+    than block_size + 1 tokens becomes several pieces, and a chat loses its end.
+
+    Args:
+        examples: the tokens of each example, and which of them the loss counts.
+        block_size: T.
+        n_tokens: the size of the vocabulary.
+        ends: the tokens that end a text or a turn; the first one fills the rest of a block.
     """
-    tokens: list[int] = []
-    counted: list[bool] = []
-    # Neighbouring parts are encoded as one text, as generate.py encodes a prompt in its format: a
-    # tokenizer may join the end of one part with the beginning of the next.
-    for (ends, counts), parts in itertools.groupby(record, lambda part: (part[0] is None, part[1])):
-        new = [end] if ends else encode("".join(text for text, _ in parts), tokenizer)
-        new = new if tokens else begun(new, start)
-        tokens += new
-        counted += [counts or count_prompts] * len(new)
-    return tokens, counted
-
-
-def pack(
-    records: Sequence[Record],
-    tokenizer: str | None,
-    block_size: int,
-    count_prompts: bool = False,
-    files: Mapping[str, bytes] = NO_FILES,
-) -> Blocks:
-    """Put records into blocks, each whole in one block (best fit decreasing; Johnson et al. 1974).
-
-    Blocks are shuffled, so that their order says nothing of the records' lengths. A record of more
-    than block_size + 1 tokens is cut. `files` are those beside the base's weights, which say what
-    begins and ends a record. Raises DataError when the tokenizer has no token for that end.
-    """
-    start, end = start_tokens(tokenizer, files), end_token(tokenizer, files)
     size = block_size + 1
-    encoded, n_cut, n_dropped = [], 0, 0
-    for record in records:
-        tokens, counted = tokens_of(record, tokenizer, count_prompts, start, end)
+    kept, n_cut, n_lost, n_masked, n_empty, n_endless = [], 0, 0, 0, 0, 0
+    for tokens, counted, is_text, _ in examples:
         n_cut += len(tokens) > size
-        tokens, counted = tokens[:size], counted[:size]
-        if any(counted[1:]):
-            encoded.append((tokens, counted))
-        else:
-            n_dropped += 1
-    blocks = best_fit([len(tokens) for tokens, _ in encoded], size)
+        # The last token of a piece is the first of the next one, so that each is predicted once.
+        starts = range(0, max(1, len(tokens) - 1), block_size) if is_text else [0]
+        pieces = [(tokens[i : i + size], counted[i : i + size]) for i in starts]
+        pieces = [piece for piece in pieces if any(piece[1][1:])]
+        n_masked += not pieces
+        learned = [token for token, counts in zip(tokens, counted, strict=True) if counts]
+        n_empty += bool(learned) and set(learned) <= set(ends)
+        n_endless += bool(learned) and learned[-1] not in ends
+        n_lost += 0 if is_text else len(tokens[size:])
+        kept += pieces
+    blocks = best_fit([len(tokens) for tokens, _ in kept], size)
     np.random.default_rng(0).shuffle(blocks)
-    dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
-    tokens = np.full((len(blocks), size), end, dtype)
+    tokens = np.full((len(blocks), size), ends[0], np.min_scalar_type(n_tokens - 1))
     targets = np.full((len(blocks), size), IGNORED, np.int32)  # a token's own, shifted below
     segments = np.zeros((len(blocks), size), np.uint16)
     for row, block in enumerate(blocks):
         first = 0
         for segment, i in enumerate(block, start=1):
-            ids, counted = map(np.array, encoded[i])
+            ids, counted = map(np.array, kept[i])
             stop = first + len(ids)
             tokens[row, first:stop] = ids
             targets[row, first + 1 : stop] = np.where(counted, ids, IGNORED)[1:]
             segments[row, first:stop] = segment
             first = stop
     parts = (tokens[:, :-1], targets[:, 1:], segments[:, :-1])
-    return Blocks(*map(np.ascontiguousarray, parts), len(records), n_cut, n_dropped)
+    parts = map(np.ascontiguousarray, parts)
+    n_unread = sum(example.n_unread for example in examples)
+    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked, n_unread, n_empty, n_endless)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Records: prompts and completions of dataset files, in blocks where no record sees another."""
+"""Records: chats and texts of dataset files, in blocks where no record sees another."""
 
 import functools
 import json
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
+from data.chat import Format, PlainFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
-from data.forms import NO_COLUMNS, PROMPT_FORMAT, parts_of
+from data.forms import NO_COLUMNS, Example
 from data.packing import Blocks, pack
+from data.preview import END_TOKENS, marked
 from data.record_files import read_splits
 from data.text import n_bytes_of
-from data.tokenizer import NO_FILES, end_mark, end_token
+from data.tokenizer import vocabulary_size
+from files.streams import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +28,7 @@ class RecordCorpus(Corpus):
     Attributes:
         name, checksum, tokenizer: see `Corpus`.
         train, validation: the packed records of either split.
-        prompt_format: how to ask a model that was trained on them; "{prompt}" for texts alone.
-        end: the token that ends a record.
+        format: how chats are written, and how to ask a model that was trained on them.
         found: for the log, by the file's name: its layout, how many rows, and what was ignored.
     """
 
@@ -34,9 +36,8 @@ class RecordCorpus(Corpus):
     checksum: str
     train: Blocks = field(repr=False)
     validation: Blocks = field(repr=False)
-    prompt_format: str
+    format: Format
     tokenizer: str | None = field(default=None, repr=False)
-    end: int = 0
     found: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
@@ -44,13 +45,25 @@ class RecordCorpus(Corpus):
         for name, blocks in (("train", self.train), ("validation", self.validation)):
             used = (blocks.segments > 0).sum()
             rows[name] = (
-                f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted) "
-                f"in {len(blocks):,} blocks, {1 - used / blocks.segments.size:.1%} padding"
+                f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted, "
+                f"{len(blocks.counted) / used:.1%}) in {len(blocks):,} blocks, "
+                f"{1 - used / blocks.segments.size:.1%} padding"
             )
-            if blocks.n_cut or blocks.n_dropped:
-                rows[name] += f"; {blocks.n_cut:,} cut to a block"
-                rows[name] += f", {blocks.n_dropped:,} left out, whose prompts fill one"
-        rows["prompt"] = json.dumps(self.prompt_format)
+            if blocks.n_cut:
+                rows[name] += (
+                    f"; {blocks.n_cut:,} longer than a block, {blocks.n_lost:,} tokens lost"
+                )
+            if blocks.n_empty:
+                rows[name] += f"; {blocks.n_empty:,} with an empty answer"
+            if blocks.n_endless:
+                rows[name] += f"; {blocks.n_endless:,} without the mark of an end"
+            if blocks.n_unread:
+                rows[name] += f"; {blocks.n_unread:,} characters without a token"
+            if blocks.n_masked:
+                rows[name] += f"; {blocks.n_masked:,} left out, of which nothing would be counted"
+        rows["prompt"] = self.format.describe()
+        ((tokens, counted),) = self.examples(1, self.train.inputs.shape[1])
+        rows["end"] = json.dumps(marked(tokens[-END_TOKENS:], counted[-END_TOKENS:], self))
         return aligned(rows) + (aligned(self.found) if self.found else [])
 
     def passes(self, n_tokens: int) -> float:
@@ -90,15 +103,30 @@ class RecordCorpus(Corpus):
         n_tokens = len(predicted)
         if self.tokenizer is None:
             return n_tokens, n_tokens
-        written = predicted[predicted != self.end]
+        written = predicted[predicted != self.format.ends[0]]
         n_ends = n_tokens - len(written)
         return n_tokens, n_ends + n_bytes_of(written, self.tokenizer)
 
-    def opening(self) -> tuple[list[int], int]:
-        """The first record to validate on, up to what the loss counts, and the end of a record."""
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Records, whole or cut as they are trained on."""
+        found, blocks = [], self.train
+        for row, segments in enumerate(blocks.segments):
+            for segment in range(1, int(segments.max()) + 1):
+                if len(found) == n:
+                    return found
+                (places,) = np.nonzero(segments == segment)
+                targets = blocks.targets[row, places]
+                tokens, counted = blocks.inputs[row, places].tolist(), (targets != IGNORED).tolist()
+                if counted[-1]:  # the last token of a full block is a target alone
+                    tokens.append(int(targets[-1]))
+                found.append((tokens, [False, *counted][: len(tokens)]))
+        return found
+
+    def opening(self) -> tuple[list[int], list[int]]:
+        """The first record to validate on, up to what the loss counts, and an answer's ends."""
         first_counted = np.argmax(self.validation.targets[0] != IGNORED)
         opening = self.validation.inputs[0, : first_counted + 1].tolist()
-        return opening, self.end
+        return opening, self.format.ends
 
     def loss_parts(
         self,
@@ -114,43 +142,53 @@ class RecordCorpus(Corpus):
         counted = torch.stack([self.counted(batch).sum() for batch in batches])
         return counted * n_processes / total(counted.sum())
 
+    def metadata(self) -> dict[str, str]:
+        return super().metadata() | self.format.metadata()
+
 
 def load_records(
     name: str,
-    tokenizer: str | None,
     block_size: int,
     count_prompts: bool = False,
-    files: Mapping[str, bytes] = NO_FILES,
+    format: Format | None = None,
     columns: Mapping[str, str] = NO_COLUMNS,
 ) -> RecordCorpus:
     """Read and pack the records that DATA=`name` stands for, as `read_splits` reads them.
 
-    `columns` are what the files call the columns of a layout. `files` are those beside the base's
-    weights, which say what begins and ends a record.
+    Chats are written in `format`, by default that of models of bytes. `columns` are what the files
+    call the columns of a layout.
 
-    Raises DataError for a file that cannot be read or has no records, and for a line that is not a
+    Raises DataError for a file that cannot be read or has no records, and for a row that is no
     record.
     """
+    format = PlainFormat() if format is None else format
     found = read_splits(name, columns)
-    mark = end_mark(tokenizer, files)
-    splits = [
-        [parts_of(example, mark) for example in examples]
-        for examples in (found.train, found.validation)
-    ]
-    train, valid = (
-        pack(records, tokenizer, block_size, count_prompts, files) for records in splits
-    )
-    for blocks in (train, valid):
-        if len(blocks) == 0:
-            raise DataError(f"DATA={name}: with BLOCK_SIZE={block_size} no completion is left")
-    has_prompts = any(
-        not counted for records in splits for record in records for _, counted in record
-    )
-    prompt_format = PROMPT_FORMAT if has_prompts else "{prompt}"
-    end = end_token(tokenizer, files)
-    return RecordCorpus(
-        name, found.checksum, train, valid, prompt_format, tokenizer, end, found.found
-    )
+    splits = (found.train, found.validation)
+    if all(example.text is not None for examples in splits for example in examples):
+        format = format.of_texts()
+    blocks = []
+    for examples in splits:
+        encoded = [tokens for e in examples for tokens in _encode(e, format, count_prompts)]
+        n_tokens = vocabulary_size(format.tokenizer)
+        blocks.append(pack(encoded, block_size, n_tokens, format.ends))
+        if len(blocks[-1]) == 0:
+            raise DataError(
+                f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
+                f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are empty"
+            )
+    return RecordCorpus(name, found.checksum, *blocks, format, format.tokenizer, found.found)
+
+
+def _encode(example: Example, format: Format, count_prompts: bool) -> list[Tokens]:
+    """The tokens of an example. Raises DataError that names its place."""
+    try:
+        found = format.encode(example)
+    except ValueError as error:
+        reason = one_line(str(error))
+        raise DataError(f"{printable(example.place)}: {reason}") from error
+    if count_prompts:
+        found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
+    return found
 
 
 def _batch(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ class TextCorpus(Corpus):
             what a tokenizer made of it (see tokenized.py).
         n_files, n_skipped: see `Text`.
         n_bytes: bytes of the text; None where tokens are bytes.
+        n_unread: characters of the text that no token of the tokenizer stands for.
     """
 
     name: str
@@ -33,8 +33,8 @@ class TextCorpus(Corpus):
     n_files: int
     n_skipped: int
     n_bytes: int | None = None
+    n_unread: int = 0
     tokenizer: str | None = field(default=None, repr=False)
-    prompt_format: ClassVar[None] = None
 
     @property
     def n_train(self) -> int:
@@ -58,6 +58,7 @@ class TextCorpus(Corpus):
             "name": printable(self.name),
             "bytes": f"{self.n_bytes or len(self.tokens):,}",
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
+            "unread": f"{self.n_unread:,} characters, for which the tokenizer has no token",
             "files": f"{self.n_files:,}",
             "skipped": f"{self.n_skipped:,} (not text)",
             "checksum": self.checksum,
@@ -66,6 +67,8 @@ class TextCorpus(Corpus):
         }
         if self.n_bytes is None:
             del rows["tokens"]
+        if self.n_unread == 0:
+            del rows["unread"]
         if self.n_skipped == 0:
             del rows["skipped"]
         return aligned(rows)
@@ -110,12 +113,18 @@ class TextCorpus(Corpus):
             return n_tokens, n_tokens
         return n_tokens, n_bytes_of(predicted, self.tokenizer)
 
-    def opening(self) -> tuple[list[int], None]:
+    def examples(self, n: int, block_size: int) -> list[tuple[list[int], list[bool]]]:
+        """Windows side by side; the loss counts all tokens but the first, which follows none."""
+        starts = range(0, min(n * block_size, self.n_train - block_size), block_size)
+        rows = [self.train[start : start + block_size + 1].tolist() for start in starts]
+        return [(row, [i > 0 for i in range(len(row))]) for row in rows]
+
+    def opening(self) -> tuple[list[int], list[int]]:
         """A line break; the first token to validate on where a tokenizer drops line breaks.
 
         No token ends a text.
         """
-        return encode("\n", self.tokenizer) or self.validation[:1].tolist(), None
+        return encode("\n", self.tokenizer) or self.validation[:1].tolist(), []
 
 
 def n_bytes_of(tokens: np.ndarray, tokenizer: str) -> int:

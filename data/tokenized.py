@@ -6,21 +6,23 @@ import dataclasses
 import hashlib
 import mmap
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data.corpus import DataError
 from data.text import TextCorpus
 from data.text_files import MIB, map_file
-from data.tokenizer import load_tokenizer, vocabulary_size
+from data.tokenizer import load_tokenizer, unknown_token, vocabulary_size
 from files.writing import replacing
 
 BATCH_CHUNKS = 16  # chunks of text that are tokenized side by side
 CHUNK_CHARACTERS = 64 * 1024
-CUT = re.compile(r"(?=[ \n]\S)")
+OVERLAP = 1024  # characters that two chunks have in common
+SAME_TOKENS = 12  # in a row, of both chunks, make a seam
+TRAILER = np.dtype([("n_tokens", np.uint64), ("n_unread", np.uint64)])
 
 
 def tokenize_corpus(corpus: TextCorpus, tokenizer: str, folder: Path) -> TextCorpus:
@@ -28,8 +30,8 @@ def tokenize_corpus(corpus: TextCorpus, tokenizer: str, folder: Path) -> TextCor
 
     The file holds uint16, or uint32 where the vocabulary is larger, and is memory-mapped. Its name
     has the checksum of all bytes of the corpus and of the tokenizer, so it is made again when
-    either changes. Its last 8 bytes say how many tokens it has, so it is made again when some are
-    lost.
+    either changes. Its end says how many tokens it has, so it is made again when some are lost, and
+    how many characters of the text no token stands for.
 
     Raises FileError when it cannot be written, and DataError for a corpus that is not UTF-8.
     """
@@ -43,42 +45,148 @@ def tokenize_corpus(corpus: TextCorpus, tokenizer: str, folder: Path) -> TextCor
         with contextlib.suppress(OSError):  # writing the file will report it
             folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            n = 0
-            for ids in _token_chunks(corpus, tokenizer):
-                n += len(ids)
-                file.write(np.array(ids, dtype).tobytes())
-            file.write(np.uint64(n).tobytes())
+            n = n_unread = 0
+            for ids, unread in _token_chunks(corpus, tokenizer):
+                n, n_unread = n + len(ids), n_unread + unread
+                file.write(ids.astype(dtype).tobytes())
+            file.write(np.array((n, n_unread), TRAILER).tobytes())
     with open(path, "rb") as file:
-        tokens = map_file(file)[:-8].view(dtype)
+        content = map_file(file)
     return dataclasses.replace(
         corpus,
-        tokens=tokens,
+        tokens=content[: -TRAILER.itemsize].view(dtype),
         checksum=f"sha256:{key}",
         n_bytes=len(corpus.tokens),
+        n_unread=int(_trailer(path)["n_unread"]),
         tokenizer=tokenizer,
     )
 
 
+def _trailer(path: Path) -> np.ndarray:
+    """What the end of a file of tokens says, () of TRAILER."""
+    with open(path, "rb") as file:
+        file.seek(-TRAILER.itemsize, os.SEEK_END)
+        return np.frombuffer(file.read(), TRAILER)[0]
+
+
 def _is_whole(path: Path, dtype: np.dtype) -> bool:
     """Whether a file has as many tokens as its end says."""
-    if not path.is_file() or path.stat().st_size < 8:
+    if not path.is_file() or path.stat().st_size < TRAILER.itemsize:
         return False
-    with open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        n = int(np.frombuffer(file.read(), np.uint64)[0])
-    return path.stat().st_size == n * dtype.itemsize + 8
+    n = int(_trailer(path)["n_tokens"])
+    return path.stat().st_size == n * dtype.itemsize + TRAILER.itemsize
 
 
-def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[list[int]]:
-    """The corpus's tokens, some at a time."""
-    loaded = load_tokenizer(tokenizer)
-    batch: list[str] = []
+class _Chunk(NamedTuple):
+    """Characters of the text, and their tokens as if these characters were all.
+
+    `start` is where they are in the text, `ids` (n,) the tokens, and `places` (n, 2) where in the
+    text each token begins and ends. Tokens that begin before `first` belong to the chunk before.
+    """
+
+    text: str
+    start: int
+    first: int
+    ids: np.ndarray
+    places: np.ndarray
+
+
+def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[tuple[np.ndarray, int]]:
+    """The corpus's tokens (n,), some at a time, and how many characters none of these stands for.
+
+    A tokenizer may join what a chunk's end would part, or put a mark before each chunk. So chunks
+    overlap, and follow each other where both have the same tokens for some way. Where they never
+    have, they become one chunk.
+    """
+    unknown = unknown_token(tokenizer)
+    end = 0  # of the last token given
+
+    def given(ids: np.ndarray, places: np.ndarray, stop: int | None) -> tuple[np.ndarray, int]:
+        nonlocal end
+        ends = np.maximum.accumulate(np.concatenate([[end], places[:, 1]]))
+        gaps = np.concatenate([places[:, 0], [ends[-1] if stop is None else stop]]) - ends
+        unread = gaps.clip(min=0).sum() + np.diff(places[ids == unknown]).sum()
+        end = ends[-1]
+        return ids, int(unread)
+
+    left = None
+    for right in _chunks(corpus, tokenizer):
+        if left is None:
+            left = right
+            continue
+        seam = _seam(left, right)
+        if seam is None:
+            whole = left.text + right.text[OVERLAP:]
+            (joined,) = _encoded(tokenizer, [(whole, left.start)])
+            left = joined._replace(first=left.first)
+            continue
+        kept = (left.places[:, 0] >= left.first) & (left.places[:, 0] < seam)
+        yield given(left.ids[kept], left.places[kept], None)
+        left = right._replace(first=seam)
+    if left is not None:
+        kept = left.places[:, 0] >= left.first
+        yield given(left.ids[kept], left.places[kept], left.start + len(left.text))
+
+
+def _seam(left: _Chunk, right: _Chunk) -> int | None:
+    """A place in the text around which two chunks have the same tokens; None if there is none."""
+    ours = {place: i for i, place in enumerate(left.places[:, 0].tolist())}
+    run = 0
+    for j, place in enumerate(right.places[:, 0].tolist()):
+        if place > left.start + len(left.text):
+            break
+        i = ours.get(place)
+        same = i is not None and left.ids[i] == right.ids[j]
+        run = run + 1 if same and (left.places[i] == right.places[j]).all() else 0
+        # Within a long run of one character a tokenizer may part the whole differently.
+        varied = len(set(right.ids[max(0, j + 1 - SAME_TOKENS) : j + 1])) > SAME_TOKENS // 2
+        if run >= SAME_TOKENS and varied:
+            return int(right.places[j - SAME_TOKENS // 2, 0])
+    return None
+
+
+def _chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[_Chunk]:
+    """The corpus in chunks with their tokens; each begins with the last characters of the one
+    before."""
+    batch: list[tuple[str, int]] = []
     for chunk in _text_chunks(corpus):
         batch.append(chunk)
         if len(batch) == BATCH_CHUNKS:
-            yield from (e.ids for e in loaded.encode_batch(batch, add_special_tokens=False))
+            yield from _encoded(tokenizer, batch)
             batch = []
-    yield from (e.ids for e in loaded.encode_batch(batch, add_special_tokens=False))
+    yield from _encoded(tokenizer, batch)
+
+
+def _encoded(tokenizer: str, batch: list[tuple[str, int]]) -> Iterator[_Chunk]:
+    """The chunks of texts, each given with its place in the whole text."""
+    texts = [text for text, _ in batch]
+    encodings = load_tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
+    for (text, start), encoding in zip(batch, encodings, strict=True):
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + start
+        yield _Chunk(text, start, start, np.array(encoding.ids, np.int64), places)
+
+
+def _text_chunks(corpus: TextCorpus) -> Iterator[tuple[str, int]]:
+    """The corpus's text in chunks that overlap, each with its place in characters.
+
+    Raises DataError for bytes that are not UTF-8, which a tokenizer cannot take.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, start = "", 0
+    for i, block in enumerate(_blocks(corpus)):
+        try:
+            rest += decoder.decode(block, final=(i + 1) * MIB >= len(corpus.tokens))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"DATA={corpus.name}: the corpus is not UTF-8 (near byte "
+                f"{i * MIB + error.start:,}), which the base's tokenizer needs"
+            ) from error
+        step, begin = CHUNK_CHARACTERS - OVERLAP, 0
+        while len(rest) - begin > CHUNK_CHARACTERS:
+            yield rest[begin : begin + CHUNK_CHARACTERS], start + begin
+            begin += step
+        rest, start = rest[begin:], start + begin
+    yield rest, start
 
 
 def _blocks(corpus: TextCorpus) -> Iterator[bytes]:
@@ -88,30 +196,3 @@ def _blocks(corpus: TextCorpus) -> Iterator[bytes]:
         yield corpus.tokens[start : start + MIB].tobytes()
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED, start, min(MIB, len(corpus.tokens) - start))
-
-
-def _text_chunks(corpus: TextCorpus) -> Iterator[str]:
-    """The corpus's text in chunks that begin with a space, or a line break, before a word.
-
-    GPT-2's tokenizer never joins a token across such a place, so the chunks have the tokens of the
-    whole text. Text without such a place is one chunk, in memory.
-
-    Raises DataError for bytes that are not UTF-8, which a tokenizer cannot take.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest = ""
-    for i, block in enumerate(_blocks(corpus)):
-        try:
-            rest += decoder.decode(block, final=(i + 1) * MIB >= len(corpus.tokens))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"DATA={corpus.name}: the corpus is not UTF-8 (near byte "
-                f"{i * MIB + error.start:,}), which the base's tokenizer needs"
-            ) from error
-        begin = 0
-        while cut := CUT.search(rest, begin + CHUNK_CHARACTERS):
-            yield rest[begin : cut.start()]
-            begin = cut.start()
-        rest = rest[begin:]
-    if rest:
-        yield rest

@@ -30,8 +30,48 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
     """
     if tokenizer is None:
         return list(text.encode("utf-8", "surrogateescape"))
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
-    return load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
+    return load_tokenizer(tokenizer).encode(_characters(text), add_special_tokens=False).ids
+
+
+def tokens_with_offsets(
+    text: str, tokenizer: str, special: bool = True
+) -> list[tuple[int, int, int]]:
+    """The tokens of a text, each with the first of its characters and the one after the last.
+
+    Unless `special`, the text of a special token is a text like any other.
+    """
+    loaded = load_tokenizer(tokenizer)
+    loaded.encode_special_tokens = not special
+    try:
+        encoding = loaded.encode(_characters(text), add_special_tokens=False)
+    finally:
+        loaded.encode_special_tokens = False
+    return [
+        (token, *offsets) for token, offsets in zip(encoding.ids, encoding.offsets, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def unknown_token(tokenizer: str) -> int | None:
+    """The token that stands for whatever a tokenizer does not know, if it has one."""
+    model = load_tokenizer(tokenizer).model
+    name = getattr(model, "unk_token", None)
+    return load_tokenizer(tokenizer).token_to_id(name) if name else getattr(model, "unk_id", None)
+
+
+def count_unread(found: list[tuple[int, int, int]], text: str, tokenizer: str) -> int:
+    """How many characters of a text no token of `tokens_with_offsets` stands for, or the unknown
+    one."""
+    unknown, end, unread = unknown_token(tokenizer), 0, 0
+    for token, start, stop in found:
+        unread += max(0, start - end) + (stop - start if token == unknown else 0)
+        end = max(end, stop)
+    return unread + len(text) - end
+
+
+def _characters(text: str) -> str:
+    """The text with U+FFFD for bytes that are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
 
 
 def decode(tokens: Iterable[int], tokenizer: str | None) -> str:
@@ -135,7 +175,7 @@ def start_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -
     if tokenizer is None:
         return []
     loaded = load_tokenizer(tokenizer)
-    framed = loaded.encode("a", add_special_tokens=True)
+    framed = _read_tokenizer(tokenizer).encode("a", add_special_tokens=True)
     added = itertools.takewhile(
         lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True)
     )
@@ -146,7 +186,7 @@ def start_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -
 
 
 def begun(tokens: list[int], start: list[int]) -> list[int]:
-    """`tokens` after the tokens `start`, unless they begin with these, as a chat template's do."""
+    """A text's tokens after the tokens `start`, unless the text brought these with it."""
     return tokens if tokens[: len(start)] == start else start + tokens
 
 
@@ -169,11 +209,22 @@ def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is optional
-    """The Tokenizer of the package `tokenizers` for the content of a tokenizer.json, without the
-    truncation and padding that are stored there.
+    """The Tokenizer of the package `tokenizers` for the content of a tokenizer.json.
+
+    It is without the truncation and padding that are stored there, and without what only frames a
+    text and trims the offsets of its tokens.
 
     Raises DataError when the package is missing or the content is not a tokenizer.
     """
+    loaded = _read_tokenizer(content)
+    loaded.no_truncation()
+    loaded.no_padding()
+    loaded.post_processor = None
+    return loaded
+
+
+def _read_tokenizer(content: str) -> Any:
+    """The Tokenizer as its file has it; see `load_tokenizer`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -181,9 +232,6 @@ def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is opt
             "this base has a tokenizer, which needs the package tokenizers: pip install tokenizers"
         ) from error
     try:
-        loaded = Tokenizer.from_str(content)
+        return Tokenizer.from_str(content)
     except Exception as error:  # the package has no type of its own for it
         raise DataError(f"the base's tokenizer cannot be used: {error}") from error
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded

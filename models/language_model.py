@@ -20,6 +20,8 @@ from ops.attention import KeyValueCache
 from ops.loss import linear_cross_entropy, linear_losses
 from ops.products import product_dtype
 
+Caches = list[KeyValueCache]  # one for each block
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -153,7 +155,7 @@ class LanguageModel(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         segments: Tensor | None = None,
-        caches: list[KeyValueCache] | None = None,
+        caches: Caches | None = None,
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, vocab_size) for idx (B, T), and the cross-entropy if `targets` (B, T) is
@@ -166,14 +168,11 @@ class LanguageModel(nn.Module):
         `segments` (B, T) says to which text of its row each token belongs. Each text has positions
         from 0, and no text sees another.
 
-        With `caches`, one for each block, `idx` follows the tokens that are in them: any number of
-        tokens for empty ones, one token afterwards.
+        With `caches`, one for each block, `idx` follows the tokens that are in them.
 
         Raises ValueError when the tokens are more than block_size, those in caches included.
         """
         start = caches[0].length if caches else 0
-        if start > 0 and idx.shape[1] != 1:
-            raise ValueError("caches that are not empty take one token at a time")
         T = start + idx.shape[1]
         if self.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size={self.block_size}")
@@ -237,6 +236,7 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         use_cache: bool = True,
         n_tokens: int | None = None,
+        caches: Caches | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens that continue `idx` (B, T) one by one, each (B, 1); in train mode with
         dropout.
@@ -246,7 +246,8 @@ class LanguageModel(nn.Module):
         up to block_size tokens: when they are full, it goes on from the last half of them.
         `use_cache=False` computes all of them again for each token, to the same effect.
         Only the first `n_tokens` of the vocabulary are taken: the embedding may be larger than the
-        tokenizer.
+        tokenizer. `caches` may hold the first tokens of `idx`, fewer than all, where these and
+        `max_new_tokens` are at most block_size.
 
         Raises ValueError for an empty `idx`, and for an argument out of range, and
         FloatingPointError where the model's logits are not finite, as of damaged weights.
@@ -258,7 +259,8 @@ class LanguageModel(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
         seen = idx[:, -self.block_size :]
-        new, caches = seen, self.new_caches()
+        caches = self.new_caches() if caches is None else caches
+        new = seen[:, caches[0].length :]
         for _ in range(max_new_tokens):
             if seen.shape[1] > self.block_size:
                 seen = seen[:, -max(1, self.block_size // 2) :]
@@ -271,7 +273,7 @@ class LanguageModel(nn.Module):
             yield new
             seen = torch.cat([seen, new], dim=1)
 
-    def new_caches(self) -> list[KeyValueCache]:
+    def new_caches(self) -> Caches:
         """Empty caches for `forward`, one for each block."""
         return [KeyValueCache(self.block_size) for _ in self.blocks]
 

@@ -48,6 +48,10 @@ class KeyValueCache:
         new[:, :, :n] = old
         return new
 
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.length = min(self.length, length)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of the next tokens, (B, K, T, D) each; returns all so far."""
         start, self.length = self.length, self.length + k.shape[2]

@@ -159,7 +159,7 @@ def test_other_programs_variables_are_left_alone():
 
 def test_cmds_own_prompt_is_no_text_to_continue(monkeypatch):
     monkeypatch.setattr("sys.platform", "win32")
-    assert GenerateConfig.from_environment({"PROMPT": "$P$G"}).prompt == "\n"
+    assert GenerateConfig.from_environment({"PROMPT": "$P$G"}).prompt is None
     assert GenerateConfig.from_environment({"PROMPT": "$P"}).prompt == "$P"
 
 

@@ -15,7 +15,8 @@ from conftest import TEXT, Started, refused, start_script, succeeded
 from tokenizers.processors import TemplateProcessing
 
 from data import end_tokens, load_records, start_tokens
-from data.tokenizer import begun, encode, end_mark, load_tokenizer, stream_decoder
+from data.chat import PlainFormat
+from data.tokenizer import begun, encode, load_tokenizer, stream_decoder
 from files import FileError
 from files.tensors import fingerprint
 from lora import (
@@ -65,6 +66,11 @@ def bpe(kind: str = "llama") -> tokenizers.Tokenizer:
     return words
 
 
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{{ message.role + ':\n' + message.content + '<|turn|>' }}{% endfor %}
+{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"""
+
+
 def published(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **more):
     """A random model as `transformers` saves it, with all that is published beside it."""
     torch.manual_seed(0)
@@ -76,7 +82,7 @@ def published(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.floa
     bpe(kind).save(str(folder / "tokenizer.json"))
     for name, content in FILES.items():
         (folder / name).write_text(json.dumps(content))
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages }}")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
@@ -137,6 +143,7 @@ def test_the_whole_way_from_a_published_folder_to_transformers_and_peft(tmp_path
 
     def generate(**variables: str) -> str:
         asked = {"PROMPT": "the quick", "TEMPERATURE": "0", "MAX_NEW_TOKENS": "12"}
+        asked |= {"RAW_PROMPT": "True"}
         return succeeded(start_script(tmp_path, script="generate.py", **base | asked | variables))
 
     def validation_loss(**variables: str) -> str:
@@ -194,7 +201,7 @@ def test_full_fine_tuning_goes_out_in_float32_and_comes_back(tmp_path):
     asked = {"BASE_CHECKPOINT": "tuned/full.pt", "PROMPT": "the dog", "TEMPERATURE": "0"}
     answer = start_script(tmp_path, script="generate.py", NUM_THREADS="1", **asked)
     assert succeeded(answer) == "does not mind\n"
-    prompt = "user: the dog\nassistant: "
+    prompt = "user:\nthe dog<|turn|>assistant:\n"
     assert continued(tmp_path / "full", prompt, 40) == prompt + "does not mind"
     config = json.loads((tmp_path / "full" / "config.json").read_text())
     assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
@@ -232,7 +239,7 @@ def test_generation_stops_where_transformers_stops(where, tmp_path):
     """The model's own fifth token is made an end, in either file that may state one."""
     published(tmp_path / "base")
     generate = {"TEMPERATURE": "0", "MAX_NEW_TOKENS": "12", "NUM_THREADS": "1", "DTYPE": "float32"}
-    generate |= {"BASE_CHECKPOINT": "base", "PROMPT": "the dog"}
+    generate |= {"BASE_CHECKPOINT": "base", "PROMPT": "the dog", "RAW_PROMPT": "True"}
     long = succeeded(start_script(tmp_path, script="generate.py", **generate))
     assert long == continued(tmp_path / "base", "the dog", 12) + "\n"
     words = bpe()
@@ -252,7 +259,6 @@ def test_the_ends_and_the_beginning_of_a_base(tmp_path):
     words = bpe().to_str()
     files = {name: json.dumps(content).encode() for name, content in FILES.items()}
     assert end_tokens(words, files) == [291, 292, 293]
-    assert end_mark(words, files) == "<|end|>"
     text = {
         "tokenizer_config.json": b'{"eos_token": {"content": "<|turn|>"}}',
         "config.json": b"[1]",
@@ -281,10 +287,10 @@ def test_the_ends_and_the_beginning_of_a_base(tmp_path):
 def test_records_begin_and_end_as_the_base_has_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "the dog", "completion": "does"}\n' * 2)
     files = {name: json.dumps(content).encode() for name, content in FILES.items()}
-    corpus = load_records(str(tmp_path / "a.jsonl"), bpe().to_str(), 32, files=files)
+    corpus = load_records(str(tmp_path / "a.jsonl"), 32, format=PlainFormat(bpe().to_str(), files))
     inputs, targets = corpus.train.inputs[0], corpus.train.targets[0]
     assert inputs[0] == 290 and (inputs == 290).sum() == 1
-    assert targets[targets >= 0][-1] == 291 and corpus.opening()[1] == 291
+    assert targets[targets >= 0][-1] == 291 and corpus.opening()[1] == [291, 292, 293]
 
 
 def test_a_base_without_any_stated_end_is_exported_with_one(tmp_path):
@@ -363,6 +369,7 @@ def test_tokens_beyond_the_tokenizer_are_never_taken(tmp_path):
         assert (model.generate(start, 20, temperature) >= 294).any()
         assert (model.generate(start, 20, temperature, n_tokens=294) < 294).all()
     asked = {"BASE_CHECKPOINT": "base", "PROMPT": "the dog", "MAX_NEW_TOKENS": "9"}
+    asked["RAW_PROMPT"] = "True"
     weights = dict(read_base(tmp_path / "base").tensors)
     weights["lm_head.weight"] = model.lm_head.weight.detach()
     base = read_base(tmp_path / "base")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,20 @@ import tokenizers
 from conftest import TEXT
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_exchange import byte_fallback
 
 from data import DataError, TextCorpus, load_corpus, open_corpus, text, tokenized
 from data.text import check_length
 from data.tokenized import tokenize_corpus
-from data.tokenizer import decode, encode, end_mark, end_token, stream_decoder, vocabulary_size
+from data.tokenizer import (
+    count_unread,
+    decode,
+    encode,
+    end_token,
+    stream_decoder,
+    tokens_with_offsets,
+    vocabulary_size,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +40,77 @@ def corpus_of(text: str) -> TextCorpus:
     return TextCorpus("x", np.frombuffer(text.encode(), np.uint8), "sha256:0", 1, 0)
 
 
-@given(st.text(st.sampled_from("ab \n\t\r'sé€\x1c\x85 "), max_size=400))
-def test_chunks_have_the_tokens_of_the_whole(bpe, text):
-    """Also where white space meets the end of a chunk, which decides how it is split."""
-    sizes = tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS
-    tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS = 5, 3
-    try:
-        corpus = corpus_of(text)
-        ids = [i for chunk in tokenized._token_chunks(corpus, bpe) for i in chunk]
-    finally:
-        tokenized.CHUNK_CHARACTERS, tokenized.BATCH_CHUNKS = sizes
-    assert ids == encode(text, bpe)
+def metaspace(scheme: str) -> tokenizers.Tokenizer:
+    """A Unigram model as SentencePiece makes them; "first" puts a mark before the whole text."""
+    words = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+    )
+    words.train_from_iterator([TEXT + MIXED, MIXED[::-1]], trainer)
+    return words
+
+
+def splitting(pattern: str) -> tokenizers.Tokenizer:
+    """A byte-level BPE that splits a text by a regular expression, as Llama 3 and Qwen do."""
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pre = tokenizers.pre_tokenizers
+    words.pre_tokenizer = pre.Sequence(
+        [
+            pre.Split(tokenizers.Regex(pattern), "isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+    )
+    words.train_from_iterator([MIXED * 20, TEXT], trainer)
+    return words
+
+
+MIXED = "x = [1234567, 89];\n\n  it's.\nDON'T stop.\n\n\tno é 你好 \r\n a.b,c \x1c\x85"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTERS = {
+    "gpt2": lambda bpe: bpe,
+    "llama3": lambda bpe: splitting(LLAMA_3).to_str(),
+    "qwen": lambda bpe: splitting(LLAMA_3.replace("{1,3}", "")).to_str(),
+    "first": lambda bpe: metaspace("first").to_str(),
+    "always": lambda bpe: metaspace("always").to_str(),
+    "fallback": lambda bpe: byte_fallback().to_str(),
+}
+
+
+@pytest.mark.parametrize("kind", SPLITTERS)
+def test_chunks_have_the_tokens_of_the_whole(bpe, kind, monkeypatch):
+    """Also where a chunk's end parts a token or a number, or where a tokenizer marks beginnings."""
+    monkeypatch.setattr(tokenized, "CHUNK_CHARACTERS", 90)
+    monkeypatch.setattr(tokenized, "OVERLAP", 40)
+    monkeypatch.setattr(tokenized, "BATCH_CHUNKS", 3)
+    tokenizer = SPLITTERS[kind](bpe)
+    choose = random.Random(0)
+    pieces = [*MIXED.split(" "), *TEXT.split(" ")[:20], "12345678" * 9, "a" * 70]
+    if kind not in ("first", "always"):  # whose choice of equally likely tokens is rounding's
+        pieces += [" " * 50, "\n" * 9]
+    for _ in range(60):
+        text = choose.choice(["", " ", "\n"]).join(choose.choices(pieces, k=choose.randint(0, 90)))
+        found = list(tokenized._token_chunks(corpus_of(text), tokenizer))
+        assert [i for ids, _ in found for i in ids.tolist()] == encode(text, tokenizer)
+        unread = count_unread(tokens_with_offsets(text, tokenizer), text, tokenizer)
+        assert sum(n for _, n in found) == unread
+
+
+def test_characters_without_a_token_are_counted(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "text.txt").write_text("a bcd a " * 50)
+    corpus = load_corpus(str(tmp_path / "text.txt"), Path())
+    for _ in range(2):  # the file of tokens is made, and then found
+        found = tokenize_corpus(corpus, words.to_str(), tmp_path)
+        assert found.n_unread == 50 * (3 + 3)
+    assert "unread:   300 characters, for which the tokenizer has no token" in found.describe()
 
 
 @given(st.binary(max_size=40))
@@ -63,8 +133,14 @@ def test_tokens_come_back_one_by_one(bpe, text):
 def test_chunks_are_short_whatever_ends_a_line(between):
     text = between.join(["words"] * 200_000)
     chunks = list(tokenized._text_chunks(corpus_of(text)))
-    assert "".join(chunks) == text
-    assert max(map(len, chunks)) < tokenized.CHUNK_CHARACTERS + 20
+    assert all(text[start : start + len(chunk)] == chunk for chunk, start in chunks)
+    starts = [start for _, start in chunks]
+    ends = [start + len(chunk) for chunk, start in chunks]
+    assert starts[0] == 0 and ends[-1] == len(text)
+    assert {end - start for end, start in zip(ends, starts[1:], strict=False)} == {
+        tokenized.OVERLAP
+    }
+    assert max(len(chunk) for chunk, _ in chunks) <= tokenized.CHUNK_CHARACTERS
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 1001])
@@ -117,7 +193,7 @@ def test_a_corpus_in_tokens_knows_the_bytes_that_they_stand_for(bpe, tmp_path, m
     predicted = corpus.validation[1:].tolist()
     n_bytes = len(decode(predicted, bpe).encode())
     assert len(predicted) < n_bytes and corpus.count_predicted() == (len(predicted), n_bytes)
-    assert corpus.opening() == (encode("\n", bpe), None)
+    assert corpus.opening() == (encode("\n", bpe), [])
     assert any(line.startswith("tokens:") for line in corpus.describe())
     with pytest.raises(DataError, match=f"has {len(corpus.tokens):,} tokens"):
         check_length(corpus, len(corpus.tokens))
@@ -128,7 +204,7 @@ def test_a_sample_begins_with_the_text_where_a_tokenizer_leaves_white_space_out(
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     (tmp_path / "text.txt").write_text("a " * 180 + "b " * 20)
     corpus = load_corpus(str(tmp_path / "text.txt"), Path())
-    assert tokenize_corpus(corpus, words.to_str(), tmp_path).opening() == ([1], None)
+    assert tokenize_corpus(corpus, words.to_str(), tmp_path).opening() == ([1], [])
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -142,7 +218,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32(bpe, tmp_path, monkeypatch, size, 
 def test_a_character_may_lie_on_both_sides_of_what_is_read_at_once(monkeypatch):
     monkeypatch.setattr(tokenized, "MIB", 5)
     text = "words of café, \u20ac and \U0001f600\U0001f600\U0001f600 \u20ac"
-    assert "".join(tokenized._text_chunks(corpus_of(text))) == text
+    assert list(tokenized._text_chunks(corpus_of(text))) == [(text, 0)]
     latin = dataclasses.replace(
         corpus_of(""), tokens=np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
     )
@@ -164,14 +240,15 @@ def test_special_tokens_are_shown_and_not_added(bpe):
     )
     loaded.post_processor = template
     assert encode("the", loaded.to_str()) == encode("the", bpe)
-    assert list(tokenized._token_chunks(corpus_of("the"), loaded.to_str())) == [encode("the", bpe)]
+    ((ids, _),) = tokenized._token_chunks(corpus_of("the"), loaded.to_str())
+    assert ids.tolist() == encode("the", bpe)
     assert decode([end], bpe) == "<|endoftext|>" == stream_decoder(bpe)(end)
 
 
 def test_of_several_ends_that_a_tokenizer_has_the_first_is_taken(bpe):
     loaded = tokenizers.Tokenizer.from_str(bpe)
     loaded.add_special_tokens(["</s>", "<eos>"])
-    assert end_mark(loaded.to_str()) == "<|endoftext|>"
+    assert end_token(loaded.to_str()) == loaded.token_to_id("<|endoftext|>")
 
 
 def test_text_that_is_not_utf8_is_refused_by_a_tokenizer(bpe, tmp_path):

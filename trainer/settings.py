@@ -26,7 +26,7 @@ TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
 # Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
-PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT")
+PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT", "CHAT_TEMPLATE")
 
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
@@ -166,6 +166,11 @@ class Settings:
             lines.append(f"{name}: {value}{' *' if name in self.explicit else ''}")
         return lines
 
+    @property
+    def output_folder(self) -> str:
+        """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
+        return f"{Path(self.out_dir)}-test" if self.test_mode else self.out_dir
+
     def _check_combinations(self) -> None:
         """Raise ConfigError for values that do not go together."""
 
@@ -200,6 +205,9 @@ class Config(Settings):
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
     eval_only: bool = option(False, "evaluate on all of the validation data; train nothing")
+    preview: int = option(
+        0, "show this many examples, and in them what the loss counts; train nothing", at_least=0
+    )
     merge: bool = option(False, "write base and ADAPTERS as merged.pt in OUT_DIR; train nothing")
 
     # Data and files
@@ -207,6 +215,9 @@ class Config(Settings):
         None, "python-code, python-docs, python-instructions, or a file or folder, of text or "
         "records [data/input.txt if there, else python-code]"
     )  # fmt: skip
+    chat_template: str | None = option(
+        None, "file with a chat template for records, or none for the plain format [the base's]"
+    )
     text: bool = option(False, "take DATA as plain text, also where it looks like records")
     columns: ColumnNames | None = option(
         None,
@@ -282,7 +293,7 @@ class Config(Settings):
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
                 f"LEARNING_RATE={self.learning_rate}"
             )
-        modes = [name for name in ("resume", "eval_only", "merge") if getattr(self, name)]
+        modes = [n for n in ("resume", "eval_only", "merge", "preview") if getattr(self, n)]
         if len(modes) > 1:
             raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
         for name in ("compile", "merge"):
@@ -302,19 +313,25 @@ class Config(Settings):
         """Tokens of an optimizer step, of all processes."""
         return self.grad_accum_steps * self.batch_size * self.block_size
 
-    @property
-    def output_folder(self) -> str:
-        """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
-        return f"{Path(self.out_dir)}-test" if self.test_mode else self.out_dir
-
 
 @dataclass(frozen=True)
 class GenerateConfig(Settings):
     """The settings of one run of generate.py."""
 
-    prompt: str = option("\n", "text to continue, or a question to answer", verbatim=True)
+    prompt: str | None = option(
+        None,
+        "text to continue, or a question to answer [a line break; on a terminal a model that "
+        "answers chats]",
+        verbatim=True,
+    )
+    system_prompt: str | None = option(
+        None, "what the system says before the first question", verbatim=True
+    )
     raw_prompt: bool = option(
-        False, "take PROMPT as it is, and not in the format of the records trained on"
+        False, "take PROMPT as it is, and not in the format of the chats trained on"
+    )
+    chat_template: str | None = option(
+        None, "file with a chat template, or none for the plain format [the model's]"
     )
     max_new_tokens: int = option(400, "tokens to write", at_least=0)
     temperature: float = option(0.8, "randomness; 0 takes the likeliest token", at_least=0)
@@ -324,7 +341,9 @@ class GenerateConfig(Settings):
     )
     seed: int = option(1337, "seed of the samples", at_least=0, below=2**63)
 
-    out_dir: str = option("out", "folder of the default base")
+    out_dir: str = option("out", "folder of the default base and adapter")
+    use_lora: bool = option(False, "take lora.pt in OUT_DIR where ADAPTERS is not set")
+    test_mode: bool = option(False, "take the files of runs with TEST_MODE=True")
     base_checkpoint: str | None = option(
         None, "checkpoint or Hugging Face folder [full.pt in OUT_DIR]"
     )
@@ -343,6 +362,13 @@ class GenerateConfig(Settings):
     num_threads: int | None = option(
         None, "CPU threads [torch's own choice]", at_least=1, below=1025
     )
+
+    @property
+    def adapter_files(self) -> WeightedAdapters | None:
+        """ADAPTERS, or the adapter that a run with USE_LORA=True wrote to OUT_DIR."""
+        if self.adapters is None and self.use_lora:
+            return WeightedAdapters.parse(str(Path(self.output_folder) / "lora.pt"))
+        return self.adapters
 
 
 def option_fields(kind: type[Settings]) -> list[dataclasses.Field]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hardware
-from data import Corpus, open_corpus
+from data import Corpus, chat_format, open_corpus, preview_lines
 from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
@@ -112,14 +112,7 @@ def set_up(asked: Config) -> Run:
     sizes = choose_sizes(asked, base)
     adapters = read_adapters(asked.adapters, family, sizes)
     config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
-    corpus = None
-    if not config.merge:
-        corpus = open_corpus(
-            config.data, DEFAULT_INPUT, base.tokenizer if base is not None else None,
-            config.block_size, config.loss_on_prompt, Path(config.output_folder),
-            processes.local_main_process_first(), base.files if base is not None else {},
-            dict(config.columns.pairs if config.columns is not None else ()), config.text,
-        )  # fmt: skip
+    corpus = None if config.merge else open_data(config, base, adapters)
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     lora = None
     if config.use_lora:
@@ -152,6 +145,34 @@ def set_up(asked: Config) -> Run:
     return run
 
 
+def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -> Corpus:
+    """The corpus of a run, in the tokens of its base; chats in the format that the adapters or the
+    base were trained in, or as CHAT_TEMPLATE says."""
+    tokenizer, files, stated = None, {}, {}
+    if base is not None:
+        tokenizer, files, stated = base.tokenizer, base.files, base.metadata
+    if adapters:
+        stated = adapters[0][1].metadata
+    return open_corpus(
+        config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
+        Path(config.output_folder), processes.local_main_process_first(),
+        chat_format(tokenizer, files, stated, config.chat_template),
+        dict(config.columns.pairs if config.columns is not None else ()), config.text,
+    )  # fmt: skip
+
+
+def preview(asked: Config, colour: bool) -> list[str]:
+    """The data's description and PREVIEW examples, without building a model."""
+    base = find_base(asked, output_files(asked))
+    family = base.family if base is not None else GPT2
+    sizes = choose_sizes(asked, base)
+    adapters = read_adapters(asked.adapters, family, sizes)
+    config, _ = resolve(asked, family, sizes, adapters, published=is_published(base))
+    corpus = open_data(config, base, adapters)
+    examples = preview_lines(corpus, config.preview, config.block_size, colour)
+    return ["Data:", *(f"   {line}" for line in corpus.describe()), "", *examples]
+
+
 def join_processes(config: Config) -> tuple[torch.device, str]:
     """Meet the other processes, if any; returns this one's device and the reason for it."""
     local_rank, local_processes = processes.local_rank(), processes.local_world_size()
@@ -166,8 +187,8 @@ def join_processes(config: Config) -> tuple[torch.device, str]:
 
 
 def trains(config: Config) -> bool:
-    """Whether a run trains, and not only evaluates or merges."""
-    return not (config.eval_only or config.merge)
+    """Whether a run trains, and not only evaluates, merges or shows its data."""
+    return not (config.eval_only or config.merge or config.preview)
 
 
 def output_files(config: Config) -> OutputFiles:
@@ -188,9 +209,10 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
     """The checkpoint to start from: BASE_CHECKPOINT, or the last full run's unless this is one."""
     path = config.base_checkpoint
     default = Path(config.output_folder) / "full.pt"
-    if path is None and not trains(config) and not default.exists():
+    needs_base = config.eval_only or config.merge
+    if path is None and needs_base and not default.exists():
         raise ConfigError(f"there is no {default}: set BASE_CHECKPOINT to the model's checkpoint")
-    if path is None and default.exists() and (config.use_lora or not trains(config)):
+    if path is None and default.exists() and (config.use_lora or needs_base):
         path = str(default)
     if path is not None:
         refuse_to_replace("BASE_CHECKPOINT", path, config, files)

@@ -1,0 +1,487 @@
+"""Chats as a model reads them: in the chat template of its base, or in the plain format.
+
+A format turns an `Example` into tokens with what the loss counts, and a question into the tokens
+that ask it. The loss counts what the assistant says and the mark that ends its turn.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from data.corpus import DataError, printable
+from data.forms import Example
+from data.tokenizer import (
+    NO_FILES,
+    begun,
+    count_unread,
+    encode,
+    end_tokens,
+    json_file,
+    load_tokenizer,
+    start_tokens,
+    tokens_with_offsets,
+)
+
+Message = Mapping[str, Any]
+
+# The plain format: how a turn is written, and the words after which the assistant's turn follows.
+# The same words inside a content look like a heading, so contents should not have them.
+TURN = "{role}: {content}\n"
+OPENING = "assistant: "
+PROMPT_FORMAT = TURN.format(role="user", content="{prompt}") + OPENING
+TEXT_FORMAT = "{prompt}"  # of models that continue a text
+
+# Some templates print the day. A fixed one, Llama 3's own default, makes every run's data the same.
+TODAY = datetime(2024, 7, 26)
+
+# Put into a special token's text that a content has, so that the tokenizer leaves it a text. It is
+# no character: Unicode sets it aside for use within a program.
+BREAK = "\ufdd0"
+
+
+class Tokens(NamedTuple):
+    """An example's tokens, and whether the loss counts each; a text may be cut into pieces.
+
+    `n_unread` is how many of its characters no token stands for.
+    """
+
+    tokens: list[int]
+    counted: list[bool]
+    is_text: bool = False
+    n_unread: int = 0
+
+
+@dataclass(frozen=True)
+class PlainFormat:
+    """The format of models without a chat template: `user: ...` and `assistant: ...` in lines.
+
+    Attributes:
+        tokenizer: the content of a tokenizer.json; None where tokens are bytes.
+        files: those beside the base's weights, which say what begins and ends a text.
+        prompt_format: how to ask, with "{prompt}" in it.
+    """
+
+    tokenizer: str | None = field(default=None, repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    prompt_format: str = PROMPT_FORMAT
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end what the model writes; the first one ends records."""
+        return end_tokens(self.tokenizer, self.files)
+
+    @functools.cached_property
+    def start(self) -> list[int]:
+        """The tokens that every record begins with."""
+        return start_tokens(self.tokenizer, self.files)
+
+    def encode(self, example: Example) -> list[Tokens]:
+        """The tokens of an example. Raises ValueError for what the format cannot say."""
+        return [_text(example, self) or self._chat(example)]
+
+    def _chat(self, example: Example) -> Tokens:
+        if example.tools:
+            raise ValueError("tools need a base with a chat template")
+        tokens, counted, n_unread = list(self.start), [False] * len(self.start), 0
+        for new, counts, unread in self._turns(example.messages):
+            tokens += new
+            counted += [counts] * len(new)
+            n_unread += unread
+        return Tokens(tokens, counted, n_unread=n_unread)
+
+    def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The tokens of a chat that the assistant is to continue.
+
+        Raises ValueError for what the format cannot say.
+        """
+        if self.prompt_format != PROMPT_FORMAT:  # of records without turns
+            text = self.prompt_format.replace("{prompt}", messages[-1]["content"])
+            return begun(encode(text, self.tokenizer), self.start)
+        turns = self._turns(messages, opens=True)
+        return self.start + [token for new, _, _ in turns for token in new]
+
+    def _turns(
+        self, messages: Sequence[Message], opens: bool = False
+    ) -> list[tuple[list[int], bool, int]]:
+        """The tokens of turns, in pieces of which the loss counts all or none; and how many of a
+        piece's characters none of its tokens stands for."""
+        parts: list[tuple[str | None, bool]] = []  # a text, or None for the end
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "tool" or message.get("tool_calls"):
+                raise ValueError(f"{role} turns of tools need a base with a chat template")
+            if self.tokenizer is None:
+                refuse_end(content)
+            if role == "assistant":
+                counts = is_learned(message)
+                parts += [(OPENING, False), (content, counts), (None, counts)]
+            else:
+                parts.append((TURN.format(role=role, content=content), False))
+        if opens:
+            parts.append((OPENING, False))
+        # Neighbouring parts are encoded as one text: a tokenizer may join the end of one part with
+        # the beginning of the next.
+        pieces = []
+        for (ends, counts), group in itertools.groupby(parts, lambda p: (p[0] is None, p[1])):
+            text = "".join(text or "" for text, _ in group)
+            new, unread = _encoded(text, self.tokenizer, special=False)
+            pieces.append((self.ends[:1] if ends else new, counts, unread))
+        return pieces
+
+    def of_texts(self) -> "PlainFormat":
+        """The format of data that has texts alone, which a model continues."""
+        return dataclasses.replace(self, prompt_format=TEXT_FORMAT)
+
+    def metadata(self) -> dict[str, str]:
+        """What a model's file says of how to ask it."""
+        return {"prompt_format": self.prompt_format}
+
+    def describe(self) -> str:
+        """How a question is asked, on one line."""
+        return json.dumps(self.prompt_format)
+
+
+@dataclass(frozen=True)
+class TemplateFormat:
+    """The format of a chat template, rendered as `transformers` renders it.
+
+    A template that writes earlier turns differently from the last one, such as those that drop a
+    model's reasoning, makes each of the assistant's turns an example of its own.
+
+    Attributes:
+        template: Jinja's source text.
+        tokenizer, files: those of the base.
+        origin: where the template is from, for the log.
+    """
+
+    template: str = field(repr=False)
+    tokenizer: str = field(repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    origin: str = "the base's"
+
+    def __post_init__(self) -> None:
+        """Raises DataError for a template that cannot be read or writes no chat."""
+        try:
+            compile_template(self.template)
+            self.ask([{"role": "user", "content": "a"}])
+        except ValueError as error:
+            raise DataError(f"the chat template ({self.origin}): {error}") from error
+
+    @functools.cached_property
+    def start(self) -> list[int]:
+        """The tokens that a text begins with; the template writes a chat's own."""
+        return start_tokens(self.tokenizer, self.files)
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end what the model writes; the first one ends texts.
+
+        They are those that the base states, and the mark that the template puts after an answer.
+        """
+        stated = end_tokens(self.tokenizer, self.files)
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        before = self.render([question], opens=True)
+        after = self.render([question, answer]).removeprefix(before).partition("b")[2]
+        special = self._special
+        marks = [t for t, _, _ in tokens_with_offsets(after, self.tokenizer) if t in special]
+        return list(dict.fromkeys(stated + marks[:1]))
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        """The texts of the tokens that no content may make, by number."""
+        added = load_tokenizer(self.tokenizer).get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _written(self) -> list[str]:
+        """The texts of the other added tokens that the template writes itself, such as <think>."""
+        added = load_tokenizer(self.tokenizer).get_added_tokens_decoder().values()
+        return [t.content for t in added if not t.special and t.content in self.template]
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The special tokens that a template may name."""
+        stated = json_file(self.files, "tokenizer_config.json")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        texts = {name: _content(stated.get(name)) for name in names}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), opens: bool = False
+    ) -> str:
+        """The text of a chat; with `opens` up to where the assistant's turn begins.
+
+        Raises ValueError with the template's own reason where it refuses the chat.
+        """
+        import jinja2
+
+        try:
+            return compile_template(self.template).render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=opens,
+                date_string=TODAY.strftime("%d %b %Y"),
+                **self._names,
+            )
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            KeyError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+    def encode(self, example: Example) -> list[Tokens]:
+        """The tokens of an example, or of each of the assistant's turns in it.
+
+        Raises ValueError where the template refuses it, and where it does not show which part of
+        the text is the assistant's.
+        """
+        text = _text(example, self)
+        if text is not None:
+            return [text]
+        messages = [self._guarded(message) for message in example.messages]
+        tools = _guard(list(example.tools), self._pattern(False))
+        learned = [i for i, message in enumerate(messages) if is_learned(message)]
+        spans = {}  # of each learned turn: its text with all before it, and where it begins
+        for i in learned:
+            before = self.render(messages[:i], tools, opens=True)
+            until = self.render(messages[: i + 1], tools)
+            if not until.startswith(before):
+                raise ValueError(
+                    f"the chat template does not show which part of turn {i + 1} is the assistant's"
+                )
+            spans[i] = (until, len(before))
+        whole = spans[learned[-1]][0]
+        if all(whole.startswith(until) for until, _ in spans.values()):
+            return [self._counted(whole, [(start, len(until)) for until, start in spans.values()])]
+        return [self._counted(until, [(start, len(until))]) for until, start in spans.values()]
+
+    def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The tokens of a chat that the assistant is to continue; see `PlainFormat.ask`."""
+        guarded = [self._guarded(message) for message in messages]
+        return self._counted(self.render(guarded, tools, opens=True), []).tokens
+
+    def _counted(self, text: str, spans: Sequence[tuple[int, int]]) -> Tokens:
+        """The tokens of a rendered text; of each span (start, end) the loss counts those up to the
+        mark that ends a turn, or where it has none, all but white space at its end."""
+        found = tokens_with_offsets(text, self.tokenizer)
+        if BREAK in text:
+            found = [(t, a, b) for t, a, b in found if text[a:b] != BREAK]
+            if any(BREAK in text[a:b] for _, a, b in found):
+                raise ValueError("a special token's text in it cannot be kept a text")
+        n_unread = count_unread(found, text, self.tokenizer) - text.count(BREAK)
+        tokens = [token for token, _, _ in found]
+        counted = [False] * len(found)
+        ends = set(self.ends) if spans else set()
+        for start, end in spans:
+            end = start + len(text[start:end].rstrip())
+            for i, (token, a, b) in enumerate(found):
+                if b > start and a < end:
+                    counted[i] = True
+                    if token in ends:
+                        break
+        return Tokens(tokens, counted, n_unread=n_unread)
+
+    def _guarded(self, message: Message) -> dict[str, Any]:
+        pattern = self._pattern(message["role"] == "assistant")
+        return {key: _guard(value, pattern) for key, value in message.items()}
+
+    def _pattern(self, assistant: bool) -> re.Pattern | None:
+        """What must stay a text in a message; an assistant's may have tokens such as <think>."""
+        texts = [*self._special.values(), *([] if assistant else self._written)]
+        texts = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def of_texts(self) -> PlainFormat:
+        """The format of data that has texts alone, which a model continues."""
+        return PlainFormat(self.tokenizer, self.files, TEXT_FORMAT)
+
+    def metadata(self) -> dict[str, str]:
+        """What a model's file says of how to ask it."""
+        return {"chat_template": self.template}
+
+    def describe(self) -> str:
+        """How a question is asked, on one line."""
+        asked = self.render([{"role": "user", "content": "{prompt}"}], opens=True)
+        return f"{json.dumps(asked)}, in {self.origin} chat template"
+
+
+Format = PlainFormat | TemplateFormat
+
+
+def chat_format(
+    tokenizer: str | None,
+    files: Mapping[str, bytes] = NO_FILES,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+    asked: str | None = None,
+) -> Format:
+    """How chats are written for a model.
+
+    Args:
+        tokenizer, files: those of the base.
+        metadata: of the model's file, which may state the format that the model was trained in.
+        asked: CHAT_TEMPLATE: a file, or `none` for the plain format. It decides where it is given,
+            else the metadata, else the base's own template. A model without one has the plain one.
+
+    Raises DataError for a template that cannot be used.
+    """
+    if asked is not None and asked.lower() == "none":
+        return PlainFormat(tokenizer, files)
+    if asked is not None:
+        if tokenizer is None:
+            raise DataError("CHAT_TEMPLATE needs a base with a tokenizer; accepted here: none")
+        try:
+            template = Path(asked).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise DataError(
+                f"CHAT_TEMPLATE={printable(asked)}: {reason}; accepted: a file, or none"
+            ) from error
+        return TemplateFormat(template, tokenizer, files, f"CHAT_TEMPLATE={printable(asked)}:")
+    template, prompt_format = metadata.get("chat_template"), metadata.get("prompt_format")
+    if isinstance(template, str) and tokenizer is not None:
+        return TemplateFormat(template, tokenizer, files, "the trained model's")
+    if isinstance(prompt_format, str) and prompt_format != TEXT_FORMAT:
+        return PlainFormat(tokenizer, files, prompt_format)
+    template = template_in(files)
+    if template is not None and tokenizer is not None:
+        return TemplateFormat(template, tokenizer, files)
+    return PlainFormat(tokenizer, files)
+
+
+def text_format(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> Format:
+    """The format of a model that continues a text: the text as it is."""
+    return PlainFormat(tokenizer, files, TEXT_FORMAT)
+
+
+def continues_text(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> bool:
+    """Whether a model was trained on text and no chats, as far as its files tell."""
+    if "chat_template" in metadata:
+        return False
+    if "prompt_format" in metadata:
+        return metadata["prompt_format"] == TEXT_FORMAT
+    return "data" in metadata or template_in(files) is None
+
+
+def is_learned(message: Message) -> bool:
+    """Whether the loss counts a turn: it is the assistant's, and its weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def template_in(files: Mapping[str, bytes]) -> str | None:
+    """The chat template among the files beside a base's weights, if there is one.
+
+    chat_template.jinja decides where tokenizer_config.json has one too. Of several the one named
+    default is taken.
+    """
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", "replace")
+    found = json_file(files, "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = [t for t in found if isinstance(t, dict)]
+        found = next((t.get("template") for t in named if t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=4)
+def compile_template(source: str) -> Any:  # a jinja2.Template
+    """Jinja's template for a chat template's source, in a sandbox, with what such templates use.
+
+    Raises ValueError for a source that is no template.
+    """
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, which marks what the assistant says, and writes what is in it."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, indent=indent, **{"ensure_ascii": False} | options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = TODAY.strftime
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"it is no template: {error}") from error
+
+
+def _text(example: Example, format: Format) -> Tokens | None:
+    """The tokens of a text alone, which begins and ends as the base's texts do; None for a chat."""
+    if example.text is None:
+        return None
+    if format.tokenizer is None:
+        refuse_end(example.text)
+    start, end = format.start, format.ends[0]
+    tokens, n_unread = _encoded(example.text, format.tokenizer)
+    tokens = begun(tokens, start)
+    if tokens[-1:] != [end]:
+        tokens = [*tokens, end]
+    return Tokens(tokens, [True] * len(tokens), True, n_unread)
+
+
+def _encoded(text: str, tokenizer: str | None, special: bool = True) -> tuple[list[int], int]:
+    """The tokens of a text, and how many of its characters none of them stands for."""
+    if tokenizer is None:
+        return encode(text, None), 0
+    found = tokens_with_offsets(text, tokenizer, special)
+    return [token for token, _, _ in found], count_unread(found, text, tokenizer)
+
+
+def refuse_end(text: str) -> None:
+    """Raise ValueError for a text of bytes with the byte that ends records."""
+    if "\0" in text:
+        raise ValueError("it has '\\0', the mark that ends a record")
+
+
+def _guard(value: Any, pattern: re.Pattern | None) -> Any:
+    """`value` with a BREAK after the first character of each text that `pattern` finds in it."""
+    if isinstance(value, str):
+        if pattern is None:
+            return value
+        return pattern.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: _guard(item, pattern) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_guard(item, pattern) for item in value]
+    return value
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """The message, with its reasoning under the two names that templates read."""
+    names = ("reasoning_content", "reasoning", "thinking")
+    reasoning = next((message[n] for n in names if message.get(n) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token that tokenizer_config.json has as a text or a table."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
