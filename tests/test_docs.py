@@ -93,7 +93,7 @@ def test_the_guides_datasets_are_read_and_each_layout_has_one(tmp_path):
         for number, content in enumerate(blocks("LORA_USAGE.md", ending)):
             path = tmp_path / f"{number}.{ending}"
             path.write_text(content)
-            corpus = load_records(str(path), None, 256)
+            corpus = load_records(str(path), 256)
             assert corpus.train.n_records + corpus.validation.n_records >= 3
             assert len(content.splitlines()) == 5 and "ignored" not in corpus.found[path.name]
             names.add(corpus.found[path.name].partition(" (")[0])
