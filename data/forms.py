@@ -69,7 +69,7 @@ PREFERENCES = {"chosen", "rejected"}
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF = {role: role for role in ROLES} | {"developer": "system", "human": "user"}
 ROLE_OF |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
-ROLE_OF |= dict.fromkeys(("observation", "function_response"), "tool")
+ROLE_OF |= dict.fromkeys(("observation", "function", "function_response"), "tool")
 CALL = "function_call"  # an assistant's turn in ShareGPT, whose value is JSON
 NAMES_SHOWN = 8  # of columns, in an error or in the log
 
@@ -205,7 +205,8 @@ def _pair(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
         prompt = [{"role": "user", "content": content}]
     if isinstance(row[answered], list):
         return prompt + _messages(row, answered)
-    return [*prompt, {"role": "assistant", "content": _text(row[answered], answered)}]
+    answer = _text(row[answered], answered, may_be_empty=True)
+    return [*prompt, {"role": "assistant", "content": answer}]
 
 
 def _earlier(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -253,10 +254,10 @@ def _message(turn: Any) -> dict[str, Any]:
         if role is None:
             accepted = ", ".join((*ROLES, "developer") if speaker == "role" else (*ROLE_OF, CALL))
             raise ValueError(f"{speaker} is {_shown(word)}; accepted: {accepted}")
-        if not all(isinstance(call, dict) for call in _list(rest, "tool_calls")):
-            raise ValueError("tool_calls is no list of objects")
         content = _content(turn, content_key, role, has_calls=bool(rest.get("tool_calls")))
     _check_weight(rest, role)
+    if "tool_calls" in rest:
+        rest["tool_calls"] = [_called(call) for call in _list(rest, "tool_calls")]
     return {"role": role, "content": content} | rest
 
 
@@ -264,8 +265,8 @@ def _content(turn: Mapping[str, Any], key: str, role: str, has_calls: bool) -> s
     """The text of a turn's content.
 
     A system's and a tool's may be empty, since an empty system keeps a template from writing its
-    own, and a tool may have nothing to say. An assistant's may be beside tool calls. An empty
-    question is a fault of the data.
+    own, and a tool may have nothing to say. So may an assistant's, as in Alpaca's data; the log
+    counts empty answers. An empty question is a fault of the data.
     """
     if key not in turn and not has_calls:
         raise ValueError(f"it lacks {key}")
@@ -280,7 +281,7 @@ def _content(turn: Mapping[str, Any], key: str, role: str, has_calls: bool) -> s
                     f"{key} has a part of type {_shown(kind)}; accepted: parts of type text"
                 )
         content = "".join(_text(part.get("text"), "text", may_be_empty=True) for part in content)
-    return _text(content, key, may_be_empty=has_calls or role in ("system", "tool"))
+    return _text(content, key, may_be_empty=role != "user")
 
 
 def _check_weight(rest: dict[str, Any], role: str) -> None:
@@ -302,6 +303,17 @@ def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(call, dict) or not {"name", "arguments"} <= set(call):
             raise ValueError("value is no call; accepted: JSON with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _called(call: Any) -> Any:
+    """A tool call of OpenAI's kind with its arguments as an object, which chat templates write as
+    JSON; OpenAI's own are a text that is JSON already."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        raise ValueError("tool_calls has no function with a name; accepted: OpenAI's format")
+    if isinstance(function.get("arguments"), str):
+        function = function | {"arguments": _from_json("arguments", function["arguments"])}
+    return call | {"function": function}
 
 
 def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]]:

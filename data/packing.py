@@ -4,6 +4,7 @@ T is the block size: a block is T tokens and the one that follows them.
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,13 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
         pieces = [(tokens[i : i + size], counted[i : i + size]) for i in starts]
         pieces = [piece for piece in pieces if any(piece[1][1:])]
         n_masked += not pieces
-        learned = [token for token, counts in zip(tokens, counted, strict=True) if counts]
-        n_empty += bool(learned) and set(learned) <= set(ends)
-        n_endless += bool(learned) and learned[-1] not in ends
+        n_learned = sum(counted)
+        if 0 < n_learned <= len(ends):
+            learned = itertools.compress(tokens, counted)
+            n_empty += all(token in ends for token in learned)
+        if n_learned > 0:
+            last = len(counted) - 1 - counted[::-1].index(True)
+            n_endless += tokens[last] not in ends
         n_lost += 0 if is_text else len(tokens[size:])
         kept += pieces
     blocks = best_fit([len(tokens) for tokens, _ in kept], size)

@@ -14,7 +14,7 @@ from conftest import TINY, refused, start_script, succeeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DataError
+from data import DataError, load_records
 from data.forms import ACCEPTED, COLUMNS, LAYOUTS, Example, parse_rows
 from data.record_files import is_records, read_splits
 from data.rows import read_rows
@@ -152,7 +152,8 @@ def test_sharegpt_has_calls_and_tools():
 
 
 def test_openai_has_parts_calls_weights_and_keys_of_its_own():
-    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    made = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": t} for t in ("Be ", "brief.")]},
         {"role": "user", "content": "a", "name": "Ada", "weight": 0},
@@ -165,7 +166,7 @@ def test_openai_has_parts_calls_weights_and_keys_of_its_own():
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a", "name": "Ada"},
         {"role": "assistant", "content": "b", "weight": 0},
-        {"role": "assistant", "content": "", "tool_calls": calls, "weight": 1},
+        {"role": "assistant", "content": "", "tool_calls": made, "weight": 1},
         {"role": "tool", "content": "", "tool_call_id": "1"},
     )
     assert found.tools == ({"type": "function"},)
@@ -224,7 +225,7 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"prompt": "a", "completion": True}, "completion is true; accepted: a text"),
         ({"prompt": "a", "completion": None}, "completion is null; accepted: a text"),
         ({"prompt": "a", "completion": {}}, "completion is an object; accepted: a text"),
-        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": "", "completion": "a"}, "prompt is empty"),
         ({"prompt": "", "completion": "b"}, "prompt is empty"),
         ({"text": "a", "messages": [BOT]}, "it fits messages and text; COLUMNS=messages takes"),
         (ASKED | {"response": "b"}, "it fits prompt+completion and prompt+response; COLUMNS=prom"),
@@ -245,9 +246,8 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"messages": [USER, {"role": ["x"], "content": "b"}]}, "turn 2: role is a list"),
         ({"messages": [USER, {"role": "assistant"}]}, "turn 2: it lacks content"),
         ({"messages": [BOT | {"content": None}]}, "content is null; accepted: a text"),
-        ({"messages": [BOT | {"content": ""}]}, "content is empty"),
-        ({"messages": [BOT | {"content": "", "tool_calls": []}]}, "content is empty"),
-        ({"messages": [BOT | {"tool_calls": ["x"]}]}, "tool_calls is no list of objects"),
+        ({"messages": [BOT | {"tool_calls": ["x"]}]}, "tool_calls has no function with a name"),
+        ({"messages": [BOT | {"tool_calls": [{"function": {}}]}]}, "no function with a name"),
         ({"messages": [USER | {"content": ""}, BOT]}, "turn 1: content is empty"),
         ({"messages": [USER | {"content": [{"type": "image_url"}]}, BOT]}, "of type 'image_url'"),
         ({"messages": [USER | {"content": ["a"]}, BOT]}, "a part of type null"),
@@ -455,7 +455,7 @@ def test_csv_has_a_header_quoted_line_breaks_and_a_byte_order_mark():
         ("prompt,prompt\na,b\n", ", line 1: two columns have one name: prompt, prompt"),
         ('prompt,completion\na,b\n"c\n,d\n', ", line 3: it is not CSV (unexpected end of data)"),
         ('prompt,completion\n"a"x,b\n', ", line 2: it is not CSV ("),
-        ("prompt,completion\na,\n", ", line 2: completion is empty"),
+        ("prompt,completion\n,a\n", ", line 2: prompt is empty"),
         ("a,b\nc,d\n", ", line 2: it has a, b; accepted: "),
         (b"prompt,completion\na,\xff\n", ", line 2: it is not UTF-8"),
         ("prompt,completion\na,b\n".encode("utf-16"), ": it is not UTF-8 but UTF-16"),
@@ -721,3 +721,12 @@ def test_the_width_of_a_terminal_is_no_setting():
 def test_layouts_have_names_for_all_that_they_read():
     assert {column for layout in LAYOUTS for column in layout.columns} == set(COLUMNS)
     assert dataclasses.fields(Example)[0].name == "messages"
+
+
+def test_an_empty_answer_is_an_example_that_the_log_counts(tmp_path):
+    rows = [{"prompt": "a", "completion": text} for text in ("b", "")]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load_records(str(tmp_path), 40)
+    assert (corpus.train.n_records, corpus.train.n_empty) == (2, 1)
+    assert "; 1 with an empty answer" in corpus.describe()[2]
