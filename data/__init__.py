@@ -7,8 +7,9 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     opening.py      open_corpus: which kind DATA is
     text.py         text_files.py finds and maps it, tokenized.py has it in a tokenizer's tokens,
                     batches.py draws windows
-    records.py      chats and texts: forms.py reads rows, chat.py writes them in a chat template or
-                    the plain format, packing.py fills blocks
+    records.py      chats and texts: record_files.py finds their files, rows.py reads a file's rows,
+                    forms.py makes examples of them, chat.py writes these in a chat template or the
+                    plain format, packing.py fills blocks
     preview.py      what a model will see, with what the loss counts marked
     tokenizer.py    text to tokens and back
 """

@@ -5,7 +5,7 @@ Nothing outside data/ needs to know which child it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ class Corpus(ABC):
         return {"data": self.name, "checksum": self.checksum}
 
 
-def aligned(rows: dict[str, str]) -> list[str]:
+def aligned(rows: Mapping[str, str]) -> list[str]:
     """`key: value` lines whose values stand below each other."""
     width = max(map(len, rows)) + 1
     return [f"{key + ':':<{width}} {value}" for key, value in rows.items()]

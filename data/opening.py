@@ -1,11 +1,14 @@
 """Opens DATA, whatever it is: which layout it has decides what reads it."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from data.chat import Format, PlainFormat
-from data.corpus import Corpus
-from data.records import is_records, load_records
+from data.corpus import Corpus, DataError
+from data.forms import NO_COLUMNS
+from data.record_files import is_records
+from data.records import load_records
 from data.text import check_length, load_corpus
 from data.tokenized import tokenize_corpus
 
@@ -19,6 +22,8 @@ def open_corpus(
     token_folder: Path = Path(),
     in_turn: AbstractContextManager = nullcontext(),  # noqa: B008  it has no state
     format: Format | None = None,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    text: bool = False,
 ) -> Corpus:
     """The corpus that DATA=`name` stands for, long enough for windows of `block_size` tokens.
 
@@ -31,13 +36,18 @@ def open_corpus(
         in_turn: entered while that file is looked for and made. Of several processes one should
             make it, and the others find it.
         format: how chats are written; by default the plain format.
+        columns: what records call the columns of a layout; see `parse_rows`.
+        text: whether to take records as a text too.
 
     Raises:
         DataError: the data cannot be used.
         FileError: the file of tokens cannot be written.
     """
-    if is_records(name):
-        return load_records(name, block_size, count_prompts, format or PlainFormat(tokenizer))
+    if not text and is_records(name):
+        format = format or PlainFormat(tokenizer)
+        return load_records(name, block_size, count_prompts, format, columns)
+    if columns:
+        raise DataError("COLUMNS is of rows, but DATA is plain text; accepted: unset COLUMNS")
     corpus = load_corpus(name, default_path)
     if tokenizer is not None:
         with in_turn:

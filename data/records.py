@@ -1,12 +1,10 @@
-"""Records: prompts and completions of .jsonl files, in blocks where no record sees another."""
+"""Records: chats and texts of dataset files, in blocks where no record sees another."""
 
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,15 +13,13 @@ from torch import Tensor
 from data.batches import even_spread, on_device
 from data.chat import Format, PlainFormat, TemplateFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
-from data.forms import Example, parse_examples
+from data.forms import NO_COLUMNS, Example
 from data.packing import Blocks, pack
 from data.preview import END_TOKENS, marked
+from data.record_files import read_splits
 from data.text import n_bytes_of
-from data.text_files import BUILT_IN_RECORDS
 from data.tokenizer import end_token, vocabulary_size
 from files.streams import one_line
-
-EVERY = 10  # every tenth record is for validation, where there is no valid.jsonl
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +30,7 @@ class RecordCorpus(Corpus):
         name, checksum, tokenizer: see `Corpus`.
         train, validation: the packed records of either split.
         format: how chats are written, and how to ask a model that was trained on them.
+        found: for the log, by the file's name: its layout, how many rows, and what was ignored.
     """
 
     name: str
@@ -42,6 +39,7 @@ class RecordCorpus(Corpus):
     validation: Blocks = field(repr=False)
     format: Format
     tokenizer: str | None = field(default=None, repr=False)
+    found: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         rows = {"name": printable(self.name), "checksum": self.checksum}
@@ -67,7 +65,7 @@ class RecordCorpus(Corpus):
         rows["prompt"] = self.format.describe()
         ((tokens, counted),) = self.examples(1, self.train.inputs.shape[1])
         rows["end"] = json.dumps(marked(tokens[-END_TOKENS:], counted[-END_TOKENS:], self))
-        return aligned(rows)
+        return aligned(rows) + (aligned(self.found) if self.found else [])
 
     def passes(self, n_tokens: int) -> float:
         return n_tokens / self.train.inputs.size
@@ -149,51 +147,35 @@ class RecordCorpus(Corpus):
         return super().metadata() | self.format.metadata()
 
 
-def is_records(name: str | None) -> bool:
-    """Whether DATA=`name` is python-instructions, a .jsonl file or a folder with train.jsonl."""
-    if name is None:
-        return False
-    path = _path(name)
-    return path.endswith(".jsonl") or os.path.isfile(os.path.join(path, "train.jsonl"))
-
-
 def load_records(
-    name: str, block_size: int, count_prompts: bool = False, format: Format | None = None
+    name: str,
+    block_size: int,
+    count_prompts: bool = False,
+    format: Format | None = None,
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> RecordCorpus:
-    """Read and pack the records that DATA=`name` stands for.
+    """Read and pack the records that DATA=`name` stands for, as `read_splits` reads them.
 
-    A folder's valid.jsonl is for validation; without it, or for a file, every tenth record is.
-    Chats are written in `format`, by default that of models of bytes.
+    Chats are written in `format`, by default that of models of bytes. `columns` are what the files
+    call the columns of a layout.
 
-    Raises DataError for a file that cannot be read or has no records, for a line that is not a
-    record, and for a tokenizer without an end.
+    Raises DataError for a file that cannot be read or has no records, for a row that is no record,
+    and for a tokenizer without an end.
     """
     format = PlainFormat() if format is None else format
     if not format.ends:
         end_token(format.tokenizer, format.files)  # which says so
-    path = Path(_path(name))
-    paths = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    if isinstance(format, TemplateFormat):
-        digest.update(format.template.encode())  # other tokens are other data
-    splits = []
-    for file in paths:
-        if os.path.lexists(file) or file == paths[0]:
-            content = _read(file)
-            digest.update(content)
-            splits.append(parse_examples(str(file), content))
-    if len(splits) == 1:
-        (records,) = splits
-        if len(records) < 2:
-            raise DataError(f"{paths[0]}: one record is too few, as validation needs one too")
-        validation = records[EVERY - 1 :: EVERY] or records[-1:]
-        kept = set(map(id, validation))
-        splits = [[record for record in records if id(record) not in kept], validation]
+    found = read_splits(name, columns)
+    checksum = found.checksum
+    if isinstance(format, TemplateFormat):  # other tokens are other data
+        digest = hashlib.sha256(f"{checksum}{format.template}".encode())
+        checksum = f"sha256:{digest.hexdigest()[:16]}"
+    splits = (found.train, found.validation)
     if all(example.text is not None for examples in splits for example in examples):
         format = format.of_texts()
     blocks = []
     for examples in splits:
-        encoded = [tokens for e in examples for tokens in _encode(name, e, format, count_prompts)]
+        encoded = [tokens for e in examples for tokens in _encode(e, format, count_prompts)]
         n_tokens = vocabulary_size(format.tokenizer)
         blocks.append(pack(encoded, block_size, n_tokens, format.ends))
         if len(blocks[-1]) == 0:
@@ -201,18 +183,16 @@ def load_records(
                 f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
                 f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are empty"
             )
-    checksum = f"sha256:{digest.hexdigest()[:16]}"
-    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer)
+    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer, found.found)
 
 
-def _encode(name: str, example: Example, format: Format, count_prompts: bool) -> list[Tokens]:
+def _encode(example: Example, format: Format, count_prompts: bool) -> list[Tokens]:
     """The tokens of an example. Raises DataError that names its place."""
     try:
         found = format.encode(example)
     except ValueError as error:
-        raise DataError(
-            f"DATA={printable(name)}, {example.place}: {one_line(str(error))}"
-        ) from error
+        reason = one_line(str(error))
+        raise DataError(f"{printable(example.place)}: {reason}") from error
     if count_prompts:
         found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
     return found
@@ -234,20 +214,3 @@ def _batch(
 def _order(n: int, seed: int, number: int) -> np.ndarray:
     """In what order pass `number` takes n blocks."""
     return np.random.default_rng([seed, number]).permutation(n)
-
-
-def _path(name: str) -> str:
-    """The path that DATA=`name` stands for."""
-    if name == BUILT_IN_RECORDS:
-        return str(Path(__file__).resolve().parent / name)
-    return os.path.expanduser(name)
-
-
-def _read(path: Path) -> bytes:
-    """The content of a file. Raises DataError when it cannot be read."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-        raise DataError(f"DATA={printable(str(path))}: not a regular file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"DATA={printable(str(path))}: cannot be read: {error.strerror}") from error

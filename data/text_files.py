@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import mmap
 import os
+import re
 import stat
 import sysconfig
 import tempfile
@@ -19,8 +20,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data.corpus import DataError, printable
+from files.writing import LOCK
 
-BUILT_IN_RECORDS = "python-instructions"  # see records.py
+BUILT_IN_RECORDS = "python-instructions"  # see record_files.py
 BUILT_IN = ("python-code", "python-docs", BUILT_IN_RECORDS)
 ACCEPTED_PATH = "DATA=path of a file or of a folder with text files"
 ACCEPTED = f"DATA={', DATA='.join(BUILT_IN)}, or {ACCEPTED_PATH}"
@@ -29,6 +31,9 @@ ACCEPTED = f"DATA={', DATA='.join(BUILT_IN)}, or {ACCEPTED_PATH}"
 # anyone would want to imitate, and installed packages differ from machine to machine.
 NOT_PYTHON_CODE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 NOT_PYTHON_CODE |= {"site-packages", "dist-packages", "__pycache__"}
+
+# What runs write beside these, where the output folder is a folder of texts itself.
+OF_A_RUN = re.compile(r".*\.pt|tokens-[0-9a-f]{16}\.bin|(full|lora)-metrics\.jsonl")
 
 MIB = 1024 * 1024
 N_SAMPLES = 64  # the checksum of a corpus of more MiB than this reads so many samples of 1 MiB
@@ -78,7 +83,7 @@ def find_text(name: str | None, default_path: Path) -> Text:
     if not name:
         raise _data_error(name, "the value is empty")
 
-    path = os.path.expanduser(name)
+    path = path_of(name)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -91,6 +96,13 @@ def find_text(name: str | None, default_path: Path) -> Text:
     raise _data_error(name, "neither a regular file nor a folder")
 
 
+def path_of(name: str) -> str:
+    """The path that DATA=`name` stands for."""
+    if name == BUILT_IN_RECORDS:
+        return str(Path(__file__).resolve().parent / name)
+    return os.path.expanduser(name)
+
+
 # ---- the four kinds of text
 
 
@@ -100,7 +112,7 @@ def _python_code() -> Text:
     root = sysconfig.get_path("stdlib")
     files: list[str] = []
     if os.path.isdir(root):
-        files = _files_below(name, root, lambda folder: folder not in NOT_PYTHON_CODE)
+        files = files_below(name, root, lambda folder: folder not in NOT_PYTHON_CODE)
     sources = [path for path in files if path.endswith(".py")]
     if not sources:
         raise _data_error(name, f"this Python has no .py files in {printable(root)}", ACCEPTED_PATH)
@@ -132,19 +144,23 @@ def _file(name: str, path: str) -> Text:
 
 
 def _folder(name: str, path: str) -> Text:
-    """The text files of a folder and of the folders in it, except hidden ones."""
-    files = _files_below(name, path, lambda folder: True)
+    """The text files of a folder and of the folders in it, as `files_below` finds them."""
+    files = files_below(name, path)
     return _join_text_files(name, files)
 
 
 # ---- finding files
 
 
-def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str]:
-    """Paths of all files that are not hidden, sorted by POSIX path relative to root.
+def files_below(
+    name: str, root: str, enter: Callable[[str], bool] = lambda folder: True
+) -> list[str]:
+    """Paths of the files of DATA=`name` below root, sorted by POSIX path relative to root.
 
-    `enter` decides by a folder's name. Links to folders are followed, but no folder is read
-    twice, so that a loop of links ends.
+    Hidden files and folders are left out. So is what runs write, so that a second run has the data
+    of the first: folders in which a run's lock lies, and files with the names of checkpoints,
+    tokens and metrics. `enter` decides about other folders, by their name. Links to folders are
+    followed, but no folder is read twice, so that a loop of links ends.
 
     Raises:
         DataError: a folder cannot be listed. Passing over it would train on another text.
@@ -162,11 +178,21 @@ def _files_below(name: str, root: str, enter: Callable[[str], bool]) -> list[str
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        if LOCK in names and folder != root:
+            subfolders.clear()
+            continue
         # In place, which is how os.walk learns where to go on; sorted, so that of two links to
         # one folder the same one is followed on every machine.
         subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and enter(n))
-        files += [os.path.join(folder, n) for n in names if not n.startswith(".")]
+        files += [
+            os.path.join(folder, n) for n in names if not n.startswith(".") and not is_of_a_run(n)
+        ]
     return sorted(files, key=lambda path: Path(path).relative_to(root).as_posix())
+
+
+def is_of_a_run(name: str) -> bool:
+    """Whether a file has a name that runs give to what they write."""
+    return OF_A_RUN.fullmatch(name) is not None
 
 
 def _join_text_files(name: str, paths: Iterable[str]) -> Text:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from files import FileError
 
+LOCK = ".lock"  # in every folder that a run has had for itself
 IDLE = 600  # seconds after which a file that is not written to is taken for abandoned
 
 
@@ -88,7 +89,7 @@ def lock_folder(folder: str | os.PathLike) -> BinaryIO:
     to for IDLE seconds, since some files are written without this lock. Raises FileError when
     another process has the folder, or when it cannot be reserved.
     """
-    lock = open(Path(folder) / ".lock", "ab")  # noqa: SIM115 (closing it releases the lock)
+    lock = open(Path(folder) / LOCK, "ab")  # noqa: SIM115 (closing it releases the lock)
     try:
         if sys.platform == "win32":
             import msvcrt

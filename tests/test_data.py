@@ -603,8 +603,7 @@ def test_all_windows_of_a_text_predict_every_token_but_the_first_once(block_size
 def test_what_a_models_file_says_of_a_text_and_how_a_sample_begins() -> None:
     corpus = ramp_corpus(1000)
     assert corpus.metadata() == {"data": "x", "checksum": "sha256:0"}
-    assert corpus.prompt_format is None
-    assert corpus.opening() == ([ord("\n")], None)
+    assert corpus.opening() == ([ord("\n")], [])
 
 
 def test_open_corpus_finds_text_and_asks_for_its_length(tmp_path: Path) -> None:

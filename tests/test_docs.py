@@ -11,6 +11,8 @@ import transformers
 from conftest import ROOT, TEXT, start_group, start_script, succeeded
 
 from benchmarks.parameters import table
+from data import load_records
+from data.forms import LAYOUTS
 from trainer.settings import Config, GenerateConfig, help_table
 
 DOCUMENTS = ["README.md", "LORA_USAGE.md"]
@@ -83,6 +85,28 @@ def test_the_commands_run_in_their_order(document, tmp_path):
             assert "Final validation loss: " in log
         ran += 1
     assert ran >= 4
+
+
+def test_the_guides_datasets_are_read_and_each_layout_has_one(tmp_path):
+    names = set()
+    for ending in ("jsonl", "csv"):
+        for number, content in enumerate(blocks("LORA_USAGE.md", ending)):
+            path = tmp_path / f"{number}.{ending}"
+            path.write_text(content)
+            corpus = load_records(str(path), 256)
+            assert corpus.train.n_records + corpus.validation.n_records >= 3
+            assert len(content.splitlines()) == 5 and "ignored" not in corpus.found[path.name]
+            names.add(corpus.found[path.name].partition(" (")[0])
+    assert names == {layout.name for layout in LAYOUTS}
+
+
+def test_the_guides_table_of_layouts_is_that_of_the_code():
+    text = (ROOT / "LORA_USAGE.md").read_text()
+    table = text.partition("| layout | columns |")[2].partition("\n\n")[0]
+    rows = {row.split(" | ")[0][2:]: row for row in table.splitlines()[2:]}
+    for layout in LAYOUTS:
+        assert set(layout.columns) <= set(re.findall(r"`(\w+)`", rows[layout.name]))
+    assert rows.keys() == {layout.name for layout in LAYOUTS}
 
 
 def test_the_installed_files_exist():

@@ -13,13 +13,13 @@ from data.preview import marked, preview_lines
 
 ROWS = [
     {"prompt": "2 + 2?", "completion": "4"},
-    {"messages": [{"role": "system", "content": "Add."}, {"role": "assistant", "content": "\x1b"}]},
+    {"system": "+", "prompt": "1", "completion": "\x1b"},
     {"prompt": "long" * 30, "completion": "lost"},
 ]
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path: Path) -> Path:
     for name in ("train", "valid"):
         rows = "".join(json.dumps(row) + "\n" for row in ROWS)
         (tmp_path / f"{name}.jsonl").write_text(rows)
@@ -30,13 +30,13 @@ def test_what_counts_stands_between_marks(folder):
     lines = preview_lines(load_records(str(folder), 40), 3, 40)
     shown = "\n".join(lines)
     assert "user: 2 + 2?\nassistant: [[4\\x00]]" in shown
-    assert "system: Add.\nassistant: [[\\x1b\\x00]]" in shown and "\x1b" not in shown
+    assert "system: +\nuser: 1\nassistant: [[\\x1b\\x00]]" in shown and "\x1b" not in shown
     assert "2 of 26 tokens counted" in shown
     coloured = "\n".join(preview_lines(load_records(str(folder), 40), 3, 40, colour=True))
     assert "assistant: \x1b[32m4\\x00\x1b[0m" in coloured
 
 
-@pytest.mark.parametrize("block_size", [25, 26, 40, 200])  # a record fills a block, or does not
+@pytest.mark.parametrize("block_size", [34, 35, 40, 200])  # a record fills a block, or does not
 def test_examples_are_the_records_as_they_are_trained_on(folder, block_size):
     corpus = load_records(str(folder), block_size)
     examples = corpus.examples(99, block_size)

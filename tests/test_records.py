@@ -20,9 +20,10 @@ from test_training import losses
 from data import DataError, RecordCorpus, open_corpus
 from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens
 from data.corpus import IGNORED
-from data.forms import Example, parse_examples
+from data.forms import Example
 from data.packing import Blocks, pack
-from data.records import is_records, load_records
+from data.record_files import is_records
+from data.records import load_records
 from data.tokenizer import decode, encode, end_tokens, vocabulary_size
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import read_checkpoint
@@ -83,34 +84,6 @@ def test_of_a_conversation_all_turns_of_the_assistant_count():
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{", "not JSON"),
-        (b"", "not JSON"),
-        (b"[]", "no JSON object"),
-        (b"\xff", "not UTF-8"),
-        (b"{}", "it has nothing; accepted: a prompt and a completion"),
-        (b'{"prompt": "a"}', "completion is 'None'"),
-        (b'{"prompt": 1, "completion": "b"}', "prompt is '1'"),
-        (b'{"prompt": "a", "completion": ""}', "completion is ''"),
-        (b'{"text": "a", "messages": []}', "'text', 'messages'"),
-        (b'{"messages": "a"}', "no list"),
-        (b'{"messages": [1]}', "no list"),
-        (b'{"messages": []}', "no turn of the assistant"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no turn of the assistant"),
-        (b'{"messages": [{"role": "bot", "content": "a"}]}', "role is 'bot'"),
-        (b'{"messages": [{"role": "user"}]}', "content is 'None'"),
-        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"text": ' + b"[" * 100_000, "line 2"),
-    ],
-)
-def test_a_broken_line_is_refused_with_its_number(line, message):
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: ") as error:
-        parse_examples("a.jsonl", lines(ASKED) + line + b"\n" + lines(ASKED))
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
     "example",
     [
         asked("a\0b", "c"),
@@ -153,18 +126,6 @@ def test_paths_are_those_of_any_data(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file"):
         load_records(str(tmp_path / "pipe.jsonl"), 32)
-
-
-def test_an_error_is_a_line_that_one_can_read():
-    for record in ({f"key {i}": 1 for i in range(5000)}, {"messages": [{"role": "r" * 9000}]}):
-        with pytest.raises(DataError) as error:
-            parse_examples("a.jsonl", lines(record))
-        assert len(str(error.value)) < 300
-
-
-def test_a_byte_order_mark_and_windows_line_ends_are_read():
-    content = b"\xef\xbb\xbf" + lines(ASKED, ASKED).replace(b"\n", b"\r\n")
-    assert len(parse_examples("a.jsonl", content)) == 2
 
 
 @given(

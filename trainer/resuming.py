@@ -22,7 +22,7 @@ VERSION = 2
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
 FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
-FIXED += SIZES
+FIXED += (*SIZES, "columns", "text")
 # And these say where and how it runs, not what it computes.
 FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
 
@@ -128,7 +128,8 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
-    changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
+    # A variable that is newer than the interrupted run has not changed.
+    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
     for name in changed:
         if name in FIXED:
             raise FileError(

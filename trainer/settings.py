@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from data.forms import COLUMNS
+
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
@@ -63,6 +65,38 @@ class WeightedAdapters:
         return cls(text, tuple(parts))
 
 
+@dataclass(frozen=True)
+class ColumnNames:
+    """What COLUMNS names: pairs of a layout's column and the file's name for it, as in
+    `prompt:frage,completion:antwort`. A name alone, as in `text`, is both."""
+
+    text: str
+    pairs: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ConfigError for a name that no layout has, or that is there twice, or for none."""
+        pairs = []
+        for part in text.split(","):
+            ours, colon, theirs = (word.strip() for word in part.partition(":"))
+            if ours not in COLUMNS:
+                near = difflib.get_close_matches(ours.lower(), COLUMNS, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ConfigError(
+                    f"COLUMNS={text!r}: {ours!r} is no column of a layout{hint}; accepted, as in "
+                    f"prompt:frage,completion:antwort: {', '.join(COLUMNS)}"
+                )
+            if colon and not theirs:
+                raise ConfigError(f"COLUMNS={text!r}: {ours}: names no column of the file")
+            pairs.append((ours, theirs or ours))
+        if len(dict(pairs)) < len(pairs):
+            raise ConfigError(f"COLUMNS={text!r} has one name twice")
+        return cls(text, tuple(pairs))
+
+
 def option(
     default: Any,
     help: str,
@@ -102,6 +136,9 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Read every variable. Raises ConfigError for a bad value or a misspelt name."""
+        # A number is the width of a terminal, which shells and other programs tell each other.
+        if environment.get("COLUMNS", "").strip().isdecimal():
+            environment = {n: v for n, v in environment.items() if n != "COLUMNS"}
         if sys.platform == "win32" and environment.get("PROMPT") == "$P$G":  # cmd.exe's own
             environment = {n: v for n, v in environment.items() if n != "PROMPT"}
         options = {field.name.upper(): field for field in option_fields(cls)}
@@ -175,11 +212,17 @@ class Config(Settings):
 
     # Data and files
     data: str | None = option(
-        None, "python-code, python-docs, python-instructions, a file, a folder, or .jsonl records "
-        "[data/input.txt if there, else python-code]"
+        None, "python-code, python-docs, python-instructions, or a file or folder, of text or "
+        "records [data/input.txt if there, else python-code]"
     )  # fmt: skip
     chat_template: str | None = option(
         None, "file with a chat template for records, or none for the plain format [the base's]"
+    )
+    text: bool = option(False, "take DATA as plain text, also where it looks like records")
+    columns: ColumnNames | None = option(
+        None,
+        "columns of records by the names of a layout, as in prompt:frage,completion:antwort; no "
+        "others are read [the layouts' own]",
     )
     loss_on_prompt: bool = option(False, "count the prompts of records in the loss too")
     out_dir: str = option("out", "folder for what a run writes; TEST_MODE adds -test to it")
@@ -243,6 +286,8 @@ class Config(Settings):
     progress: bool = option(True, "progress bar on a terminal")
 
     def _check_combinations(self) -> None:
+        if self.text and self.columns is not None:
+            raise ConfigError("TEXT and COLUMNS exclude each other: plain text has no columns")
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
@@ -357,7 +402,9 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
         raise ConfigError(f"{name}={text!r} is neither True nor False")
     if kind is WeightedAdapters and text:
         return WeightedAdapters.parse(text)
-    if kind in (str, WeightedAdapters):
+    if kind is ColumnNames and text:
+        return ColumnNames.parse(text)
+    if kind in (str, WeightedAdapters, ColumnNames):
         choices = field.metadata["choices"]
         if choices and text.lower() not in choices:
             raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")

@@ -157,6 +157,7 @@ def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -
         config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
         Path(config.output_folder), processes.local_main_process_first(),
         chat_format(tokenizer, files, stated, config.chat_template),
+        dict(config.columns.pairs if config.columns is not None else ()), config.text,
     )  # fmt: skip
 
 
@@ -429,7 +430,8 @@ def check_checkpointing(config: Config, device: torch.device) -> None:
 def header(run: Run) -> dict[str, Any]:
     """What a program needs to know of a run: the first line of its metrics."""
     config = {f.name: getattr(run.config, f.name) for f in option_fields(Config)}
-    config["adapters"] = config["adapters"] and str(config["adapters"])
+    for name in ("adapters", "columns"):
+        config[name] = config[name] and str(config[name])
     return {
         "config": config,
         "run": {
