@@ -333,6 +333,9 @@ def test_a_mark_that_is_no_special_token_ends_a_turn(tmp_path):
     (found,) = format.encode(Example(tuple(HI)))
     tokens = [t for t, counts in zip(found.tokens, found.counted, strict=True) if counts]
     assert words.decode(tokens, skip_special_tokens=False).strip() == "does not mind<end>"
+    # A special token does rather than another one before it.
+    format = TemplateFormat(template.replace("<end>", "<end></s>"), words.to_str())
+    assert format.ends == [words.token_to_id("</s>")]
 
 
 def test_a_template_without_a_mark_counts_the_answer(tmp_path):
@@ -373,7 +376,7 @@ def rows(path: Path, *chats: list[dict]) -> str:
 def test_records_are_packed_with_their_marks(tmp_path):
     """And every turn of a hybrid model's chat is an example of its own."""
     name = rows(tmp_path / "a.jsonl", *[LONG] * 4)
-    for model, n in (("qwen3", 9), ("qwen3-2507", 3)):
+    for model, n in (("qwen3", 9), ("qwen3-2507", 3), ("gemma-2", 3)):
         base = base_of(tmp_path / model, "bytes", PUBLISHED[model])
         corpus = load_records(name, 256, format=base.format)
         assert (corpus.train.n_records, corpus.train.n_cut, corpus.train.n_masked) == (n, 0, 0)
@@ -384,7 +387,9 @@ def test_records_are_packed_with_their_marks(tmp_path):
         assert corpus.opening()[1] == [base.number(text) for text in PUBLISHED[model].ends]
         n_tokens, n_bytes = corpus.count_predicted()
         text = sum(
-            len(text.removesuffix("<|im_end|>")) for e in expected for text in base.counted(e)
+            len(text.removesuffix(PUBLISHED[model].mark))
+            for e in expected
+            for text in base.counted(e)
         )
         assert (n_tokens, n_bytes) == (len(counted), text + 3)
 
@@ -431,6 +436,16 @@ def test_a_template_that_cannot_be_used_is_refused(template, tmp_path):
     start = f"CHAT_TEMPLATE={path}: chat template: "
     assert str(error.value).startswith(start) and BROKEN[template] in str(error.value)
     assert str(error.value).endswith("; CHAT_TEMPLATE=none goes on without it")
+
+
+def test_every_chat_has_its_own_steps(monkeypatch):
+    monkeypatch.setattr("data.chat.MOST_STEPS", 4)
+    words = tokenizer_of("bytes", PUBLISHED["smollm2"]).to_str()
+    format = TemplateFormat(GREET, words)
+    for _ in range(3):
+        assert format.ask([*HI, ON])
+    with pytest.raises(ValueError, match="it does not end within 4 steps"):
+        format.ask(LONG)
 
 
 def test_a_base_without_an_end_is_refused(tmp_path):
