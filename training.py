@@ -43,7 +43,7 @@ from trainer.console import (
 )
 from trainer.description import describe
 from trainer.evaluation import evaluate, evaluate_all, shows_progress
-from trainer.log import SAMPLE, evaluation_line, summary_lines, wrote_line
+from trainer.log import SAMPLE, evaluation_line, stopped_line, summary_lines, wrote_line
 from trainer.metrics import Metrics
 from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
@@ -136,11 +136,16 @@ def train(run: Run) -> None:
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
                     sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
+                    progress.since_best += 1
                     if progress.val_loss < progress.best_loss:
-                        progress.best_loss = progress.val_loss
+                        progress.best_loss, progress.since_best = progress.val_loss, 0
                         sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
                     save_progress()
             if step == config.max_steps:
+                break
+            if config.patience and progress.since_best >= config.patience:
+                with tqdm.external_write_mode():
+                    say(stopped_line(step, config.patience, progress.best_loss, run.files.best))
                 break
             if signal and earlier_state and run.files.resume not in sizes:
                 raise Interrupted(
@@ -186,7 +191,7 @@ def train(run: Run) -> None:
     if compile_time is not None:
         summary["compile_time"] = compile_time
     if traffic.bytes:
-        summary["bytes_exchanged"] = traffic.bytes / (config.max_steps - first_step)
+        summary["bytes_exchanged"] = traffic.bytes / (progress.step - first_step)
     metrics.write({"summary": summary | {"files": {str(p): size for p, size in sizes.items()}}})
     say(
         *summary_lines(summary),

@@ -42,6 +42,10 @@ EVALUATION = (
     "step {step:d} | train loss {train_loss} | val loss {val_loss:.4f} +- {val_error:.4f} | "
     "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
 )
+STOPPED = (
+    "Stopped at step {step}: {patience} evaluations in a row without a better validation loss than "
+    "{best_loss:.4f}, of {best} (PATIENCE={patience})"
+)
 WROTE = "Wrote {path}: {size:.2f} MiB"
 
 NUMBER = r"nan|inf|\d+(?:\.\d+)?(?:e[+-]\d+)?"
@@ -92,6 +96,11 @@ def evaluation_line(evaluation: Mapping[str, Any]) -> str:
 def summary_lines(summary: Mapping[str, float]) -> list[str]:
     """The log's lines of the summary, a dict with the keys of metrics.jsonl."""
     return [figure.written(summary[figure.key]) for figure in SUMMARY]
+
+
+def stopped_line(step: int, patience: int, best_loss: float, best: str | Path) -> str:
+    """The log's line where PATIENCE ends a run; `best` is the file of the best loss."""
+    return STOPPED.format(step=step, patience=patience, best_loss=best_loss, best=best)
 
 
 def wrote_line(path: str | Path, size: int) -> str:

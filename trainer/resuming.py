@@ -60,7 +60,8 @@ class Progress:
     step: int = 0  # steps taken
     evaluated: int = -1  # the step of the last evaluation
     val_loss: float = math.nan
-    best_loss: float = math.inf
+    best_loss: float = math.inf  # of evaluations after a step
+    since_best: int = 0  # evaluations since that one, each without a better loss
     losses: list[Tensor] = field(default_factory=list)  # of the steps since that evaluation
     step_times: list[float] = field(default_factory=list)  # seconds, of all steps
     elapsed: float = 0.0  # seconds of the runs before this one
@@ -79,8 +80,9 @@ class Progress:
         """The Progress with this `plain`. Raises TypeError or ValueError for other values."""
         lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
-        counts, numbers = (progress.step, progress.evaluated), (progress.val_loss, progress.elapsed)
-        if not all(isinstance(n, int) and n >= -1 for n in counts) or progress.step < 0:
+        numbers = (progress.val_loss, progress.elapsed)
+        counts = (progress.step, progress.evaluated + 1, progress.since_best)
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError
         if not all(isinstance(n, float) for n in (*numbers, progress.best_loss)):
             raise TypeError
@@ -128,7 +130,8 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
-    changed = [n for n in now if before.get(n) != now[n] and n not in FREE]
+    # A variable that an earlier version did not have has not changed.
+    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
     for name in changed:
         if name in FIXED:
             raise FileError(
