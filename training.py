@@ -12,8 +12,6 @@ The environment configures everything (trainer/settings.py). The log goes to std
 progress bar to stderr.
 """
 
-import dataclasses
-import math
 import os
 import statistics
 import sys
@@ -22,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,8 +27,6 @@ from tqdm import tqdm
 import hardware
 from data import Batch, decode, vocabulary_size
 from hardware import processes
-from lora import lora_layers, merge_adapter, save_adapter
-from models.checkpoint import family_of, save_checkpoint, sizes_of
 from trainer.console import (
     Interrupted,
     TrainingError,
@@ -41,12 +36,24 @@ from trainer.console import (
     indent,
     say,
 )
-from trainer.description import describe
-from trainer.evaluation import evaluate, evaluate_all, shows_progress
+from trainer.description import describe, describe_costs
+from trainer.evaluation import (
+    check_finite,
+    evaluate_all,
+    evaluation_at,
+    shows_progress,
+    tokens_per_second,
+)
 from trainer.log import SAMPLE, evaluation_line, stopped_line, summary_lines, wrote_line
 from trainer.metrics import Metrics
-from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
+from trainer.optimization import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
+from trainer.saving import save, write_merged
 from trainer.settings import Config, help_table
 from trainer.setup import Run, header, identity, set_up
 
@@ -94,8 +101,8 @@ def train(run: Run) -> None:
         traffic.bytes = 0  # compiling ran a batch that is no part of a step
     elif is_launch_bound(run):
         model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
-    timer = hardware.StepTimer(run.device, progress.step_times)
-    first_step = progress.step
+    timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
+    first_step, gradient_norm = progress.step, None
     windows = run.corpus.validation_windows(
         config.eval_batches * config.batch_size, config.block_size
     )
@@ -104,6 +111,14 @@ def train(run: Run) -> None:
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, header(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
+
+    def save_results(step: int) -> None:
+        sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
+        progress.since_best += 1
+        if progress.val_loss < progress.best_loss:
+            progress.best_loss, progress.since_best = progress.val_loss, 0
+            sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
+        save_progress()
 
     def save_progress() -> None:
         progress.elapsed = time.perf_counter() - started
@@ -121,13 +136,15 @@ def train(run: Run) -> None:
         ) as bar,
     ):
         for step in range(progress.step, config.max_steps + 1):
-            due = step % config.eval_interval == 0 or step == config.max_steps
+            due = is_due(step, config)
             signal = processes.all_reduce_max(stop.received)
             if due or signal:
                 timer.flush()
             if due and progress.evaluated < step:
-                evaluation = evaluation_at(step, run, windows, progress)
+                with timer.timed("evaluation"):
+                    evaluation = evaluation_at(step, run, windows, progress, gradient_norm)
                 evaluation["elapsed"] = time.perf_counter() - started
+                evaluation["seconds"] = timer.take_parts()
                 progress.val_loss = evaluation["val_loss"]
                 metrics.write(evaluation)
                 with tqdm.external_write_mode():
@@ -135,12 +152,8 @@ def train(run: Run) -> None:
                 check_finite(progress.val_loss, step, config)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
-                    sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
-                    progress.since_best += 1
-                    if progress.val_loss < progress.best_loss:
-                        progress.best_loss, progress.since_best = progress.val_loss, 0
-                        sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
-                    save_progress()
+                    with timer.timed("saving"):
+                        save_results(step)
             if step == config.max_steps:
                 break
             if config.patience and progress.since_best >= config.patience:
@@ -164,13 +177,17 @@ def train(run: Run) -> None:
             timer.begin()
             batches = step_batches(run, step)
             parts = run.corpus.loss_parts(batches, n_processes, processes.all_reduce_sum)
+            timer.end_part("data")
             loss = accumulate(model, batches, parts, run.autocast)
-            if config.grad_clip > 0:
-                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            timer.end_part("forward_backward")
+            if config.grad_clip > 0 or is_due(step + 1, config):
+                gradient_norm = clip_gradients(parameters, config.grad_clip)
             set_learning_rate(optimizer, learning_rate(config, step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            timer.end_part("optimizer")
             progress.losses.append(loss)
+            progress.tokens += config.tokens_per_step
             if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
                 check_finite(loss.item(), step, config)
                 speed = tokens_per_second(config, progress.step_times[-10:])
@@ -198,6 +215,11 @@ def train(run: Run) -> None:
         *describe_costs(run, summary),
         *(wrote_line(path, size) for path, size in sizes.items()),
     )
+
+
+def is_due(step: int, config: Config) -> bool:
+    """Whether there is an evaluation after so many steps."""
+    return step % config.eval_interval == 0 or step == config.max_steps
 
 
 def step_batches(run: Run, step: int) -> list[Batch]:
@@ -267,79 +289,6 @@ def is_launch_bound(run: Run) -> bool:
     )
 
 
-def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
-    """Lines of the log: what compiling and several processes cost, where the run had them."""
-    lines = []
-    if "compile_time" in summary:
-        lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
-    if "bytes_exchanged" in summary:
-        info = run.model.get_parameter_info()
-        full = info["total"] - info["lora"]
-        if run.model.copied_head:  # full fine-tuning has one tensor for the head and the embedding
-            full -= run.model.lm_head.weight.numel()
-        lines.append(
-            f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
-            f"full fine-tuning's would be {4 * full:,}"
-        )
-    return lines
-
-
-def evaluation_at(
-    step: int, run: Run, windows: np.ndarray, progress: Progress
-) -> dict[str, float | None]:
-    """What an evaluation after `step` steps finds, by the keys of metrics.jsonl.
-
-    Losses are in nats per token; `train_loss` is None where no step was taken since the evaluation
-    before. Every process must call it.
-    """
-    losses = progress.losses
-    train_loss = None
-    if losses:
-        train_loss = processes.all_reduce_mean(torch.stack(losses).mean().cpu()).item()
-    val_loss, val_error = evaluate(run, windows)
-    return {
-        "step": step,
-        "train_loss": train_loss,
-        "val_loss": val_loss,
-        "val_error": val_error,
-        "learning_rate": learning_rate(run.config, step),
-        "tokens_per_second": tokens_per_second(
-            run.config, progress.step_times[-len(losses) :] if losses else []
-        ),
-    }
-
-
-def check_finite(loss: float, step: int, config: Config) -> None:
-    """Raise TrainingError for a loss that is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss became {loss} by step {step}: lower LEARNING_RATE "
-            f"({config.learning_rate:g}); files of earlier evaluations are as they were"
-        )
-
-
-def save(run: Run, path: Path, step: int, val_loss: float) -> int:
-    """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes.
-
-    Every process must call it; the first writes, and the others return 0.
-    """
-    with processes.full_parameters(run.model):
-        return write_model(run, path, step, val_loss) if processes.is_main_process() else 0
-
-
-def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
-    """Write the file that `save` is for, with what generate.py and a later run need to know."""
-    metadata = {"step": step, "val_loss": val_loss} | run.corpus.metadata()
-    if not run.config.use_lora:
-        return save_checkpoint(path, run.model, metadata, run.base)
-    metadata |= {"shape": dataclasses.asdict(sizes_of(run.model))}
-    metadata |= {"family": family_of(run.model).name, "base_checkpoint": run.base_path}
-    metadata["seed"] = run.config.seed
-    metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-    metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
-    return save_adapter(path, run.model, run.base_id, metadata)
-
-
 def print_sample(run: Run) -> None:
     """Print what the model writes after the opening of its corpus: a line break, or a prompt."""
     length = run.config.sample_tokens
@@ -370,26 +319,6 @@ def print_evaluation(run: Run) -> None:
         f"Perplexity: {found.perplexity:.4f} per {unit}",
         f"Bits per byte: {found.bits_per_byte:.4f}",
     )
-
-
-def write_merged(run: Run) -> None:
-    """Write base and adapters as one checkpoint, which is a base like any other."""
-    dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
-    merge_adapter(run.model)
-    path = run.files.merged
-    metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    if "prompt_format" in run.adapter_metadata:
-        metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
-    for dtype in dtypes:
-        rounded = str(dtype).removeprefix("torch.")
-        say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")
-    say(wrote_line(path, save_checkpoint(path, run.model, metadata, run.base)))
-
-
-def tokens_per_second(config: Config, step_times: list[float]) -> float:
-    """The rate over steps of these durations in seconds; 0 without a step."""
-    tokens = config.tokens_per_step * len(step_times)
-    return tokens / sum(step_times) if step_times else 0.0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def files_of(folder: Path, mode: str) -> dict[str, dict]:
     contents = {}
     for name in (f"{mode}.pt", f"{mode}-best.pt", f"{mode}-resume.pt"):
         content = torch.load(folder / name, weights_only=True)
-        for key in ("step_times", "elapsed"):
+        for key in ("step_times", "elapsed", "seconds"):
             content.get("progress", {}).pop(key, None)
         content.pop("identity", None)
         contents[name] = content

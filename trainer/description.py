@@ -134,3 +134,20 @@ def notes(run: Run) -> list[str]:
             f"among them {small[0]}: such an adapter costs more than the matrix and can do no more"
         )
     return found
+
+
+def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
+    """Lines of the log: what compiling and several processes cost, where the run had them."""
+    lines = []
+    if "compile_time" in summary:
+        lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
+    if "bytes_exchanged" in summary:
+        info = run.model.get_parameter_info()
+        full = info["total"] - info["lora"]
+        if run.model.copied_head:  # full fine-tuning has one tensor for the head and the embedding
+            full -= run.model.lm_head.weight.numel()
+        lines.append(
+            f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
+            f"full fine-tuning's would be {4 * full:,}"
+        )
+    return lines

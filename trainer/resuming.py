@@ -65,6 +65,8 @@ class Progress:
     losses: list[Tensor] = field(default_factory=list)  # of the steps since that evaluation
     step_times: list[float] = field(default_factory=list)  # seconds, of all steps
     elapsed: float = 0.0  # seconds of the runs before this one
+    seconds: dict[str, float] = field(default_factory=dict)  # of each part since that evaluation
+    tokens: int = 0  # of all batches so far
 
     def plain(self) -> dict[str, Any]:
         """Progress as numbers and lists of numbers, with losses that are means over the processes.
@@ -77,11 +79,15 @@ class Progress:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
-        """The Progress with this `plain`. Raises TypeError or ValueError for other values."""
+        """The Progress with this `plain`.
+
+        Raises AttributeError, KeyError, TypeError or ValueError for other values.
+        """
         lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
+        progress.seconds = {str(name): float(s) for name, s in progress.seconds.items()}
         numbers = (progress.val_loss, progress.elapsed)
-        counts = (progress.step, progress.evaluated + 1, progress.since_best)
+        counts = (progress.step, progress.evaluated + 1, progress.since_best, progress.tokens)
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError
         if not all(isinstance(n, float) for n in (*numbers, progress.best_loss)):
@@ -140,8 +146,10 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
             )
     try:
         progress = Progress.from_plain(state.progress)
-    except (TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged: it does not say how far the run was") from error
+    if "tokens" not in state.progress:  # which earlier versions did not count
+        progress.tokens = progress.step * config.tokens_per_step
     if config.max_steps < progress.step:
         raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
     restore_training_state(path, state, run.model, optimizer)
