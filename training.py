@@ -56,6 +56,7 @@ from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.saving import save, write_merged
 from trainer.settings import Config, help_table
 from trainer.setup import Run, header, identity, set_up
+from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
 # starts the next (`python benchmarks/families.py --device cuda`: on an H200 a step of 2**42.8 took
@@ -102,6 +103,7 @@ def train(run: Run) -> None:
     elif is_launch_bound(run):
         model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
     timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
+    watch = Watch(progress.recent)
     first_step, gradient_norm = progress.step, None
     windows = run.corpus.validation_windows(
         config.eval_batches * config.batch_size, config.block_size
@@ -111,6 +113,10 @@ def train(run: Run) -> None:
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, header(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
+
+    def show(*lines: str) -> None:
+        with tqdm.external_write_mode():
+            say(*lines)
 
     def save_results(step: int) -> None:
         sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
@@ -140,6 +146,7 @@ def train(run: Run) -> None:
             signal = processes.all_reduce_max(stop.received)
             if due or signal:
                 timer.flush()
+                show(*watch.leaps())
             if due and progress.evaluated < step:
                 with timer.timed("evaluation"):
                     evaluation = evaluation_at(step, run, windows, progress, gradient_norm)
@@ -147,8 +154,7 @@ def train(run: Run) -> None:
                 evaluation["seconds"] = timer.take_parts()
                 progress.val_loss = evaluation["val_loss"]
                 metrics.write(evaluation)
-                with tqdm.external_write_mode():
-                    say(evaluation_line(evaluation))
+                show(evaluation_line(evaluation))
                 check_finite(progress.val_loss, step, config)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
@@ -157,8 +163,7 @@ def train(run: Run) -> None:
             if step == config.max_steps:
                 break
             if config.patience and progress.since_best >= config.patience:
-                with tqdm.external_write_mode():
-                    say(stopped_line(step, config.patience, progress.best_loss, run.files.best))
+                show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
                 break
             if signal and earlier_state and run.files.resume not in sizes:
                 raise Interrupted(
@@ -187,9 +192,13 @@ def train(run: Run) -> None:
             optimizer.zero_grad(set_to_none=True)
             timer.end_part("optimizer")
             progress.losses.append(loss)
+            watch.add(step + 1, training_loss=loss)
+            if config.grad_clip > 0:
+                watch.add(step + 1, gradient_norm=gradient_norm)
             progress.tokens += config.tokens_per_step
             if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
                 check_finite(loss.item(), step, config)
+                show(*watch.leaps())
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
                 bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)

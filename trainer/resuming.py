@@ -67,6 +67,7 @@ class Progress:
     elapsed: float = 0.0  # seconds of the runs before this one
     seconds: dict[str, float] = field(default_factory=dict)  # of each part since that evaluation
     tokens: int = 0  # of all batches so far
+    recent: dict[str, list[float]] = field(default_factory=dict)  # of the last steps, for Watch
 
     def plain(self) -> dict[str, Any]:
         """Progress as numbers and lists of numbers, with losses that are means over the processes.
@@ -85,6 +86,7 @@ class Progress:
         """
         lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
+        progress.recent = {str(n): [float(v) for v in v] for n, v in progress.recent.items()}
         progress.seconds = {str(name): float(s) for name, s in progress.seconds.items()}
         numbers = (progress.val_loss, progress.elapsed)
         counts = (progress.step, progress.evaluated + 1, progress.since_best, progress.tokens)
