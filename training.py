@@ -36,7 +36,7 @@ from trainer.console import (
     indent,
     say,
 )
-from trainer.description import describe, describe_costs
+from trainer.description import describe, describe_costs, describe_outcome
 from trainer.evaluation import (
     check_finite,
     evaluate_all,
@@ -153,6 +153,8 @@ def train(run: Run) -> None:
                 evaluation["elapsed"] = time.perf_counter() - started
                 evaluation["seconds"] = timer.take_parts()
                 progress.val_loss = evaluation["val_loss"]
+                if step == 0:
+                    progress.start_loss = progress.val_loss
                 metrics.write(evaluation)
                 show(evaluation_line(evaluation))
                 check_finite(progress.val_loss, step, config)
@@ -223,6 +225,7 @@ def train(run: Run) -> None:
         *summary_lines(summary),
         *describe_costs(run, summary),
         *(wrote_line(path, size) for path, size in sizes.items()),
+        *describe_outcome(run, progress),
     )
 
 

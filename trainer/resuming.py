@@ -59,7 +59,8 @@ class Progress:
 
     step: int = 0  # steps taken
     evaluated: int = -1  # the step of the last evaluation
-    val_loss: float = math.nan
+    start_loss: float = math.nan  # validation loss before the first step
+    val_loss: float = math.nan  # of the last evaluation
     best_loss: float = math.inf  # of evaluations after a step
     since_best: int = 0  # evaluations since that one, each without a better loss
     losses: list[Tensor] = field(default_factory=list)  # of the steps since that evaluation
@@ -88,7 +89,7 @@ class Progress:
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
         progress.recent = {str(n): [float(v) for v in v] for n, v in progress.recent.items()}
         progress.seconds = {str(name): float(s) for name, s in progress.seconds.items()}
-        numbers = (progress.val_loss, progress.elapsed)
+        numbers = (progress.start_loss, progress.val_loss, progress.elapsed)
         counts = (progress.step, progress.evaluated + 1, progress.since_best, progress.tokens)
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError

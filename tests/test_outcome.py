@@ -1,4 +1,4 @@
-"""PATIENCE ends a run where validation no longer gets better, and resuming keeps its count."""
+"""What came of a run: which file to use, and where PATIENCE ends it, also when it was resumed."""
 
 import re
 import shutil
@@ -88,3 +88,29 @@ def test_two_processes_end_at_one_step(folder):
     first, second = start_group(folder, **alone, OUT_DIR="both")
     assert second.returncode == 0, second.stderr
     assert [step for step, _ in STOPPED.findall(succeeded(first))] == [s for s, _ in expected]
+
+
+def test_the_log_says_which_file_to_use(folder):
+    log = (folder / "log.txt").read_text()
+    best, last = (re.search(rf"^{name} validation loss: (.*)", log, re.MULTILINE)[1]
+                  for name in ("Best", "Final"))  # fmt: skip
+    assert (
+        f"Note: use whole/full-best.pt: its validation loss {best} is lower than {last}, that of "
+        "whole/full.pt\n"
+    ) in log
+    first = OVERFITS | {"MAX_STEPS": "2", "OUT_DIR": "short"}  # its last evaluation is its best
+    assert "Note: use" not in succeeded(start_script(folder, **first))
+
+
+def test_a_run_that_does_not_beat_its_start_says_so(folder):
+    """Also when it goes on after an interruption, which does not evaluate at step 0 again."""
+    base = {"BASE_CHECKPOINT": "whole/full-best.pt", "OUT_DIR": "worse", "EVAL_INTERVAL": "1"}
+    variables = OVERFITS | base | {"MAX_STEPS": "2", "LEARNING_RATE": "0.3", "PATIENCE": "0"}
+    log = succeeded(start_script(folder, **variables))
+    start, *after = (loss for _, _, loss, _ in losses(log))
+    line = (
+        f"Note: training did not beat its start: validation loss {start} before the first step, "
+        f"{min(after, key=float)} at best after it; what the run started from is better than what it wrote\n"
+    )
+    assert line in log and "Note: use" not in log
+    assert line in succeeded(start_script(folder, **variables, RESUME="True"))
