@@ -110,7 +110,8 @@ def test_a_run_that_does_not_beat_its_start_says_so(folder):
     start, *after = (loss for _, _, loss, _ in losses(log))
     line = (
         f"Note: training did not beat its start: validation loss {start} before the first step, "
-        f"{min(after, key=float)} at best after it; what the run started from is better than what it wrote\n"
+        f"{min(after, key=float)} at best after it; what the run started from is better than what "
+        "it wrote\n"
     )
     assert line in log and "Note: use" not in log
     assert line in succeeded(start_script(folder, **variables, RESUME="True"))

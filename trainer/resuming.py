@@ -4,8 +4,9 @@ import inspect
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -129,7 +130,11 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
     if state is None:
         return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
-    # The base first, whose tokenizer is part of the data's checksum.
+    # A variable that an earlier version did not have has not changed.
+    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
+    if run.base is None:  # these variables make the random weights, which are the base then
+        refuse_fixed(path, changed, before, now)
+    # The base before the data, since its tokenizer is part of the data's checksum.
     for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
             started = before.get("base_checkpoint")
@@ -139,14 +144,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
-    # A variable that an earlier version did not have has not changed.
-    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
-    for name in changed:
-        if name in FIXED:
-            raise FileError(
-                f"{path} is a run with {name.upper()}={before.get(name)}, "
-                f"which cannot be continued with {now[name]}"
-            )
+    refuse_fixed(path, changed, before, now)
     try:
         progress = Progress.from_plain(state.progress)
     except (AttributeError, TypeError, ValueError, KeyError) as error:
@@ -166,6 +164,17 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
         lines.append(f"Note: changed since the interruption: {', '.join(differences)}")
     return progress, lines
+
+
+def refuse_fixed(
+    path: Path, changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise FileError where variables have changed that must not."""
+    if wrong := [name for name in changed if name in FIXED]:
+        was, is_now = (
+            " ".join(f"{n.upper()}={values[n]}" for n in wrong) for values in (before, now)
+        )
+        raise FileError(f"{path} is a run with {was}, which cannot be continued with {is_now}")
 
 
 def save_training_state(
