@@ -235,12 +235,19 @@ def is_due(step: int, config: Config) -> bool:
 
 
 def step_batches(run: Run, step: int) -> list[Batch]:
-    """This process's share of the batches of a step, each what the model takes."""
-    config, share = run.config, (processes.rank(), processes.world_size())
-    shape, n = (config.batch_size, config.block_size), config.grad_accum_steps
+    """This process's share of a step, in GRAD_ACCUM_STEPS batches, each what the model takes.
+
+    A step draws one large batch, of which each batch here is a share. So it sees the same windows
+    however many batches and processes they are shared out to.
+    """
+    config, n = run.config, run.config.grad_accum_steps
+    shape = (n * config.batch_size, config.block_size)
+    rank, n_processes = processes.rank(), processes.world_size()
     return [
-        run.corpus.training_batch(*shape, config.seed, number, run.device, share)
-        for number in range(step * n, (step + 1) * n)
+        run.corpus.training_batch(
+            *shape, config.seed, step, run.device, share=(i * n_processes + rank, n * n_processes)
+        )
+        for i in range(n)
     ]
 
 

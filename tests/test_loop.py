@@ -88,9 +88,8 @@ def plain_loop(text: bytes) -> tuple[dict[str, Tensor], dict[int, tuple[float, .
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step)
         optimizer.zero_grad()
-        numbers = range(ACCUMULATED * step, ACCUMULATED * (step + 1))
-        batches = [training_batch(tokens[:split], BATCH_SIZE, BLOCK_SIZE, SEED, n) for n in numbers]
-        loss = sum(model(*batch)[1] for batch in batches) / ACCUMULATED
+        size = ACCUMULATED * BATCH_SIZE  # a step's batches are one, in parts
+        loss = model(*training_batch(tokens[:split], size, BLOCK_SIZE, SEED, step))[1]
         loss.backward()
         train_losses.append(loss.item())
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
