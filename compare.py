@@ -32,7 +32,7 @@ MARKERS = "os^Dv"
 # Runs that differ in one of these are no fair comparison.
 VARIABLES = (
     "MAX_STEPS", "BATCH_SIZE", "GRAD_ACCUM_STEPS", "BLOCK_SIZE", "DROPOUT", "LOSS_ON_PROMPT",
-    "COMPILE", "GRAD_CHECKPOINT",
+    "COMPILE", "GRAD_CHECKPOINT", "PATIENCE",
 )  # fmt: skip
 
 

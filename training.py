@@ -13,9 +13,7 @@ The environment configures everything (trainer/settings.py). The log goes to std
 progress bar to stderr.
 """
 
-import dataclasses
 import itertools
-import math
 import os
 import statistics
 import sys
@@ -24,7 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,8 +30,6 @@ import hardware
 from data import Batch, decode, vocabulary_size
 from files.streams import write_out
 from hardware import processes
-from lora import lora_layers, merge_adapter, save_adapter
-from models.checkpoint import family_of, save_checkpoint, sizes_of
 from trainer.console import (
     Interrupted,
     TrainingError,
@@ -44,14 +39,27 @@ from trainer.console import (
     indent,
     say,
 )
-from trainer.description import describe
-from trainer.evaluation import evaluate, evaluate_all, shows_progress
-from trainer.log import SAMPLE, evaluation_line, summary_lines, wrote_line
+from trainer.description import describe, describe_costs, describe_outcome
+from trainer.evaluation import (
+    check_finite,
+    evaluate_all,
+    evaluation_at,
+    shows_progress,
+    tokens_per_second,
+)
+from trainer.log import SAMPLE, evaluation_line, stopped_line, summary_lines, wrote_line
 from trainer.metrics import Metrics
-from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
+from trainer.optimization import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
+from trainer.saving import save, write_merged
 from trainer.settings import Config, help_table
 from trainer.setup import Run, header, identity, preview, set_up
+from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
 # starts the next (`python benchmarks/families.py --device cuda`: on an H200 a step of 2**42.8 took
@@ -102,8 +110,9 @@ def train(run: Run) -> None:
         traffic.bytes = 0  # compiling ran a batch that is no part of a step
     elif is_launch_bound(run):
         model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
-    timer = hardware.StepTimer(run.device, progress.step_times)
-    first_step = progress.step
+    timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
+    watch = Watch(progress.recent)
+    first_step, gradient_norm = progress.step, None
     windows = run.corpus.validation_windows(
         config.eval_batches * config.batch_size, config.block_size
     )
@@ -112,6 +121,18 @@ def train(run: Run) -> None:
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, header(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
+
+    def show(*lines: str) -> None:
+        with tqdm.external_write_mode():
+            say(*lines)
+
+    def save_results(step: int) -> None:
+        sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
+        progress.since_best += 1
+        if progress.val_loss < progress.best_loss:
+            progress.best_loss, progress.since_best = progress.val_loss, 0
+            sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
+        save_progress()
 
     def save_progress() -> None:
         progress.elapsed = time.perf_counter() - started
@@ -129,26 +150,30 @@ def train(run: Run) -> None:
         ) as bar,
     ):
         for step in range(progress.step, config.max_steps + 1):
-            due = step % config.eval_interval == 0 or step == config.max_steps
+            due = is_due(step, config)
             signal = processes.all_reduce_max(stop.received)
             if due or signal:
                 timer.flush()
+                show(*watch.leaps())
             if due and progress.evaluated < step:
-                evaluation = evaluation_at(step, run, windows, progress)
+                with timer.timed("evaluation"):
+                    evaluation = evaluation_at(step, run, windows, progress, gradient_norm)
                 evaluation["elapsed"] = time.perf_counter() - started
+                evaluation["seconds"] = timer.take_parts()
                 progress.val_loss = evaluation["val_loss"]
+                if step == 0:
+                    progress.start_loss = progress.val_loss
                 metrics.write(evaluation)
-                with tqdm.external_write_mode():
-                    say(evaluation_line(evaluation))
+                show(evaluation_line(evaluation))
                 check_finite(progress.val_loss, step, config)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
-                    sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
-                    if progress.val_loss < progress.best_loss:
-                        progress.best_loss = progress.val_loss
-                        sizes[run.files.best] = save(run, run.files.best, step, progress.val_loss)
-                    save_progress()
+                    with timer.timed("saving"):
+                        save_results(step)
             if step == config.max_steps:
+                break
+            if config.patience and progress.since_best >= config.patience:
+                show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
                 break
             if signal and earlier_state and run.files.resume not in sizes:
                 raise Interrupted(
@@ -167,15 +192,23 @@ def train(run: Run) -> None:
             timer.begin()
             batches = step_batches(run, step)
             parts = run.corpus.loss_parts(batches, n_processes, processes.all_reduce_sum)
+            timer.end_part("data")
             loss = accumulate(model, batches, parts, run.autocast)
-            if config.grad_clip > 0:
-                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            timer.end_part("forward_backward")
+            if config.grad_clip > 0 or is_due(step + 1, config):
+                gradient_norm = clip_gradients(parameters, config.grad_clip)
             set_learning_rate(optimizer, learning_rate(config, step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            timer.end_part("optimizer")
             progress.losses.append(loss)
+            watch.add(step + 1, training_loss=loss)
+            if config.grad_clip > 0:
+                watch.add(step + 1, gradient_norm=gradient_norm)
+            progress.tokens += config.tokens_per_step
             if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
                 check_finite(loss.item(), step, config)
+                show(*watch.leaps())
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
                 bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
@@ -194,22 +227,35 @@ def train(run: Run) -> None:
     if compile_time is not None:
         summary["compile_time"] = compile_time
     if traffic.bytes:
-        summary["bytes_exchanged"] = traffic.bytes / (config.max_steps - first_step)
+        summary["bytes_exchanged"] = traffic.bytes / (progress.step - first_step)
     metrics.write({"summary": summary | {"files": {str(p): size for p, size in sizes.items()}}})
     say(
         *summary_lines(summary),
         *describe_costs(run, summary),
         *(wrote_line(path, size) for path, size in sizes.items()),
+        *describe_outcome(run, progress),
     )
 
 
+def is_due(step: int, config: Config) -> bool:
+    """Whether there is an evaluation after so many steps."""
+    return step % config.eval_interval == 0 or step == config.max_steps
+
+
 def step_batches(run: Run, step: int) -> list[Batch]:
-    """This process's share of the batches of a step, each what the model takes."""
-    config, share = run.config, (processes.rank(), processes.world_size())
-    shape, n = (config.batch_size, config.block_size), config.grad_accum_steps
+    """This process's share of a step, in GRAD_ACCUM_STEPS batches, each what the model takes.
+
+    A step draws one large batch, of which each batch here is a share. So it sees the same windows
+    however many batches and processes they are shared out to.
+    """
+    config, n = run.config, run.config.grad_accum_steps
+    shape = (n * config.batch_size, config.block_size)
+    rank, n_processes = processes.rank(), processes.world_size()
     return [
-        run.corpus.training_batch(*shape, config.seed, number, run.device, share)
-        for number in range(step * n, (step + 1) * n)
+        run.corpus.training_batch(
+            *shape, config.seed, step, run.device, share=(i * n_processes + rank, n * n_processes)
+        )
+        for i in range(n)
     ]
 
 
@@ -270,79 +316,6 @@ def is_launch_bound(run: Run) -> bool:
     )
 
 
-def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
-    """Lines of the log: what compiling and several processes cost, where the run had them."""
-    lines = []
-    if "compile_time" in summary:
-        lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
-    if "bytes_exchanged" in summary:
-        info = run.model.get_parameter_info()
-        full = info["total"] - info["lora"]
-        if run.model.copied_head:  # full fine-tuning has one tensor for the head and the embedding
-            full -= run.model.lm_head.weight.numel()
-        lines.append(
-            f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
-            f"full fine-tuning's would be {4 * full:,}"
-        )
-    return lines
-
-
-def evaluation_at(
-    step: int, run: Run, windows: np.ndarray, progress: Progress
-) -> dict[str, float | None]:
-    """What an evaluation after `step` steps finds, by the keys of metrics.jsonl.
-
-    Losses are in nats per token; `train_loss` is None where no step was taken since the evaluation
-    before. Every process must call it.
-    """
-    losses = progress.losses
-    train_loss = None
-    if losses:
-        train_loss = processes.all_reduce_mean(torch.stack(losses).mean().cpu()).item()
-    val_loss, val_error = evaluate(run, windows)
-    return {
-        "step": step,
-        "train_loss": train_loss,
-        "val_loss": val_loss,
-        "val_error": val_error,
-        "learning_rate": learning_rate(run.config, step),
-        "tokens_per_second": tokens_per_second(
-            run.config, progress.step_times[-len(losses) :] if losses else []
-        ),
-    }
-
-
-def check_finite(loss: float, step: int, config: Config) -> None:
-    """Raise TrainingError for a loss that is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss became {loss} by step {step}: lower LEARNING_RATE "
-            f"({config.learning_rate:g}); files of earlier evaluations are as they were"
-        )
-
-
-def save(run: Run, path: Path, step: int, val_loss: float) -> int:
-    """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes.
-
-    Every process must call it; the first writes, and the others return 0.
-    """
-    with processes.full_parameters(run.model):
-        return write_model(run, path, step, val_loss) if processes.is_main_process() else 0
-
-
-def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
-    """Write the file that `save` is for, with what generate.py and a later run need to know."""
-    metadata = {"step": step, "val_loss": val_loss} | run.corpus.metadata()
-    if not run.config.use_lora:
-        return save_checkpoint(path, run.model, metadata, run.base)
-    metadata |= {"shape": dataclasses.asdict(sizes_of(run.model))}
-    metadata |= {"family": family_of(run.model).name, "base_checkpoint": run.base_path}
-    metadata["seed"] = run.config.seed
-    metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-    metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
-    return save_adapter(path, run.model, run.base_id, metadata)
-
-
 def print_sample(run: Run) -> None:
     """Print what the model writes after the opening of its corpus: a line break, or a prompt."""
     length = run.config.sample_tokens
@@ -373,27 +346,6 @@ def print_evaluation(run: Run) -> None:
         f"Perplexity: {found.perplexity:.4f} per {unit}",
         f"Bits per byte: {found.bits_per_byte:.4f}",
     )
-
-
-def write_merged(run: Run) -> None:
-    """Write base and adapters as one checkpoint, which is a base like any other."""
-    dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
-    merge_adapter(run.model)
-    path = run.files.merged
-    metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
-    for name in ("data", "prompt_format", "chat_template"):  # what says how the model is asked
-        if name in run.adapter_metadata:
-            metadata[name] = run.adapter_metadata[name]
-    for dtype in dtypes:
-        rounded = str(dtype).removeprefix("torch.")
-        say(f"Merged weights are rounded once to the dtype of the base's, {rounded}")
-    say(wrote_line(path, save_checkpoint(path, run.model, metadata, run.base)))
-
-
-def tokens_per_second(config: Config, step_times: list[float]) -> float:
-    """The rate over steps of these durations in seconds; 0 without a step."""
-    tokens = config.tokens_per_step * len(step_times)
-    return tokens / sum(step_times) if step_times else 0.0
 
 
 if __name__ == "__main__":

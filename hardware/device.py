@@ -1,11 +1,13 @@
 """The device of a run: which one and why, its dtype, its memory, CUDA graphs and timing."""
 
+import contextlib
 import ctypes
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -207,23 +209,48 @@ def in_cuda_graphs(model: nn.Module, batch: tuple[Tensor, ...], dtype: torch.dty
     return graphed
 
 
+# When a part of a step begins or ends: seconds of the clock, or an event in the queue of a GPU.
+Mark = float | torch.cuda.Event
+
+
 class StepTimer:
-    """Seconds of each step, appended to `times`.
+    """Seconds of each step, appended to `times`, and of each part of a run, added to `parts`.
 
     On a CPU each step is timed. A GPU works through a queue, and would idle if Python waited for it
     at each step. There, `together` steps are timed as one, and each counts as their mean.
+
+    CUDA notes in its queue when it comes to each part of a step, for which nothing waits: what
+    Python does while the GPU computes takes no time, and where the GPU waits for Python, that is
+    the time of the part that it waits for. On MPS parts are what Python takes to ask for them.
     """
 
-    def __init__(self, device: torch.device, times: list[float], together: int = 10) -> None:
-        self.device, self.times = device, times
+    def __init__(
+        self,
+        device: torch.device,
+        times: list[float],
+        parts: dict[str, float],
+        together: int = 10,
+    ) -> None:
+        self.device, self.times, self.parts = device, times, parts
         self.together = 1 if device.type == "cpu" else together
         self.steps = 0  # since `started`
         self.started = 0.0
+        self.marks: list[tuple[str | None, Mark]] = []  # the ends of parts; None begins a step
 
     def begin(self) -> None:
         """Call before a step."""
         if self.steps == 0:
             self.started = time.perf_counter()
+        self.end_part(None)
+
+    def end_part(self, name: str | None) -> None:
+        """Call in a step after each of its parts."""
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append((name, mark))
 
     def end(self) -> None:
         """Call after a step."""
@@ -237,6 +264,28 @@ class StepTimer:
             synchronize(self.device)
             self.times += [(time.perf_counter() - self.started) / self.steps] * self.steps
             self.steps = 0
+        for (_, start), (name, end) in itertools.pairwise(self.marks):
+            if name is not None:
+                cuda = isinstance(end, torch.cuda.Event)
+                self._add(name, start.elapsed_time(end) / 1000 if cuda else end - start)
+        self.marks = []
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A context that is a part of the run and of no step. The device must be idle before it."""
+        started = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self._add(name, time.perf_counter() - started)
+
+    def take_parts(self) -> dict[str, float]:
+        """The seconds of the parts, which then begin at 0 again."""
+        taken = dict(self.parts)
+        self.parts.clear()
+        return taken
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
 
 
 def synchronize(device: torch.device) -> None:

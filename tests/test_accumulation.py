@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start_script, succeeded
+from conftest import ON_CPU, TINY, start_group, start_script, succeeded
 from test_training import losses
 from torch import Tensor, nn
 
@@ -94,13 +94,24 @@ def test_batches_of_records_count_different_numbers_of_tokens(corpus):
     assert len(counted) == (1 if corpus.prompt_format is None else 4)
 
 
-def test_the_printed_training_loss_is_that_of_one_batch(tmp_path):
-    """On text that is all one letter, where a step of more batches draws nothing else."""
-    (tmp_path / "text.txt").write_text("a" * 4000)
-    variables = TINY | {"DROPOUT": "0", "DTYPE": "float32", "GRAD_CLIP": "0"}
-    one, four = (
-        losses(succeeded(start_script(tmp_path, **variables | sizes)))
-        for sizes in ({"BATCH_SIZE": "8"}, {"BATCH_SIZE": "2", "GRAD_ACCUM_STEPS": "4"})
-    )
-    for a, b in zip(one[1:], four[1:], strict=True):
-        assert [float(x) for x in b[1:3]] == pytest.approx([float(x) for x in a[1:3]], abs=2e-4)
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_a_run_in_small_batches_is_that_in_large_ones(tmp_path, kind):
+    """The same windows, losses and weights up to rounding, also in two processes."""
+    choose = random.Random(0)
+    words = ["".join(choose.choices("abcdefg ", k=choose.randint(1, 40))) for _ in range(200)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    records = (json.dumps({"prompt": "say", "completion": word}) + "\n" for word in words)
+    (tmp_path / "say.jsonl").write_text("".join(records))
+    variables = TINY | ON_CPU | {"DROPOUT": "0", "DTYPE": "float32", "SAMPLE_TOKENS": "0"}
+    variables |= {"DATA": {"text": "text.txt", "records": "say.jsonl"}[kind], "BLOCK_SIZE": "48"}
+    small = {"BATCH_SIZE": "2", "GRAD_ACCUM_STEPS": "4", "EVAL_BATCHES": "8"}
+    large = {"BATCH_SIZE": "8", "EVAL_BATCHES": "2"}
+    one = succeeded(start_script(tmp_path, **variables | large | {"OUT_DIR": "one"}))
+    four = succeeded(start_script(tmp_path, **variables | small | {"OUT_DIR": "four"}))
+    both, _ = start_group(tmp_path, **variables | small | {"OUT_DIR": "both"})
+    for log in (four, succeeded(both)):
+        for a, b in zip(losses(one)[1:], losses(log)[1:], strict=True):
+            assert list(map(float, b)) == pytest.approx(list(map(float, a)), abs=2e-4)
+    weights = [torch.load(tmp_path / out / "full.pt")["tensors"] for out in ("one", "four", "both")]
+    for found in weights[1:]:
+        torch.testing.assert_close(found, weights[0], rtol=0, atol=1e-4)

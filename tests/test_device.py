@@ -20,7 +20,7 @@ from training import is_launch_bound
 def test_a_cpu_times_each_step_and_a_queue_some_together():
     for name, expected in (("cpu", 5), ("meta", 3)):  # meta stands for a device with a queue
         times: list[float] = []
-        timer = hardware.StepTimer(torch.device(name), times, together=3)
+        timer = hardware.StepTimer(torch.device(name), times, {}, together=3)
         for _ in range(5):
             timer.begin()
             time.sleep(0.01)

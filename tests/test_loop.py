@@ -18,6 +18,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint, save_checkpoint
 from trainer.console import indent
 from trainer.log import SAMPLE
+from trainer.log_reader import read_logs
 from trainer.resuming import read_training_state
 
 SEED, STEPS, BATCH_SIZE, BLOCK_SIZE, ACCUMULATED = 3, 7, 4, 32, 2
@@ -61,9 +62,9 @@ def rate_at(step: int) -> float:
     return LOWEST + (RATE - LOWEST) * (1 + math.cos(math.pi * share)) / 2
 
 
-def plain_loop(text: bytes) -> tuple[dict[str, Tensor], dict[int, tuple[float, float, float]]]:
+def plain_loop(text: bytes) -> tuple[dict[str, Tensor], dict[int, tuple[float, ...]]]:
     """The weights after the steps, and at each evaluation the training loss since the one before,
-    the validation loss and its standard error."""
+    the validation loss and its standard error, and the norm of the last step's gradient."""
     tokens = torch.tensor(list(text)).numpy()
     split = len(tokens) * 9 // 10
     model = a_model()
@@ -73,23 +74,22 @@ def plain_loop(text: bytes) -> tuple[dict[str, Tensor], dict[int, tuple[float, f
     optimizer = torch.optim.AdamW(groups, betas=BETAS)
     offsets = validation_windows(tokens[split:], 2 * BATCH_SIZE, BLOCK_SIZE)
     windows = windows_batch(tokens[split:], offsets, BLOCK_SIZE)
-    found, train_losses = {}, []
+    found, train_losses, norm = {}, [], math.nan
     for step in range(STEPS + 1):
         if step in EVALUATED:
             with torch.no_grad():
                 each = [model(x[None], y[None])[1].item() for x, y in zip(*windows, strict=True)]
             train_loss = statistics.mean(train_losses) if train_losses else math.nan
             error = statistics.stdev(each) / math.sqrt(len(each))
-            found[step] = (train_loss, statistics.mean(each), error)
+            found[step] = (train_loss, statistics.mean(each), error, norm)
             train_losses = []
         if step == STEPS:
             return dict(model.named_parameters()), found
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step)
         optimizer.zero_grad()
-        numbers = range(ACCUMULATED * step, ACCUMULATED * (step + 1))
-        batches = [training_batch(tokens[:split], BATCH_SIZE, BLOCK_SIZE, SEED, n) for n in numbers]
-        loss = sum(model(*batch)[1] for batch in batches) / ACCUMULATED
+        size = ACCUMULATED * BATCH_SIZE  # a step's batches are one, in parts
+        loss = model(*training_batch(tokens[:split], size, BLOCK_SIZE, SEED, step))[1]
         loss.backward()
         train_losses.append(loss.item())
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
@@ -105,9 +105,10 @@ def test_the_loop_computes_what_a_plain_one_does(folder):
     evaluations, _ = metrics(folder)
     assert [e["step"] for e in evaluations] == EVALUATED == list(expected)
     for e in evaluations:
-        train_loss, val_loss, val_error = expected[e["step"]]
+        train_loss, val_loss, val_error, norm = expected[e["step"]]
         if e["step"] > 0:
             assert e["train_loss"] == pytest.approx(train_loss, abs=1e-4)
+            assert e["gradient_norm"] == pytest.approx(norm, rel=1e-3)
         assert e["val_loss"] == pytest.approx(val_loss, abs=1e-4)
         assert e["val_error"] == pytest.approx(val_error, rel=1e-3)
         assert e["learning_rate"] == pytest.approx(rate_at(e["step"]))
@@ -141,6 +142,50 @@ def test_times_are_those_of_the_steps(folder):
         since = times[before["step"] : e["step"]]
         assert e["tokens_per_second"] == pytest.approx(tokens * len(since) / sum(since))
     assert summary["training_time"] >= progress["elapsed"] >= sum(times)
+
+
+def test_the_parts_of_the_time_are_those_since_the_evaluation_before(folder):
+    times = read_training_state(folder / "out" / "full-resume.pt").progress["step_times"]
+    first, *evaluations = metrics(folder)[0]
+    assert first["seconds"].keys() == {"evaluation"} and first["gradient_norm"] is None
+    saved = False
+    for before, e in itertools.pairwise([first, *evaluations]):
+        parts = dict(e["seconds"])
+        assert parts.pop("evaluation") > 0 and ("saving" in parts) == saved
+        assert parts.pop("saving", 1.0) > 0
+        assert parts.keys() == {"data", "forward_backward", "optimizer"}
+        of_steps = sum(times[before["step"] : e["step"]])
+        assert 0.5 * of_steps < sum(parts.values()) <= of_steps
+        assert parts["forward_backward"] > parts["data"] > 0  # the first optimizer step imports
+        saved = True
+
+
+def test_an_evaluation_counts_tokens_and_memory(folder):
+    for e in metrics(folder)[0]:
+        assert e["tokens"] == e["step"] * ACCUMULATED * BATCH_SIZE * BLOCK_SIZE
+        assert 50 < e["peak_memory"] < 50_000  # MiB, of a process with torch
+
+
+def test_without_a_limit_the_norm_is_computed_where_it_is_shown(folder):
+    variables = VARIABLES | {"MAX_STEPS": "2", "EVAL_INTERVAL": "1"}
+    found = []
+    for limit in ("1e9", "0"):
+        succeeded(start_script(folder, **variables | {"GRAD_CLIP": limit, "OUT_DIR": limit}))
+        lines = (folder / limit / "full-metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["gradient_norm"] for line in lines[2:4]])
+    assert found[0] == found[1] and None not in found[0]
+
+
+def test_what_a_run_had_seen_is_known_when_it_goes_on(folder):
+    variables = VARIABLES | {"OUT_DIR": "longer", "MAX_STEPS": "3"}
+    succeeded(start_script(folder, **variables))
+    variables |= {"RESUME": "True", "MAX_STEPS": "4", "BATCH_SIZE": "2", "EVAL_BATCHES": "4"}
+    succeeded(start_script(folder, **variables))
+    last = (folder / "longer" / "full-metrics.jsonl").read_text().splitlines()[-2]
+    tokens = ACCUMULATED * BLOCK_SIZE * (3 * BATCH_SIZE + 2)
+    assert json.loads(last)["tokens"] == tokens
+    (log,) = read_logs(folder / "longer" / "full-metrics.jsonl")
+    assert [e.step for e in log.evaluations] == [0, 2, 3, 4]
 
 
 def test_the_sample_is_the_models_and_comes_again(folder):

@@ -42,7 +42,7 @@ def files_of(folder: Path, mode: str) -> dict[str, dict]:
     contents = {}
     for name in (f"{mode}.pt", f"{mode}-best.pt", f"{mode}-resume.pt"):
         content = torch.load(folder / name, weights_only=True)
-        for key in ("step_times", "elapsed"):
+        for key in ("step_times", "elapsed", "seconds"):
             content.get("progress", {}).pop(key, None)
         content.pop("identity", None)
         contents[name] = content
@@ -193,6 +193,29 @@ def test_what_cannot_be_continued_is_refused(lora_folder, case):
     error = refused(start_script(lora_folder, **LORA | {"RESUME": "True"} | variables))
     assert named in error and "tuned/lora-resume.pt" in error
     assert (lora_folder / "tuned" / "lora-resume.pt").read_bytes() == before
+
+
+RANDOM = {
+    "another seed": ({"SEED": "2"}, "SEED=1337, which cannot be continued with SEED=2"),
+    "another width": ({"N_EMBD": "16"}, "N_EMBD=32, which cannot be continued with N_EMBD=16"),
+    "more layers, other data": (
+        {"N_LAYER": "3", "SEED": "2", "DATA": "other.txt"},
+        "SEED=1337 N_LAYER=2, which cannot be continued with SEED=2 N_LAYER=3",
+    ),
+    "LoRA": ({"USE_LORA": "True", "OUT_DIR": "lora", "N_HEAD": "4"}, "N_HEAD=2, which cannot"),
+    "a base instead": ({"BASE_CHECKPOINT": "other/full.pt"}, "another base"),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_a_run_from_random_weights_names_what_differs(lora_folder, tmp_path, case):
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    own = TINY | {"OUT_DIR": "random"}
+    variables, named = RANDOM[case]
+    kept = {n: variables[n] for n in ("USE_LORA", "OUT_DIR") if n in variables}
+    succeeded(start_script(folder, **own | kept))
+    assert named in refused(start_script(folder, **own | {"RESUME": "True"} | variables))
 
 
 def test_the_speed_after_a_change_of_the_batch_is_that_of_the_new_steps(lora_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What the log says of a run before its first step."""
+"""What the log says of a run before its first step, and of what came of it."""
 
 import hardware
 from hardware import processes
@@ -8,6 +8,7 @@ from models.checkpoint import Checkpoint
 from trainer.console import indent
 from trainer.loading import describe_adapters
 from trainer.log import START
+from trainer.resuming import Progress
 from trainer.settings import Config
 from trainer.setup import Run, is_published, trains
 
@@ -134,3 +135,36 @@ def notes(run: Run) -> list[str]:
             f"among them {small[0]}: such an adapter costs more than the matrix and can do no more"
         )
     return found
+
+
+def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
+    """Lines of the log: what compiling and several processes cost, where the run had them."""
+    lines = []
+    if "compile_time" in summary:
+        lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
+    if "bytes_exchanged" in summary:
+        info = run.model.get_parameter_info()
+        full = info["total"] - info["lora"]
+        if run.model.copied_head:  # full fine-tuning has one tensor for the head and the embedding
+            full -= run.model.lm_head.weight.numel()
+        lines.append(
+            f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
+            f"full fine-tuning's would be {4 * full:,}"
+        )
+    return lines
+
+
+def describe_outcome(run: Run, progress: Progress) -> list[str]:
+    """A line of the log on which file to use, where that is not the last one."""
+    if progress.start_loss <= progress.best_loss:
+        return [
+            f"Note: training did not beat its start: validation loss {progress.start_loss:.4f} "
+            f"before the first step, {progress.best_loss:.4f} at best after it; what the run "
+            "started from is better than what it wrote"
+        ]
+    if progress.best_loss < progress.val_loss:
+        return [
+            f"Note: use {run.files.best}: its validation loss {progress.best_loss:.4f} is lower "
+            f"than {progress.val_loss:.4f}, that of {run.files.last}"
+        ]
+    return []

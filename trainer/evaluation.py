@@ -1,4 +1,7 @@
-"""The loss of a model on validation data: at a step on some windows, or once on all of them."""
+"""The loss of a model on validation data: at a step on some windows, or once on all of them.
+
+An evaluation at a step also gathers what the loop knows by then, for the log and metrics.jsonl.
+"""
 
 import math
 import sys
@@ -9,8 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import hardware
 from hardware import processes
 from trainer.console import TrainingError
+from trainer.optimization import learning_rate
+from trainer.resuming import Progress
 from trainer.settings import Config
 from trainer.setup import Run, trains
 
@@ -97,3 +103,46 @@ def shows_progress(config: Config) -> bool:
     """Whether to show a progress bar: on a terminal, and from the main process alone."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the caller closed it
     return config.progress and is_terminal and processes.is_main_process()
+
+
+def evaluation_at(
+    step: int, run: Run, windows: np.ndarray, progress: Progress, gradient_norm: Tensor | None
+) -> dict[str, float | None]:
+    """What an evaluation after `step` steps finds, by the keys of metrics.jsonl.
+
+    Losses are in nats per token; `train_loss` is None where no step was taken since the evaluation
+    before. `gradient_norm` () is the last step's. Every process must call it.
+    """
+    losses = progress.losses
+    train_loss = None
+    if losses:
+        train_loss = processes.all_reduce_mean(torch.stack(losses).mean().cpu()).item()
+    val_loss, val_error = evaluate(run, windows)
+    return {
+        "step": step,
+        "train_loss": train_loss,
+        "val_loss": val_loss,
+        "val_error": val_error,
+        "learning_rate": learning_rate(run.config, step),
+        "tokens_per_second": tokens_per_second(
+            run.config, progress.step_times[-len(losses) :] if losses else []
+        ),
+        "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
+        "tokens": progress.tokens,
+        "peak_memory": hardware.peak_memory(run.device),
+    }
+
+
+def check_finite(loss: float, step: int, config: Config) -> None:
+    """Raise TrainingError for a loss that is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} by step {step}: lower LEARNING_RATE "
+            f"({config.learning_rate:g}); files of earlier evaluations are as they were"
+        )
+
+
+def tokens_per_second(config: Config, step_times: list[float]) -> float:
+    """The rate over steps of these durations in seconds; 0 without a step."""
+    tokens = config.tokens_per_step * len(step_times)
+    return tokens / sum(step_times) if step_times else 0.0

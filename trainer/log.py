@@ -15,7 +15,14 @@ metrics.jsonl has one JSON object a line. The first describes the run:
 Each evaluation is a line, with losses in nats per token and `elapsed` in seconds:
 
     {"step": 100, "train_loss": 2.77, "val_loss": 2.40, "val_error": 0.017,
-     "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9}
+     "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9,
+     "gradient_norm": 0.81, "tokens": 409600, "peak_memory": 790,
+     "seconds": {"data": 0.1, "forward_backward": 15.9, "optimizer": 1.1, "evaluation": 0.8,
+                 "saving": 0.1}}
+
+`gradient_norm` is that of the last step before it was clipped, and `tokens` those of all batches so
+far, with padding. `seconds` are those since the evaluation before: of this evaluation, and of the
+writing of files after the one before. Earlier versions had none of these four.
 
 The last line is there when the run has ended, with seconds, MiB of memory and bytes of files:
 
@@ -41,6 +48,10 @@ SAMPLE = "Sample ("  # the line that begins so is the last: after it the model i
 EVALUATION = (
     "step {step:d} | train loss {train_loss} | val loss {val_loss:.4f} +- {val_error:.4f} | "
     "lr {learning_rate:.2e} | tokens/s {tokens_per_second:.0f} | elapsed {elapsed:.1f} s"
+)
+STOPPED = (
+    "Stopped at step {step}: {patience} evaluations in a row without a better validation loss than "
+    "{best_loss:.4f}, of {best} (PATIENCE={patience})"
 )
 WROTE = "Wrote {path}: {size:.2f} MiB"
 
@@ -92,6 +103,11 @@ def evaluation_line(evaluation: Mapping[str, Any]) -> str:
 def summary_lines(summary: Mapping[str, float]) -> list[str]:
     """The log's lines of the summary, a dict with the keys of metrics.jsonl."""
     return [figure.written(summary[figure.key]) for figure in SUMMARY]
+
+
+def stopped_line(step: int, patience: int, best_loss: float, best: str | Path) -> str:
+    """The log's line where PATIENCE ends a run; `best` is the file of the best loss."""
+    return STOPPED.format(step=step, patience=patience, best_loss=best_loss, best=best)
 
 
 def wrote_line(path: str | Path, size: int) -> str:

@@ -116,11 +116,12 @@ class RunLog:
     def progress(self) -> str:
         """How far the run is, in words."""
         steps = self.config.get("MAX_STEPS", "?")
+        last = str(self.evaluations[-1].step) if self.evaluations else steps
         if self.is_finished:
-            return f"{steps} steps"
+            return f"{steps} steps" if last == steps else f"{last} of {steps} steps (PATIENCE)"
         if not self.evaluations:
             return f"unfinished: no evaluation yet of {steps} steps"
-        return f"unfinished: last evaluation at step {self.evaluations[-1].step} of {steps}"
+        return f"unfinished: last evaluation at step {last} of {steps}"
 
     @property
     def file_size(self) -> float | None:

@@ -1,9 +1,10 @@
-"""The optimizer of a run, and its learning rate at each step."""
+"""The optimizer of a run, its learning rate at each step, and the norm of its gradients."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.settings import Config
 
@@ -49,3 +50,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give each group of parameters the run's rate times its `lr_ratio`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients down to the norm `largest`, 0 for no limit.
+
+    Returns the norm that all of them together had, () on their device, without waiting for it. Of
+    sharded parameters every process must call it.
+    """
+    if largest > 0:
+        norm = nn.utils.clip_grad_norm_(parameters, largest)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

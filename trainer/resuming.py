@@ -4,8 +4,9 @@ import inspect
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -59,11 +60,16 @@ class Progress:
 
     step: int = 0  # steps taken
     evaluated: int = -1  # the step of the last evaluation
-    val_loss: float = math.nan
-    best_loss: float = math.inf
+    start_loss: float = math.nan  # validation loss before the first step
+    val_loss: float = math.nan  # of the last evaluation
+    best_loss: float = math.inf  # of evaluations after a step
+    since_best: int = 0  # evaluations since that one, each without a better loss
     losses: list[Tensor] = field(default_factory=list)  # of the steps since that evaluation
     step_times: list[float] = field(default_factory=list)  # seconds, of all steps
     elapsed: float = 0.0  # seconds of the runs before this one
+    seconds: dict[str, float] = field(default_factory=dict)  # of each part since that evaluation
+    tokens: int = 0  # of all batches so far
+    recent: dict[str, list[float]] = field(default_factory=dict)  # of the last steps, for Watch
 
     def plain(self) -> dict[str, Any]:
         """Progress as numbers and lists of numbers, with losses that are means over the processes.
@@ -76,11 +82,17 @@ class Progress:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
-        """The Progress with this `plain`. Raises TypeError or ValueError for other values."""
+        """The Progress with this `plain`.
+
+        Raises AttributeError, KeyError, TypeError or ValueError for other values.
+        """
         lists = {name: [float(v) for v in values[name]] for name in ("losses", "step_times")}
         progress = cls(**values | lists | {"losses": [torch.tensor(v) for v in lists["losses"]]})
-        counts, numbers = (progress.step, progress.evaluated), (progress.val_loss, progress.elapsed)
-        if not all(isinstance(n, int) and n >= -1 for n in counts) or progress.step < 0:
+        progress.recent = {str(n): [float(v) for v in v] for n, v in progress.recent.items()}
+        progress.seconds = {str(name): float(s) for name, s in progress.seconds.items()}
+        numbers = (progress.start_loss, progress.val_loss, progress.elapsed)
+        counts = (progress.step, progress.evaluated + 1, progress.since_best, progress.tokens)
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError
         if not all(isinstance(n, float) for n in (*numbers, progress.best_loss)):
             raise TypeError
@@ -118,7 +130,11 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
     if state is None:
         return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
-    # The base first, whose tokenizer is part of the data's checksum.
+    # A variable that an earlier version did not have has not changed.
+    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
+    if run.base is None:  # these variables make the random weights, which are the base then
+        refuse_fixed(path, changed, before, now)
+    # The base before the data, since its tokenizer is part of the data's checksum.
     for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
             started = before.get("base_checkpoint")
@@ -128,18 +144,13 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
             raise FileError(
                 f"{path} is a run on {words}: {name} {before.get(name)}, not {now[name]}{hint}"
             )
-    # A variable that is newer than the interrupted run has not changed.
-    changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
-    for name in changed:
-        if name in FIXED:
-            raise FileError(
-                f"{path} is a run with {name.upper()}={before.get(name)}, "
-                f"which cannot be continued with {now[name]}"
-            )
+    refuse_fixed(path, changed, before, now)
     try:
         progress = Progress.from_plain(state.progress)
-    except (TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged: it does not say how far the run was") from error
+    if "tokens" not in state.progress:  # which earlier versions did not count
+        progress.tokens = progress.step * config.tokens_per_step
     if config.max_steps < progress.step:
         raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
     restore_training_state(path, state, run.model, optimizer)
@@ -153,6 +164,17 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
         lines.append(f"Note: changed since the interruption: {', '.join(differences)}")
     return progress, lines
+
+
+def refuse_fixed(
+    path: Path, changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise FileError where variables have changed that must not."""
+    if wrong := [name for name in changed if name in FIXED]:
+        was, is_now = (
+            " ".join(f"{n.upper()}={values[n]}" for n in wrong) for values in (before, now)
+        )
+        raise FileError(f"{path} is a run with {was}, which cannot be continued with {is_now}")
 
 
 def save_training_state(

@@ -281,6 +281,11 @@ class Config(Settings):
 
     # Report
     eval_interval: int = option(100, "steps between evaluations", at_least=1, test=5)
+    patience: int = option(
+        0,
+        "end after so many evaluations in a row without a better validation loss, 0 for never",
+        at_least=0,
+    )
     eval_batches: int = option(20, "validation batches an evaluation", at_least=1, test=2)
     sample_tokens: int = option(400, "tokens of text to sample at the end", at_least=0, test=60)
     progress: bool = option(True, "progress bar on a terminal")
