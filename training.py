@@ -43,6 +43,7 @@ from trainer.console import (
 )
 from trainer.description import describe
 from trainer.evaluation import evaluate, evaluate_all, shows_progress
+from trainer.loading import dtype_below
 from trainer.log import SAMPLE, evaluation_line, summary_lines, wrote_line
 from trainer.metrics import Metrics
 from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
@@ -330,6 +331,8 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata |= {"shape": dataclasses.asdict(sizes_of(run.model))}
     metadata |= {"family": family_of(run.model).name, "base_checkpoint": run.base_path}
     metadata["seed"] = run.config.seed
+    if run.config.base_dtype != "auto":
+        metadata["base_dtype"] = run.config.base_dtype
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
     return save_adapter(path, run.model, run.base_id, metadata)
@@ -373,6 +376,9 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
+    metadata["base_dtype"] = run.config.base_dtype
+    if any("nf4" in (run.config.base_dtype, dtype_below(a)) for _, a, _ in run.adapters):
+        say(f"Merged onto the base's weights as BASE_DTYPE={run.config.base_dtype} has them")
     if "prompt_format" in run.adapter_metadata:
         metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
     for dtype in dtypes:
