@@ -378,7 +378,7 @@ def write_merged(run: Run) -> None:
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
     metadata["base_dtype"] = run.config.base_dtype
     if any("nf4" in (run.config.base_dtype, dtype_below(a)) for _, a, _ in run.adapters):
-        say(f"Merged onto the base's weights as BASE_DTYPE={run.config.base_dtype} has them")
+        say(f"Merged onto the base's weights in BASE_DTYPE={run.config.base_dtype}")
     if "prompt_format" in run.adapter_metadata:
         metadata["prompt_format"] = run.adapter_metadata["prompt_format"]
     for dtype in dtypes:

@@ -129,13 +129,10 @@ def meta_model(family: Family, sizes: Any, dropout: float = 0.0) -> LanguageMode
 def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto") -> None:
     """Make a checkpoint's weights those of a model of its sizes, with or without adapters.
 
-    What trains is a copy in float32. What is frozen lies in one of these, by `dtype`:
-
-        auto                the checkpoint's dtype and, on a CPU, its memory, such as a mapped file
-        float32, bfloat16   that dtype
-        nf4                 NF4 where it is the weight of a linear in a block, else as with auto
-
-    Tensors are converted one by one. A model on the meta device is on the CPU afterwards.
+    What trains is a copy in float32. What is frozen keeps the checkpoint's dtype and, on a CPU, its
+    memory, such as that of a mapped file. With another `dtype` than "auto" the weights of frozen
+    linears are converted, one by one: with "float32" or "bfloat16" of all of them, with "nf4" of
+    those in the blocks. A model on the meta device is on the CPU afterwards.
 
     Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
     """
@@ -150,10 +147,10 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto")
     for name, tensor in found.items():
         check_tensors(path, {name: tensor}, {name: tensor})  # that its numbers are finite
         release(tensor)
-    in_blocks = {
+    converted = {
         id(module.weight)
-        for module in model.blocks.modules()
-        if isinstance(module, nn.Linear | LoRALinear)
+        for module in (model.blocks if dtype == "nf4" else model).modules()
+        if isinstance(module, nn.Linear | LoRALinear) and dtype != "auto"
     }
     loaded: dict[int, nn.Parameter] = {}  # by the id of the parameter that it replaces
     for module_name, module in model.named_modules():
@@ -163,15 +160,15 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto")
                 continue
             if id(parameter) not in loaded:
                 trains = parameter.requires_grad
-                form = "auto" if dtype == "nf4" and id(parameter) not in in_blocks else dtype
+                form = dtype if id(parameter) in converted else "auto"
                 tensor = _loaded(found[full_name], parameter, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)
             module._parameters[name] = loaded[id(parameter)]
 
 
 def _loaded(tensor: Tensor, parameter: Tensor, trains: bool, form: str) -> Tensor:
-    """A checkpoint's tensor on the parameter's device, in float32 or above where it trains, and
-    else in one of the forms of `load_base`."""
+    """A checkpoint's tensor on the parameter's device: in float32 or above where it trains, else in
+    the dtype `form`, in NF4, or with "auto" as it is."""
     device = "cpu" if parameter.is_meta else parameter.device
     if trains:
         dtype = torch.promote_types(tensor.dtype, torch.float32)

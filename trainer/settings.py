@@ -26,7 +26,7 @@ FALSE_WORDS = ("false", "0", "no", "off")
 # Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
 PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT")
 
-# In what the weights below adapters lie; auto is what their file has.
+# What the frozen weights of linears may lie in; auto is what their file has.
 BASE_DTYPES = ("auto", "float32", "bfloat16", "nf4")
 
 # The variables that change defaults. Where two are set, the later one here decides.
@@ -193,8 +193,8 @@ class Config(Settings):
     dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
     base_dtype: str = option(
         "auto",
-        "dtype of the frozen base; nf4 takes 4 bits a weight in the linears of blocks [that of its "
-        "file; for MERGE that on which ADAPTERS were trained]",
+        "dtype of the base's frozen linears; nf4 has 4 bits a weight, in the blocks [the file's; "
+        "with MERGE, nf4 for ADAPTERS trained on it]",
         choices=BASE_DTYPES,
     )
     num_threads: int | None = option(
@@ -313,7 +313,7 @@ class GenerateConfig(Settings):
     )
     base_dtype: str = option(
         "auto",
-        "dtype of the base; nf4 takes 4 bits a weight in the linears of blocks [that of its file]",
+        "dtype of the base's linears; nf4 has 4 bits a weight, in the blocks [the file's]",
         choices=BASE_DTYPES,
     )
     num_threads: int | None = option(
