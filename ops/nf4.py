@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a reach
 PART = 2**20  # numbers that are quantized at a time
+IN_CACHE = 2**13  # blocks that are dequantized at a time, or a CPU's caches would not hold them
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact 0: appendix E of the paper.
 LEVELS = (
@@ -145,12 +146,16 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
     n_rows = max(1, -(-numbers // (columns * whole))) * whole
     for start in range(0, len(W), n_rows):
         n = min(n_rows, len(W) - start)
-        blocks = slice(start * columns // BLOCK, -(-(start + n) * columns // BLOCK))
-        codes = W.codes[blocks].long()
-        # `gather` works in parallel on a CPU, as index_select of one dimension does not.
-        values = pairs.expand(len(codes), -1).gather(1, codes).view(torch.float32)
-        values.mul_(scales[blocks, None])
-        yield values.view(-1)[: n * columns].view(n, columns).to(dtype)
+        first, last = start * columns // BLOCK, -(-(start + n) * columns // BLOCK)
+        values = torch.empty(last - first, BLOCK, dtype=dtype, device=W.device)
+        for part, codes, scale in zip(
+            *(t.split(IN_CACHE) for t in (values, W.codes[first:last], scales[first:last, None])),
+            strict=True,
+        ):
+            # `gather` works in parallel on a CPU, as index_select of one dimension does not.
+            found = pairs.expand(len(codes), -1).gather(1, codes.long())
+            torch.mul(found.view(torch.float32), scale, out=part)
+        yield values.view(-1)[: n * columns].view(n, columns)
 
 
 def _scale_levels() -> Tensor:

@@ -12,6 +12,7 @@ Tensors = Sequence[Tensor]
 
 # The numbers of a frozen weight that a CPU casts at a time.
 CAST = 2**20
+DEQUANTIZED = 2**24  # of one in NF4
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -55,9 +56,9 @@ def base_slices(W: Tensors, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def _cast_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weight in `dtype`, about CAST numbers at a time: some rows, (outputs, in)."""
+    """The weight in `dtype`, some rows at a time: (outputs, in)."""
     if isinstance(W, NF4):
-        return dequantize_rows(W, CAST, dtype)
+        return dequantize_rows(W, DEQUANTIZED, dtype)
     return (rows.to(dtype) for rows in W.split(max(1, CAST // W.shape[1])))
 
 
