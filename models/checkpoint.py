@@ -179,6 +179,6 @@ def _loaded(tensor: Tensor, parameter: Tensor, trains: bool, form: str) -> Tenso
         converted = quantize(tensor.to(device))
     else:
         converted = tensor.to(device, getattr(torch, form)).contiguous()
-    if converted.data_ptr() != tensor.data_ptr():
+    if converted is not tensor:
         release(tensor)
     return converted

@@ -222,8 +222,10 @@ def logits_of(folder: Path, base: str, dtype: str, adapter: str | None = None) -
     return model(idx)[0].detach()
 
 
-def test_the_linears_of_the_blocks_lie_in_nf4_and_nothing_else(folder):
+def test_the_linears_of_the_blocks_lie_in_nf4_and_nothing_else(folder, monkeypatch):
     base = read_base(folder / "llama")
+    released = []
+    monkeypatch.setattr("models.checkpoint.release", lambda tensor: released.append(id(tensor)))
     lora = LoraOptions(targets=["q_proj", "down_proj"], train_embeddings=False)
     model = build_model(base.family, base.sizes, base, "cpu", 0.0, lora, base_dtype="nf4")
     kinds = {name: type(p) for name, p in model.named_parameters()}
@@ -231,6 +233,8 @@ def test_the_linears_of_the_blocks_lie_in_nf4_and_nothing_else(folder):
     linears = {n for n in kinds if n.endswith("_proj.weight")}
     assert quantized == linears and len(linears) == 2 * 7
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    for name, tensor in base.tensors.items():  # after its check, and after it was quantized
+        assert released.count(id(tensor)) >= (2 if name in linears else 1)
     embedding = model.model.embed_tokens.weight
     assert embedding.data_ptr() == base.tensors["model.embed_tokens.weight"].data_ptr()
 
