@@ -34,7 +34,7 @@ from data import (
 )
 from files import FileError
 from files.streams import write_err, write_out
-from lora import lora_layers, merge_adapter
+from lora import lies_below_adapter, lora_layers, merge_adapter
 from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
 from trainer.console import asks_for_help, exit_code_of, format_table, say
@@ -139,15 +139,18 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
     if adapters:
         targets, train_embeddings = parts_of(adapters)
         lora = LoraOptions(targets=targets, train_embeddings=train_embeddings)
-    model = build_model(base.family, base.sizes, base, device, lora=lora)
+    model = build_model(
+        base.family, base.sizes, base, device, lora=lora, base_dtype=config.base_dtype
+    )
     lines, metadata = [f"Base: {base.path}"], base.metadata
     if adapters:
         rank, any_base = config.lora_rank, config.any_base
-        metadata = put_on_adapters(model, base_fingerprint(model), adapters, rank, any_base)
+        base_id = base_fingerprint(base, model)
+        metadata = put_on_adapters(model, base_id, adapters, rank, any_base)
         largest_rank = max(layer.rank for layer in lora_layers(model).values())
-        lines += describe_adapters(adapters, metadata, largest_rank)
+        lines += describe_adapters(adapters, metadata, largest_rank, config.base_dtype)
         layers = lora_layers(model).values()
-        if all(layer.weight.dtype == layer.lora_A.dtype for layer in layers):
+        if not any(lies_below_adapter(layer) for layer in layers):
             merge_adapter(model)  # not in lower precision, which would round the sum
     for line in lines:
         write_err(line)

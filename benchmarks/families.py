@@ -3,12 +3,15 @@
     python benchmarks/families.py
     python benchmarks/families.py --models Llama-3.2-1B --batches 1x512 --dtypes bfloat16
     python benchmarks/families.py --device cuda --batches 8x1024 --grad-checkpoint
+    python benchmarks/families.py --methods ours-nf4,ours     a base in NF4, over one in bfloat16
+    python benchmarks/families.py --methods ours-nf4,peft-nf4     and over PEFT on bitsandbytes'
 
 Writes a model as a Hugging Face folder in bfloat16 and trains adapters of rank 8 on all linears of
 its blocks, embeddings and head frozen: with this project as training.py does it, and with PEFT as
 its users do: from_pretrained in the dtype of the run, get_peft_model with its defaults, labels
 to the model, and autocast where the dtype is bfloat16. A step is forward, loss, backward and fused
-AdamW. Both get the same tokens, and both keep freed memory (`hardware.keep_freed_memory`).
+AdamW. Both get the same tokens, and both keep freed memory (`hardware.keep_freed_memory`). PEFT's
+base in NF4 is what `transformers` loads through bitsandbytes in 4 bits, its scales quantized too.
 
 Each method is a process of its own, and the two take turns, so that ratios pair steps that ran
 beside each other. Memory is the peak of the whole process, imports and loading included; on CUDA it
@@ -28,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +81,10 @@ MODELS = {
     },
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("ours", "peft")
+METHODS = ("ours", "peft", "ours-nf4", "peft-nf4")
 DTYPES = ("float32", "bfloat16")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.02}  # of the first losses, which are about ln(vocab)
+NF4_TOLERANCE = 0.1  # where a base lies in NF4: bitsandbytes rounds differently on a CPU
 RANK, ALPHA, SEED, STD = 8, 16.0, 1337, 0.02
 ROWS = 2**11  # of a tensor that are made at a time
 
@@ -97,6 +102,7 @@ class Setting:
     threads: int | None
     clock: str
     steps: int
+    methods: tuple[str, str] = METHODS[:2]
 
 
 # The models
@@ -129,12 +135,12 @@ def write_folder(folder: Path, model: str) -> None:
                 part.bfloat16().view(torch.int16).numpy().tofile(file)
 
 
-def our_step(folder: Path, setting: Setting) -> Callable[[], float]:
+def our_step(folder: Path, setting: Setting, base_dtype: str) -> Callable[[], float]:
     """A function that takes one step as training.py does and returns the loss."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
     base = read_base(folder)
     options = LoraOptions(RANK, ALPHA, 0.0, TARGETS, train_embeddings=False)
-    model = build_model(base.family, base.sizes, base, device, 0.0, options)
+    model = build_model(base.family, base.sizes, base, device, 0.0, options, base_dtype)
     model.grad_checkpoint = setting.grad_checkpoint
     tokens = batch_of(setting)
     if dtype != torch.float32:
@@ -159,13 +165,22 @@ def our_step(folder: Path, setting: Setting) -> Callable[[], float]:
     return step
 
 
-def peft_step(folder: Path, setting: Setting) -> Callable[[], float]:
+def peft_step(folder: Path, setting: Setting, base_dtype: str) -> Callable[[], float]:
     """The same with PEFT on transformers' model."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if base_dtype == "nf4":
+        options["device_map"] = setting.device
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    base = AutoModelForCausalLM.from_pretrained(folder, **options)
     if setting.grad_checkpoint:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -237,7 +252,8 @@ def work(method: str, folder: Path, setting: Setting) -> None:
     device = torch.device(setting.device)
     hardware.keep_freed_memory()
     hardware.allow_tf32(device)
-    step = {"ours": our_step, "peft": peft_step}[method](folder, setting)
+    method, _, base_dtype = method.partition("-")
+    step = {"ours": our_step, "peft": peft_step}[method](folder, setting, base_dtype or "auto")
     clock = time.process_time if setting.clock == "cpu" else time.perf_counter
     for line in sys.stdin:
         if line.strip() == "loss":
@@ -259,17 +275,19 @@ def measured(folder: Path, setting: Setting, rounds: int) -> dict[str, tuple[lis
 
     Exits with a message where the first losses differ by more than rounding.
     """
-    workers = {method: Worker(method, folder, setting) for method in METHODS}
+    methods = setting.methods
+    workers = {method: Worker(method, folder, setting) for method in methods}
     try:
         losses = {method: worker.ask("loss") for method, worker in workers.items()}
-        tolerance = TOLERANCES[setting.dtype]
-        if not abs(losses["ours"] - losses["peft"]) <= tolerance:
+        in_nf4 = any(method.endswith("nf4") for method in methods)
+        tolerance = NF4_TOLERANCE if in_nf4 else TOLERANCES[setting.dtype]
+        if not abs(losses[methods[0]] - losses[methods[1]]) <= tolerance:
             sys.exit(f"error: the first losses differ by more than {tolerance}: {losses}")
-        times: dict[str, list[float]] = {method: [] for method in METHODS}
+        times: dict[str, list[float]] = {method: [] for method in methods}
         for i in range(rounds):
-            for method in METHODS if i % 2 == 0 else reversed(METHODS):
+            for method in methods if i % 2 == 0 else reversed(methods):
                 times[method].append(workers[method].ask("time"))
-        return {method: (times[method], workers[method].ask("peak")) for method in METHODS}
+        return {method: (times[method], workers[method].ask("peak")) for method in methods}
     finally:
         for worker in workers.values():
             worker.close()
@@ -277,21 +295,25 @@ def measured(folder: Path, setting: Setting, rounds: int) -> dict[str, tuple[lis
 
 # The report
 
-HEAD = (
-    f"{'batch':7}  {'dtype':8}  {'ours, ms':>22}  {'PEFT, ms':>22}  ratio  "
-    f"{'ours, MiB':>9}  {'PEFT, MiB':>9}  ratio"
-)
+
+def head(first: str, second: str) -> str:
+    """The names of the columns, where these two methods are compared."""
+    return (
+        f"{'batch':7}  {'dtype':8}  {first + ', ms':>22}  {second + ', ms':>22}  ratio  "
+        f"{first + ', MiB':>13}  {second + ', MiB':>13}  ratio"
+    )
 
 
 def row(setting: Setting, found: dict[str, tuple[list[float], float]]) -> str:
-    """A line of the table: medians with the lowest and highest, and ratios of ours to PEFT's."""
+    """A line of the table: medians with the lowest and highest, and ratios of the first method's
+    to the second's."""
     cells = [f"{setting.batch}x{setting.block:<5}", f"{setting.dtype:8}"]
     for times, _ in found.values():
         low, middle, high = (1000 * f(times) for f in (min, statistics.median, max))
         cells.append(f"{f'{middle:.0f} ({low:.0f} to {high:.0f})':>22}")
-    (ours, our_peak), (peft, peft_peak) = found.values()
-    cells.append(f"{statistics.median(ours) / statistics.median(peft):5.2f}")
-    cells += [f"{our_peak:9.0f}", f"{peft_peak:9.0f}", f"{our_peak / peft_peak:5.2f}"]
+    (first, first_peak), (second, second_peak) = found.values()
+    cells.append(f"{statistics.median(first) / statistics.median(second):5.2f}")
+    cells += [f"{first_peak:13.0f}", f"{second_peak:13.0f}", f"{first_peak / second_peak:5.2f}"]
     return "  ".join(cells)
 
 
@@ -303,10 +325,10 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), model)
-            yield f"\n{model}\n{HEAD}"
+            yield f"\n{model}\n{head(*args.methods)}"
             setting = Setting(
                 model, "", 0, 0, str(args.device), args.grad_checkpoint, args.threads, args.clock,
-                args.steps,
+                args.steps, tuple(args.methods),
             )  # fmt: skip
             for dtype in args.dtypes:
                 for batch, block in args.batches:
@@ -347,6 +369,10 @@ def parse_arguments() -> argparse.Namespace:
         "--dtypes", type=names_of(DTYPES), metavar="NAMES",
         help="float32, bfloat16 or both (default: those that the hardware multiplies)",
     )  # fmt: skip
+    parser.add_argument(
+        "--methods", type=names_of(METHODS), default=METHODS[:2], metavar="NAMES",
+        help=f"two of {', '.join(METHODS)}, separated by a comma (default: ours,peft)",
+    )  # fmt: skip
     parser.add_argument("--device", type=device_of, default="cpu", help="(default: cpu)")
     parser.add_argument("--grad-checkpoint", action="store_true", help="compute activations twice")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="(default: 5)")
@@ -363,7 +389,11 @@ def parse_arguments() -> argparse.Namespace:
     if args.dtypes is None:
         native = hardware.choose_dtype("auto", args.device)[0] == torch.bfloat16
         args.dtypes = list(DTYPES if native else DTYPES[:1])
-    for package in ("transformers", "peft"):
+    if len(args.methods) != 2:
+        parser.error(f"--methods {','.join(args.methods)} is not two methods")
+    packages = ["transformers", "peft"]
+    packages += ["bitsandbytes"] if "peft-nf4" in args.methods else []
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             parser.error(f"the package {package} is missing: pip install -r requirements-dev.txt")
     for model in args.models:

@@ -1,10 +1,13 @@
 """Files of tensors: ours and those of others, read without running code and checked before use."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
+import mmap
 import os
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -170,17 +173,48 @@ def check_tensors(
             raise FileError(f"{path}: {name} holds numbers that are not finite")
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], released: bool = False) -> str:
     """A hash of names, shapes and values, which tells one base model from another.
 
-    Equal values have the same hash in float32 and in lower precisions, but another in float64.
+    Equal values have the same hash in float32 and in lower precisions, but another in float64. Each
+    tensor is `released` after it was read, if so asked.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
         for part in _in_parts(tensors[name].detach()):
             digest.update(part.cpu().numpy().data)
+        if released:
+            release(tensors[name])
     return digest.hexdigest()[:16]
+
+
+def release(tensor: Tensor) -> None:
+    """Give the memory of a mapped file's tensor back until it is read again.
+
+    Nobody may have written to the tensor, or it is the file's again. The pages that were read count
+    as the process's memory otherwise, as long as it has the file. Only Linux can tell whether
+    memory is that of a file, so elsewhere this does nothing.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-start // page) * page, end // page * page
+    if first < last and _is_of_a_file(start, end):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _is_of_a_file(start: int, end: int) -> bool:
+    """Whether the addresses from `start` to `end` are those of one mapped file."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            addresses, _, _, _, inode, *_ = line.split()
+            low, high = (int(address, 16) for address in addresses.split("-"))
+            if low <= start < high:
+                return end <= high and inode != "0"
+    return False
 
 
 def _is_finite(tensor: Tensor) -> bool:

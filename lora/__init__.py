@@ -21,7 +21,7 @@ from lora.adapters import (
     write_adapter,
 )
 from lora.inject import add_lora, count_parameters, lora_layers, store_base
-from lora.linear import LoRALinear, grouped_linear
+from lora.linear import LoRALinear, grouped_linear, lies_below_adapter
 from lora.peft_format import read_peft, write_peft
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "complete_adapter",
     "count_parameters",
     "grouped_linear",
+    "lies_below_adapter",
     "load_adapter",
     "lora_layers",
     "merge_adapter",

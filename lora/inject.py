@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lora.linear import LoRALinear, merging_pays
+from ops.products import number_size
 
 
 def add_lora(
@@ -108,6 +109,8 @@ def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
     for layer in linears:
         if layer.weight.requires_grad or id(layer.weight) in others:
             continue  # trained, or shared with another module, as a tied head's
+        if number_size(layer.weight) < dtype.itemsize:
+            continue  # in less memory already
         adapted = isinstance(layer, LoRALinear)
         if not adapted or layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
             layer.weight.data = layer.weight.data.to(dtype)

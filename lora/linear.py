@@ -32,6 +32,7 @@ from ops.products import (
     concatenated,
     differentiable_once,
     float32_product,
+    number_size,
     product_dtype,
     rows_of,
     scaled_product,
@@ -212,7 +213,7 @@ def is_frozen(layer: nn.Module) -> bool:
 
 def is_frozen_below(dtype: torch.dtype, layer: nn.Module) -> bool:
     """Whether a layer is a frozen plain linear in a lower precision than `dtype`."""
-    return is_frozen(layer) and layer.weight.itemsize < dtype.itemsize
+    return is_frozen(layer) and number_size(layer.weight) < dtype.itemsize
 
 
 def _are_alike(layers: Sequence[nn.Module]) -> bool:
@@ -282,6 +283,11 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear], source: Made | None = None
     return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, source, *W, *A, *B)
 
 
+def lies_below_adapter(layer: LoRALinear) -> bool:
+    """Whether the frozen weight lies in a lower precision than the adapter, such as in NF4."""
+    return number_size(layer.weight) < layer.lora_A.itemsize
+
+
 def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
     """Whether making M = W + s B A moves fewer bytes than two paths, for inputs of `dtype`.
 
@@ -293,7 +299,7 @@ def merging_pays(tokens: int, layer: LoRALinear, dtype: torch.dtype) -> bool:
     steps larger than the adapter's.
     """
     W, n_in, n_out = layer.weight, layer.in_features, layer.out_features
-    if W.dtype != layer.lora_A.dtype:
+    if lies_below_adapter(layer):
         return False
     merging = n_in * n_out * (4 if dtype == W.dtype else 3) * W.element_size()
     merging += n_in * n_out * (0 if dtype == W.dtype else dtype.itemsize)
@@ -381,7 +387,7 @@ class _TwoPaths(torch.autograd.Function):
     ) -> Tensor:
         W, A, B = _in_three(parameters)
         # What is cast to fewer bytes is kept; what is cast to more is cast anew in backward.
-        cast = base_weight(W, x.dtype) if any(x.itemsize < w.itemsize for w in W) else None
+        cast = base_weight(W, x.dtype) if any(x.itemsize < number_size(w) for w in W) else None
         down = concatenated(A).to(x.dtype)
         up = block_diagonal(B).to(x.dtype).t()  # (n * rank, sum of out)
         y = x.new_empty(*x.shape[:-1], up.shape[1])

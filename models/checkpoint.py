@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from files import FileError
-from files.tensors import check_tensors, read_file, write_file
-from lora import base_state
+from files.tensors import check_tensors, read_file, release, write_file
+from lora import LoRALinear, base_state
 from models import FAMILIES, GPT2, Family, LanguageModel
+from ops.nf4 import NF4, dequantize, quantize
 
 FORMAT = "model checkpoint"
 VERSION = 2
@@ -54,10 +55,11 @@ def save_checkpoint(
 ) -> int:
     """Write all weights of a model without adapters; returns the file's size in bytes.
 
-    The tokenizer and the files beside the weights of its `base` are written too. Raises FileError
-    when the file cannot be written.
+    Of a weight in NF4 its values are written, in the dtype of the matrix that it was made of. The
+    tokenizer and the files beside the weights of its `base` are written too. Raises FileError when
+    the file cannot be written.
     """
-    tensors = {name: tensor.cpu() for name, tensor in base_state(model).items()}
+    tensors = {name: _plain(tensor).cpu() for name, tensor in base_state(model).items()}
     content = {"format": FORMAT, "version": VERSION, "family": family_of(model).name}
     content |= {"shape": dataclasses.asdict(sizes_of(model))}
     content["tokenizer"] = base.tokenizer if base is not None else None
@@ -67,6 +69,10 @@ def save_checkpoint(
             for name, file in base.files.items()
         }
     return write_file(path, content | {"metadata": dict(metadata), "tensors": tensors})
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return dequantize(tensor, tensor.dtype) if isinstance(tensor, NF4) else tensor
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -120,11 +126,13 @@ def meta_model(family: Family, sizes: Any, dropout: float = 0.0) -> LanguageMode
         return family.model(**dataclasses.asdict(sizes), device="meta", dropout=dropout)
 
 
-def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
+def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto") -> None:
     """Make a checkpoint's weights those of a model of its sizes, with or without adapters.
 
     What trains is a copy in float32. What is frozen keeps the checkpoint's dtype and, on a CPU, its
-    memory, such as that of a mapped file. A model on the meta device is on the CPU afterwards.
+    memory, such as that of a mapped file. With another `dtype` than "auto" the weights of frozen
+    linears are converted, one by one: with "float32" or "bfloat16" of all of them, with "nf4" of
+    those in the blocks. A model on the meta device is on the CPU afterwards.
 
     Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
     """
@@ -135,7 +143,15 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
         stated, wanted = getattr(checkpoint.sizes, size.name), getattr(model.sizes, size.name)
         if stated != wanted and size.name != "tied_head":
             raise FileError(f"{path} has {size.name}={stated}, the model has {wanted}")
-    check_tensors(path, found, base_state(model))
+    check_tensors(path, found, base_state(model), finite=False)
+    for name, tensor in found.items():
+        check_tensors(path, {name: tensor}, {name: tensor})  # that its numbers are finite
+        release(tensor)
+    converted = {
+        id(module.weight)
+        for module in (model.blocks if dtype == "nf4" else model).modules()
+        if isinstance(module, nn.Linear | LoRALinear) and dtype != "auto"
+    }
     loaded: dict[int, nn.Parameter] = {}  # by the id of the parameter that it replaces
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -144,15 +160,25 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint) -> None:
                 continue
             if id(parameter) not in loaded:
                 trains = parameter.requires_grad
-                tensor = _loaded(found[full_name], parameter, trains)
+                form = dtype if id(parameter) in converted else "auto"
+                tensor = _loaded(found[full_name], parameter, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)
             module._parameters[name] = loaded[id(parameter)]
 
 
-def _loaded(tensor: Tensor, parameter: Tensor, trains: bool) -> Tensor:
-    """A checkpoint's tensor on the parameter's device, in float32 or above where it trains."""
+def _loaded(tensor: Tensor, parameter: Tensor, trains: bool, form: str) -> Tensor:
+    """A checkpoint's tensor on the parameter's device: in float32 or above where it trains, else in
+    the dtype `form`, in NF4, or with "auto" as it is."""
     device = "cpu" if parameter.is_meta else parameter.device
     if trains:
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return tensor.to(device).contiguous()
+    if form == "auto":
+        return tensor.to(device).contiguous()
+    if form == "nf4":
+        converted = quantize(tensor.to(device))
+    else:
+        converted = tensor.to(device, getattr(torch, form)).contiguous()
+    if converted is not tensor:
+        release(tensor)
+    return converted

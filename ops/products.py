@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ops.nf4 import NF4, dequantize, dequantize_rows
+
 Tensors = Sequence[Tensor]
 
 # The numbers of a frozen weight that a CPU casts at a time.
 CAST = 2**20
+DEQUANTIZED = 2**24  # of one in NF4
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -20,6 +23,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
+def number_size(W: Tensor) -> float:
+    """The bytes that a number of a weight takes: in NF4 about half a byte."""
+    return 0.5 if isinstance(W, NF4) else W.itemsize
+
+
 def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
     """The frozen weights of layers on one input, one below the other: (sum of out, in) in `dtype`.
 
@@ -27,6 +35,7 @@ def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
     again in backward. With `copy` the result may be written to; else it can be the single weight
     itself.
     """
+    W = [dequantize(w, dtype) if isinstance(w, NF4) else w for w in W]
     return concatenated(W).to(dtype, copy=copy and len(W) == 1)
 
 
@@ -36,14 +45,21 @@ def base_slices(W: Tensors, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     It is one slice, but for weights that a CPU casts to more bytes: these come some at a time,
     which take no memory, and of which the product finds some in the cache.
     """
-    if W[0].device.type != "cpu" or not all(w.itemsize < dtype.itemsize for w in W):
+    if W[0].device.type != "cpu" or not all(number_size(w) < dtype.itemsize for w in W):
         yield slice(None), base_weight(W, dtype)
         return
     start = 0
     for w in W:
-        for rows in w.split(max(1, CAST // w.shape[1])):
-            yield slice(start, start + len(rows)), rows.to(dtype)
+        for rows in _cast_rows(w, dtype):
+            yield slice(start, start + len(rows)), rows
             start += len(rows)
+
+
+def _cast_rows(W: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The weight in `dtype`, some rows at a time: (outputs, in)."""
+    if isinstance(W, NF4):
+        return dequantize_rows(W, DEQUANTIZED, dtype)
+    return (rows.to(dtype) for rows in W.split(max(1, CAST // W.shape[1])))
 
 
 def scaled_product(s: float, a: Tensor, b: Tensor) -> Tensor:

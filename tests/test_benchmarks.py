@@ -119,8 +119,11 @@ def test_families_compares_steps_and_memory_with_pefts(tmp_path):
     for _, ours, peft, ratio, our_peak, peft_peak, peak_ratio in rows:
         assert float(ratio) > 0 and int(ours) > 0 and int(peft) > 0
         assert float(peak_ratio) == pytest.approx(int(our_peak) / int(peft_peak), abs=0.01)
+    output = succeeded(start(*few, "--batches", "2x16", "--methods", "ours-nf4,ours"))
+    assert re.search(rf"^2x16 +float32 +{number} +{number} ", output, re.M)
     for arguments, words in (
         (("--models", "huge"), "SmolLM2-135M"),
+        ((*few, "--methods", "ours"), "--methods ours is not two methods"),
         ((*few, "--batches", "1x512"), "more than tiny's context, 64"),
         (("--batches", "1x0"), "'1x0' is not sequences x tokens"),
     ):

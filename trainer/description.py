@@ -27,7 +27,11 @@ def describe(run: Run) -> list[str]:
         passes = run.corpus.passes(config.max_steps * config.tokens_per_step)
         lines.append(f"Passes: {passes:.3g} over the training data in MAX_STEPS")
     lines.append(describe_base(run))
-    lines += describe_adapters(run.adapters, run.adapter_metadata, config.lora_rank)
+    if config.base_dtype != "auto":
+        lines.append(describe_base_weights(run))
+    lines += describe_adapters(
+        run.adapters, run.adapter_metadata, config.lora_rank, config.base_dtype
+    )
     lines += describe_parameters(config, run.model)
     if trains(config) and is_published(run.base):
         lines += describe_defaults(run)
@@ -61,6 +65,17 @@ def describe_base(run: Run) -> str:
     return f"{line}; this run is on {'the same data' if same else 'other data'}"
 
 
+def describe_base_weights(run: Run) -> str:
+    """In what the frozen weights lie, and how much memory they take."""
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    size = sum(p.nbytes for p in frozen) / 2**20
+    line = f"Base weights: {run.config.base_dtype}, {size:,.1f} MiB"
+    if run.config.base_dtype != "nf4":
+        return line
+    before = sum(p.numel() * p.itemsize for p in frozen) / 2**20
+    return f"{line} instead of {before:,.1f}"
+
+
 def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
     """How many parameters the model has, and which of them train."""
     info = model.get_parameter_info()
@@ -68,7 +83,7 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         return [
             "Parameter Statistics:",
             f"   Total parameters: {info['total']:,}",
-            f"   Trainable (all): {info['trainable']:,}",
+            *([f"   Trainable (all): {info['trainable']:,}"] if info["trainable"] else []),
         ]
     embeddings = info["trainable"] - info["lora"]
     layers = [f"   LoRA layers: {config.lora_targets}"] if config.lora_targets != "all" else []

@@ -84,8 +84,12 @@ def build_model(
     device: str | torch.device,
     dropout: float = 0.0,
     lora: LoraOptions | None = None,
+    base_dtype: str = "auto",
 ) -> LanguageModel:
     """A model on its base, or of random weights, with fresh adapters where `lora` is given.
+
+    What is frozen lies in `base_dtype`, one of those of `load_base`. Without `lora` all weights
+    train with "auto", and none does with the others.
 
     Raises FileError when the base's tensors are not the model's, and ValueError for a target that
     is no linear of it.
@@ -105,11 +109,13 @@ def build_model(
             **options,
         )
         if base is not None:
-            load_base(model, base)
+            if base_dtype != "auto" and lora is None:
+                model.requires_grad_(False)
+            load_base(model, base, base_dtype)
         return model
     model = meta_model(family, sizes, dropout)
-    model.requires_grad_(lora is None)
-    load_base(model, base)
+    model.requires_grad_(lora is None and base_dtype == "auto")
+    load_base(model, base, base_dtype)
     if lora is not None:
         if model.tied_head and lora.train_embeddings:
             model.tie_head(copied=True)
@@ -142,18 +148,37 @@ def put_on_adapters(
     return adapter.metadata
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of the weights below the adapters."""
+def base_fingerprint(base: Checkpoint | None, model: nn.Module) -> str:
+    """The fingerprint of the weights below the adapters: those of the base's file, whatever dtype
+    the model has them in, or without a base the model's random ones."""
+    if base is not None:
+        return fingerprint(base.tensors, released=True)
     return fingerprint(base_state(model))
 
 
-def describe_adapters(files: AdapterFiles, metadata: dict[str, Any], rank: int) -> list[str]:
-    """What the log says of ADAPTERS; `metadata` and `rank` are those of their sum."""
+def dtype_below(adapter: Adapter) -> str:
+    """The BASE_DTYPE on which an adapter was trained, as far as its file says."""
+    found = adapter.metadata.get("base_dtype")
+    return found if isinstance(found, str) else "auto"
+
+
+def describe_adapters(
+    files: AdapterFiles, metadata: dict[str, Any], rank: int, base_dtype: str
+) -> list[str]:
+    """What the log says of ADAPTERS on a base in `base_dtype`; `metadata` and `rank` are those of
+    their sum."""
     lines = [f"Adapter: {path}, weight {weight:g}" for path, _, weight in files]
     if any(adapter.base is None for _, adapter, _ in files):
         lines.append(
             "Base of the adapter: not recorded in its file, so not checked; its shapes fit"
         )
+    for path, adapter, _ in files:
+        trained = dtype_below(adapter)
+        if adapter.base is not None and trained != base_dtype and "nf4" in (trained, base_dtype):
+            lines.append(
+                f"Note: {path} was trained with BASE_DTYPE={trained}, "
+                f"and this base is of BASE_DTYPE={base_dtype}"
+            )
     if "truncation_error" in metadata:
         error = metadata["truncation_error"]
         lines.append(f"Reduced to rank {rank}: relative error {error:.2e}")

@@ -9,6 +9,7 @@ from hardware import processes
 from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
 from trainer.console import say
+from trainer.loading import dtype_below
 from trainer.log import wrote_line
 from trainer.setup import Run
 
@@ -30,6 +31,8 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata |= {"shape": dataclasses.asdict(sizes_of(run.model))}
     metadata |= {"family": family_of(run.model).name, "base_checkpoint": run.base_path}
     metadata["seed"] = run.config.seed
+    if run.config.base_dtype != "auto":
+        metadata["base_dtype"] = run.config.base_dtype
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
     return save_adapter(path, run.model, run.base_id, metadata)
@@ -41,6 +44,9 @@ def write_merged(run: Run) -> None:
     merge_adapter(run.model)
     path = run.files.merged
     metadata = {"merged": f"{run.base_path} with {run.config.adapters}"}
+    metadata["base_dtype"] = run.config.base_dtype
+    if any("nf4" in (run.config.base_dtype, dtype_below(a)) for _, a, _ in run.adapters):
+        say(f"Merged onto the base's weights in BASE_DTYPE={run.config.base_dtype}")
     for name in ("data", "prompt_format", "chat_template"):  # what says how the model is asked
         if name in run.adapter_metadata:
             metadata[name] = run.adapter_metadata[name]

@@ -28,6 +28,9 @@ FALSE_WORDS = ("false", "0", "no", "off")
 # Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
 PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT", "CHAT_TEMPLATE")
 
+# What the frozen weights of linears may lie in; auto is what their file has.
+BASE_DTYPES = ("auto", "float32", "bfloat16", "nf4")
+
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
@@ -242,6 +245,12 @@ class Config(Settings):
     seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
+    base_dtype: str = option(
+        "auto",
+        "dtype of the base's frozen linears; nf4 has 4 bits a weight, in the blocks [the file's; "
+        "with MERGE, nf4 for ADAPTERS trained on it]",
+        choices=BASE_DTYPES,
+    )
     num_threads: int | None = option(
         None,
         "CPU threads of a process [torch's own choice; under torchrun its share of the cores]",
@@ -304,6 +313,13 @@ class Config(Settings):
         for name in ("compile", "merge"):
             if self.fsdp and getattr(self, name):
                 raise ConfigError(f"FSDP and {name.upper()} exclude each other")
+        if self.fsdp and self.base_dtype == "nf4":
+            raise ConfigError("FSDP and BASE_DTYPE=nf4 exclude each other")
+        if self.base_dtype != "auto" and not (self.use_lora or self.eval_only or self.merge):
+            raise ConfigError(
+                f"BASE_DTYPE={self.base_dtype} is for a frozen base and needs USE_LORA=True, "
+                "EVAL_ONLY=True or MERGE=True: else every weight trains, in float32"
+            )
         if self.merge and self.adapters is None:
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
@@ -363,6 +379,11 @@ class GenerateConfig(Settings):
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option(
         "float32", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16")
+    )
+    base_dtype: str = option(
+        "auto",
+        "dtype of the base's linears; nf4 has 4 bits a weight, in the blocks [the file's]",
+        choices=BASE_DTYPES,
     )
     num_threads: int | None = option(
         None, "CPU threads [torch's own choice]", at_least=1, below=1025

@@ -24,6 +24,7 @@ from trainer.loading import (
     LoraOptions,
     base_fingerprint,
     build_model,
+    dtype_below,
     parts_of,
     put_on_adapters,
     read_adapters,
@@ -105,6 +106,11 @@ def set_up(asked: Config) -> Run:
     dtype, dtype_reason = hardware.choose_dtype(asked.dtype, device)
     files = output_files(asked)
     base = find_base(asked, files)
+    if base is None and asked.base_dtype != "auto":
+        raise ConfigError(
+            f"BASE_DTYPE={asked.base_dtype} needs a base, and there is no {files.last.parent}/"
+            "full.pt: set BASE_CHECKPOINT to the model's checkpoint or folder"
+        )
     lock = None
     if trains(asked) and processes.is_main_process():
         lock = lock_folder(asked.output_folder)
@@ -118,9 +124,9 @@ def set_up(asked: Config) -> Run:
     if config.use_lora:
         scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
         lora = LoraOptions(*scaling, targets, config.train_embeddings)
-    model = build_model(family, sizes, base, place, config.dropout, lora)
+    model = build_model(family, sizes, base, place, config.dropout, lora, config.base_dtype)
     model.grad_checkpoint = config.grad_checkpoint
-    base_id, metadata = base_fingerprint(model), {}
+    base_id, metadata = base_fingerprint(base, model), {}
     if adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         metadata = put_on_adapters(model, base_id, adapters, rank, config.any_base)
@@ -275,7 +281,8 @@ def resolve(
     The sizes become the model's, except that `block_size` is the length of windows. On a
     `published` base the head is not adapted, and the embeddings are frozen: those of Llama 3.2 1B
     are 263 million numbers. ADAPTERS decide rank and alpha. Where ADAPTERS are trained further,
-    they also decide which linears are adapted, and whether the embeddings train.
+    they also decide which linears are adapted, and whether the embeddings train. MERGE takes
+    the base in NF4 where they all were trained on it.
 
     Returns the configuration without unset variables, and the linears to adapt, None for all.
 
@@ -304,6 +311,9 @@ def resolve(
         values["lora_targets"] = describe_targets(targets, meta_model(family, sizes))
     else:  # every parameter trains
         values |= {"train_embeddings": True, "lora_targets": asked.lora_targets or "all"}
+    if asked.merge and "BASE_DTYPE" not in asked.explicit:
+        below = {dtype_below(adapter) for _, adapter, _ in adapters}
+        values["base_dtype"] = "nf4" if below == {"nf4"} else "auto"
     if adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         rank, alpha = sum_scaling([(adapter, weight) for _, adapter, weight in adapters], rank)
