@@ -82,7 +82,7 @@ def test_test_mode_has_an_output_folder_of_its_own():
         ("LORA_DROPOUT", "1.0"),
         ("LORA_DROPOUT", "-0.1"),
         ("DEVICE", "tpu"),
-        ("DTYPE", "float16"),
+        ("DTYPE", "float64"),
         ("SEED", "-1"),
         ("NUM_THREADS", "0"),
         ("DATA", ""),

@@ -1,5 +1,7 @@
 """What the log says of a run before its first step, and of what came of it."""
 
+import torch
+
 import hardware
 from hardware import processes
 from lora import lora_layers
@@ -138,7 +140,7 @@ def notes(run: Run) -> list[str]:
 
 
 def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
-    """Lines of the log: what compiling and several processes cost, where the run had them."""
+    """Lines of the log: what compiling, several processes and float16 cost, where used."""
     lines = []
     if "compile_time" in summary:
         lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
@@ -150,6 +152,11 @@ def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
         lines.append(
             f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
             f"full fine-tuning's would be {4 * full:,}"
+        )
+    if run.dtype == torch.float16:
+        lines.append(
+            f"Skipped steps: {summary['skipped_steps']:,}, whose gradients were too large for "
+            "float16"
         )
     return lines
 

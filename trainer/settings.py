@@ -26,6 +26,8 @@ FALSE_WORDS = ("false", "0", "no", "off")
 # Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
 PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT")
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
@@ -187,7 +189,7 @@ class Config(Settings):
     # Hardware
     seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "dtype of the arithmetic", choices=DTYPES)
     num_threads: int | None = option(
         None,
         "CPU threads of a process [torch's own choice; under torchrun its share of the cores]",
@@ -297,9 +299,7 @@ class GenerateConfig(Settings):
     lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
 
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option(
-        "float32", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
     num_threads: int | None = option(
         None, "CPU threads [torch's own choice]", at_least=1, below=1025
     )
