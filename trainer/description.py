@@ -1,5 +1,7 @@
 """What the log says of a run before its first step, and of what came of it."""
 
+from collections.abc import Sequence
+
 import torch
 
 import hardware
@@ -74,9 +76,11 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         ]
     embeddings = info["trainable"] - info["lora"]
     layers = [f"   LoRA layers: {config.lora_targets}"] if config.lora_targets != "all" else []
+    adapters = lora_layers(model).values()
     return [
         "Using LoRA for efficient fine-tuning",
-        f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
+        f"   LoRA rank: {range_of([layer.rank for layer in adapters])}, "
+        f"alpha: {range_of([layer.alpha for layer in adapters])}, "
         f"dropout: {config.lora_dropout}",
         *layers,
         "Parameter Statistics:",
@@ -87,6 +91,12 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
         f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
     ]
+
+
+def range_of(values: Sequence[float]) -> str:
+    """The least and the greatest of some numbers, as in `4 to 16`, or the one that they are."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def describe_defaults(run: Run) -> list[str]:

@@ -48,21 +48,45 @@ class WeightedAdapters:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ConfigError for an empty name and for a weight that is not finite or too large."""
-        parts = []
-        for part in text.split(","):
-            path, _, weight = part.strip().rpartition(":")
-            try:
-                value = float(weight)
-            except ValueError:  # no weight: the colon, if any, belongs to the path
-                path, value = part.strip(), 1.0
-            if not path or not abs(value) <= LARGEST_WEIGHT:
+        """What the text names. A comma or a weight's colon that is in the name of an existing file
+        belongs to that name.
+
+        Raises ConfigError for an empty name and for a weight that is not finite or too large.
+        """
+        parts, pieces = [], text.split(",")
+        while pieces:
+            taken = len(pieces)
+            while taken > 1 and not _names_a_file(",".join(pieces[:taken])):
+                taken -= 1
+            part = ",".join(pieces[:taken]).strip()
+            pieces = pieces[taken:]
+            path, weight = _path_and_weight(part)
+            if not path or not abs(weight) <= LARGEST_WEIGHT:
                 raise ConfigError(
                     f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, "
                     f"as in out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
                 )
-            parts.append((os.path.expanduser(path), value))
+            parts.append((os.path.expanduser(path), weight))
         return cls(text, tuple(parts))
+
+
+def _path_and_weight(part: str) -> tuple[str, float]:
+    """The path and the weight that a part of ADAPTERS names; the path may be empty."""
+    path, _, weight = part.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:  # no weight: the colon, if any, belongs to the path
+        return part, 1.0
+    return (part, 1.0) if _exists(part) else (path, value)
+
+
+def _names_a_file(part: str) -> bool:
+    """Whether a part of ADAPTERS is an existing file or folder, with a weight or without."""
+    return _exists(_path_and_weight(part.strip())[0])
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def option(
@@ -182,7 +206,7 @@ class Config(Settings):
     adapters: WeightedAdapters | None = option(
         None,
         "adapters to start from: a file or a folder of PEFT's, or several with weights, as in "
-        "a.pt:0.7,b.pt:-0.3",
+        "a.pt:0.7,b.pt:-0.3; a name with a comma or :2 at its end is that of the existing file",
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
 
@@ -293,7 +317,7 @@ class GenerateConfig(Settings):
     adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
-        "a.pt:0.7,b.pt:-0.3",
+        "a.pt:0.7,b.pt:-0.3; a name with a comma or :2 at its end is that of the existing file",
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
     lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
