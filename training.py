@@ -53,6 +53,7 @@ from trainer.optimization import (
     clip_gradients,
     learning_rate,
     make_optimizer,
+    make_scaler,
     set_learning_rate,
 )
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
@@ -100,7 +101,8 @@ def train(run: Run) -> None:
     hardware.allow_tf32(run.device)
     optimizer = make_optimizer(config, run.model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    progress, lines = resume(run, optimizer) if config.resume else (Progress(), [])
+    scaler = make_scaler(run.device, run.dtype)
+    progress, lines = resume(run, optimizer, scaler) if config.resume else (Progress(), [])
     say(*lines)
     traffic = processes.Traffic()
     model = processes.replicate(run.model, traffic)
@@ -137,7 +139,7 @@ def train(run: Run) -> None:
     def save_progress() -> None:
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
-            run.files.resume, run.model, optimizer, identity(run), progress.plain()
+            run.files.resume, run.model, optimizer, scaler, identity(run), progress.plain()
         )
 
     with (
@@ -165,7 +167,7 @@ def train(run: Run) -> None:
                     progress.start_loss = progress.val_loss
                 metrics.write(evaluation)
                 show(evaluation_line(evaluation))
-                check_finite(progress.val_loss, step, config)
+                check_finite(progress.val_loss, step, run)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
                     with timer.timed("saving"):
@@ -193,12 +195,14 @@ def train(run: Run) -> None:
             batches = step_batches(run, step)
             parts = run.corpus.loss_parts(batches, n_processes, processes.all_reduce_sum)
             timer.end_part("data")
-            loss = accumulate(model, batches, parts, run.autocast)
+            loss = accumulate(model, batches, parts, run.autocast, scaler.scale)
             timer.end_part("forward_backward")
-            if config.grad_clip > 0 or is_due(step + 1, config):
+            scaler.unscale_(optimizer)
+            if config.grad_clip > 0 or scaler.is_enabled() or is_due(step + 1, config):
                 gradient_norm = clip_gradients(parameters, config.grad_clip)
             set_learning_rate(optimizer, learning_rate(config, step))
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             timer.end_part("optimizer")
             progress.losses.append(loss)
@@ -206,8 +210,10 @@ def train(run: Run) -> None:
             if config.grad_clip > 0:
                 watch.add(step + 1, gradient_norm=gradient_norm)
             progress.tokens += config.tokens_per_step
+            if scaler.is_enabled():
+                progress.skipped = progress.skipped + ~gradient_norm.isfinite()
             if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
-                check_finite(loss.item(), step, config)
+                check_finite(loss.item(), step, run)
                 show(*watch.leaps())
                 speed = tokens_per_second(config, progress.step_times[-10:])
                 shown = {"loss": f"{loss.item():.3f}", "lr": f"{learning_rate(config, step):.1e}"}
@@ -223,6 +229,7 @@ def train(run: Run) -> None:
         "median_step_time": statistics.median(progress.step_times),
         "tokens_per_second": tokens_per_second(config, progress.step_times),
         "peak_memory": hardware.peak_memory(run.device),
+        "skipped_steps": int(progress.skipped),
     }
     if compile_time is not None:
         summary["compile_time"] = compile_time
@@ -264,9 +271,11 @@ def accumulate(
     batches: Sequence[Batch],
     parts: Iterable[float | Tensor],
     autocast: Callable[[], AbstractContextManager],
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Tensor:
     """Add the gradients of each batch's mean loss times its part to those that the model has.
 
+    `scale` is applied to what is differentiated, and not to the result.
     Gradients are averaged over the processes once, after the last batch. Returns this process's sum
     of the losses times their parts, () float32.
     """
@@ -276,7 +285,7 @@ def accumulate(
             with autocast():
                 batch_loss = model(*batch)[-1]  # without keeping the logits
             batch_loss = batch_loss * part
-            batch_loss.backward()
+            scale(batch_loss).backward()
         loss += batch_loss.detach()
     return loss
 

@@ -74,18 +74,23 @@ def choose_threads(number: int | None, processes: int) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the arithmetic for DTYPE=`name` (auto, float32, bfloat16), and the reason.
+    """The dtype of the arithmetic for DTYPE=`name` (auto, float32, bfloat16, float16), and why.
 
-    Trained weights and the optimizer's state are float32 in any case.
+    Trained weights and the optimizer's state are float32 in any case. Raises DeviceError for
+    float16 on MPS, where training in it was never tried.
     """
     if name != "auto":
         found, reason = choose_dtype("auto", device)
+        if name == "float16" and device.type == "mps":
+            raise DeviceError("DTYPE=float16 is for cuda and cpu; on mps set float32 or bfloat16")
         if name == "bfloat16" and found != torch.bfloat16 and device.type == "cpu":
             return torch.bfloat16, f"DTYPE={name}, though {reason}: far slower than float32"
         return getattr(torch, name), f"DTYPE={name}"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU multiplies it natively"
+        if torch.cuda.get_device_capability(device) >= (7, 0):  # Volta, the first with tensor cores
+            return torch.float16, "the GPU multiplies it natively, but not bfloat16"
         return torch.float32, "the GPU has no native bfloat16"
     if device.type == "cpu":
         capabilities = cpu_capabilities()

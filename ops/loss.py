@@ -61,6 +61,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counted = (targets >= 0)[:, None]  # (tokens, 1)
         # Of each token in the mean, (tokens, 1).
         scale = counted.to(torch.promote_types(x.dtype, torch.float32)) / counted.sum()
+        # A token's share of a mean may be too small for float16, but not times GradScaler's factor.
+        # That is in `grad`, so there the mean is taken in backward.
+        count = counted.sum() if x.dtype == torch.float16 else None
+        share = scale if count is None else counted.to(scale.dtype)
         targets = targets.clamp(min=0)[:, None]
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         loss = 0.0
@@ -72,16 +76,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = loss + ((total.log() - found) * scale[part]).sum()
             if dx is None:
                 continue
-            # The gradient of the logits: (softmax - one-hot) scale.
-            wide.mul_(scale[part] / total).scatter_add_(-1, targets[part], -scale[part])
+            # The gradient of the logits: (softmax - one-hot) share.
+            wide.mul_(share[part] / total).scatter_add_(-1, targets[part], -share[part])
             wide = wide.to(x.dtype)
             for i, (outputs, weight) in enumerate(base_slices([W], x.dtype)):
                 dx[part].addmm_(wide[:, outputs], weight, beta=0 if i == 0 else 1)
-        ctx.save_for_backward(dx)
+        ctx.save_for_backward(dx, count)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (dx,) = ctx.saved_tensors
+        dx, count = ctx.saved_tensors
+        if count is not None:
+            return (dx.float() * (grad / count)).to(dx.dtype), None, None
         return dx * grad.to(dx.dtype), None, None

@@ -32,6 +32,8 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint, save_checkpoint
 from trainer.resuming import read_training_state, restore_training_state, save_training_state
 
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
 SHAPE = {"vocab_size": 256, "n_embd": 32, "block_size": 16, "n_head": 2, "n_layer": 2}
 IDX = torch.arange(32).view(2, 16)
 
@@ -160,11 +162,11 @@ def training_state_file(path):
     optimizer = optimizer_of(model)
     model(IDX, IDX)[1].backward()
     optimizer.step()
-    save_training_state(path, model, optimizer, {}, {})
+    save_training_state(path, model, optimizer, NO_SCALER, {}, {})
 
 
 def load_training_state(path, model):
-    restore_training_state(path, read_training_state(path), model, optimizer_of(model))
+    restore_training_state(path, read_training_state(path), model, optimizer_of(model), NO_SCALER)
 
 
 def optimizer_of(model):

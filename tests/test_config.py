@@ -7,6 +7,7 @@ from trainer.settings import (
     Config,
     ConfigError,
     GenerateConfig,
+    WeightedAdapters,
     help_table,
     option_fields,
 )
@@ -82,7 +83,7 @@ def test_test_mode_has_an_output_folder_of_its_own():
         ("LORA_DROPOUT", "1.0"),
         ("LORA_DROPOUT", "-0.1"),
         ("DEVICE", "tpu"),
-        ("DTYPE", "float16"),
+        ("DTYPE", "float64"),
         ("SEED", "-1"),
         ("NUM_THREADS", "0"),
         ("DATA", ""),
@@ -184,3 +185,38 @@ def test_windows_on_a_published_base_have_at_most_1024_tokens(context, published
     sizes = GPT2.sizes(vocab_size=300, n_embd=8, block_size=context, n_head=2, n_layer=1)
     config, _ = resolve(read(**asked), GPT2, sizes, [], published)
     assert config.block_size == expected
+
+
+PLAIN = [
+    ("a.pt", [("a.pt", 1.0)]),
+    ("a.pt:0.7, b.pt:-0.3", [("a.pt", 0.7), ("b.pt", -0.3)]),
+    ("C:\\lora.pt:2", [("C:\\lora.pt", 2.0)]),
+]
+NAMES = [
+    ("run,2/a.pt", [("run,2/a.pt", 1.0)]),
+    ("run,2/a.pt:0.5,b.pt", [("run,2/a.pt", 0.5), ("b.pt", 1.0)]),
+    ("b.pt:3,run,2/a.pt", [("b.pt", 3.0), ("run,2/a.pt", 1.0)]),
+    ("lora:2", [("lora:2", 1.0)]),
+    ("lora:2:0.5,lora:3", [("lora:2", 0.5), ("lora", 3.0)]),
+    ("~/b.pt:2,~/run,2/a.pt", [("{home}/b.pt", 2.0), ("{home}/run,2/a.pt", 1.0)]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), [*PLAIN, *NAMES])
+def test_adapters_are_paths_with_weights_and_existing_files_keep_their_names(
+    text, expected, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run,2").mkdir()
+    for name in ("run,2/a.pt", "b.pt", "lora:2"):
+        (tmp_path / name).touch()
+    found = WeightedAdapters.parse(text)
+    assert str(found) == text
+    assert found.parts == tuple((path.format(home=tmp_path), w) for path, w in expected)
+
+
+@pytest.mark.parametrize("text", ["a.pt,", ",", ":2", "a.pt:inf", "a.pt:1e4", "a,,b"])
+def test_adapters_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="neither a file nor a file with its weight"):
+        WeightedAdapters.parse(text)

@@ -133,6 +133,30 @@ def test_the_dtype_is_the_cpus_own_unless_told_otherwise(monkeypatch, flag, name
 
 
 @pytest.mark.parametrize(
+    ("gpu", "bfloat16", "capability", "dtype"),
+    [
+        ("T4", False, (7, 5), torch.float16),
+        ("V100", False, (7, 0), torch.float16),
+        ("P100", False, (6, 0), torch.float32),
+        ("A100", True, (8, 0), torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_what_a_gpu_multiplies_fast(monkeypatch, gpu, bfloat16, capability, dtype):
+    def supported(including_emulation: bool = True) -> bool:
+        return bfloat16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert hardware.choose_dtype("auto", torch.device("cuda"))[0] == dtype, gpu
+
+
+def test_float16_is_for_cuda_and_cpu():
+    assert hardware.choose_dtype("float16", torch.device("cpu"))[0] == torch.float16
+    with pytest.raises(hardware.DeviceError, match="DTYPE=float16 is for cuda and cpu"):
+        hardware.choose_dtype("float16", torch.device("mps"))
+
+
+@pytest.mark.parametrize(
     ("name", "dtype"),
     [
         ("amx_tile", torch.bfloat16),

@@ -63,7 +63,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def assert_agrees(layer: LoRALinear, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> None:
     x = x.requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, dtype if autocast else None, enabled=autocast):
         y = layer(x)
     assert y.dtype == dtype and y.shape == (*x.shape[:-1], layer.out_features)
     g = torch.randn_like(y)
@@ -240,17 +240,21 @@ def test_values_and_gradients_agree_with_float64(
         assert_agrees(layer, x.detach(), out, mode == "autocast")
 
 
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    "mode", ["float32", "bfloat16", "autocast to bfloat16", "autocast to float16"]
+)
 @pytest.mark.parametrize("shape", [(1024, 64, 96), (2048, 256, 512), (1030, 48, 48), (16, 256, 96)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_form_of_the_products_agrees_with_float64(device, mode, shape):
     """Shapes on both sides of each rule of lora/linear.py: in parts or not, merged or two paths."""
     torch.manual_seed(0)
     tokens, in_features, out_features = shape
-    kind = torch.float32 if mode == "autocast" else getattr(torch, mode)
+    autocast, _, name = mode.rpartition(" to ")
+    dtype = getattr(torch, name)
+    kind = torch.float32 if autocast else dtype
     layer = make(out_features, in_features, 8, dtype=kind).to(device)
     x = torch.randn(tokens, in_features).to(device, kind)
-    assert_agrees(layer, x, torch.bfloat16 if mode == "autocast" else kind, mode == "autocast")
+    assert_agrees(layer, x, dtype, bool(autocast))
 
 
 def test_it_starts_equal_to_the_linear_to_the_bit():

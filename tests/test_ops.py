@@ -16,7 +16,9 @@ from ops.loss import linear_cross_entropy, linear_losses
 from ops.norms import rms_norm
 from ops.products import base_slices
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {
+    torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3,
+}  # fmt: skip
 
 
 def same(found: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -46,7 +48,7 @@ def test_rms_norm_keeps_its_input_and_a_number_for_each_row():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("at_a_time", [40, 10**6])  # two tokens' logits, all
 def test_linear_cross_entropy_is_that_of_the_logits(device, dtype, at_a_time, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS", at_a_time)
@@ -72,7 +74,20 @@ def test_linear_cross_entropy_is_that_of_the_logits(device, dtype, at_a_time, mo
     each = F.cross_entropy(exact_x @ weight.double().t(), known, reduction="none")
     found = linear_losses(x.detach(), weight, targets)
     torch.testing.assert_close(found.double(), each, rtol=tolerance, atol=10 * tolerance)
-    assert kept_by(linear_cross_entropy, x, weight, targets) == x.numel()
+    count = int(dtype == torch.float16)
+    assert kept_by(linear_cross_entropy, x, weight, targets) == x.numel() + count
+
+
+def test_gradients_of_many_tokens_are_not_lost_in_float16():
+    """A token's part of the mean is below float16's least number, but not times GradScaler's 2**16,
+    which itself is above the largest."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4096, 16).half().requires_grad_(), (0.05 * torch.randn(50, 16)).half()
+    targets = torch.randint(50, (4096,))
+    exact = x.detach().double().requires_grad_()
+    F.cross_entropy(exact @ weight.double().t(), targets).backward()
+    (2.0**16 * linear_cross_entropy(x, weight, targets)).backward()
+    assert same(x.grad, 2**16 * exact.grad)
 
 
 def test_a_loss_over_no_tokens_is_not_a_number():

@@ -24,6 +24,7 @@ from files.writing import lock_folder
 from trainer.console import TrainingError
 from trainer.resuming import read_training_state, restore_training_state, save_training_state
 
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 BASE = {"MAX_STEPS": "4", "EVAL_INTERVAL": "4"}
 
 
@@ -270,9 +271,9 @@ def test_the_generator_of_a_gpu_goes_on_too(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     path = tmp_path / "resume.pt"
-    save_training_state(path, model, optimizer, {}, {})
+    save_training_state(path, model, optimizer, NO_SCALER, {}, {})
     expected = torch.rand(3)
-    restore_training_state(path, read_training_state(path), model, optimizer)
+    restore_training_state(path, read_training_state(path), model, optimizer, NO_SCALER)
     assert torch.equal(torch.rand(3), expected) and [t.tolist() for t in restored] == [[7]]
 
 
@@ -312,10 +313,10 @@ def test_numbers_that_are_not_finite_replace_no_state(tmp_path):
     for bad in (optimizer.state[model.weight]["exp_avg_sq"], model.weight.data):
         bad.fill_(math.inf)
         with pytest.raises(TrainingError, match=r"full-resume\.pt is as it was"):
-            save_training_state(path, model, optimizer, {}, {})
+            save_training_state(path, model, optimizer, NO_SCALER, {}, {})
         bad.fill_(1.0)
     assert path.read_bytes() == before
-    save_training_state(path, model, optimizer, {}, {})
+    save_training_state(path, model, optimizer, NO_SCALER, {}, {})
 
 
 def test_what_others_may_be_writing_is_left_and_a_folder_without_locks_is_refused(

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import ON_CPU, ROOT, TEXT, TINY, Started, refused, start_script, succeeded
 
+from lora import read_adapter, write_adapter
+
 STEP = re.compile(
     r"step (\d+) \| train loss (\S+) \| val loss (\S+) \+- (\S+) \| lr (\S+) \| "
     r"tokens/s (\d+) \| elapsed (\S+) s"
@@ -305,6 +307,24 @@ def test_probable_mistakes_are_pointed_out(training):
     assert "Note: LORA_RANK set without USE_LORA=True" in log
     log = succeeded(training(USE_LORA="1", LORA_RANK="64", MAX_STEPS="1"))
     assert "Note: LORA_RANK=64 is larger than the smaller side" in log
+
+
+def test_several_ranks_and_alphas_are_shown_as_ranges(training, tmp_path):
+    """As PEFT's rank_pattern and alpha_pattern make them; from a file with a comma in its name."""
+    succeeded(training())
+    variables = {"LORA_TARGETS": "query,value", "LORA_RANK": "4", "TRAIN_EMBEDDINGS": "0"}
+    log = succeeded(training(USE_LORA="1", MAX_STEPS="1", **variables))
+    assert "   LoRA rank: 4, alpha: 16.0, dropout: 0.0" in log
+    adapter = read_adapter(tmp_path / "out" / "lora.pt")
+    for name in adapter.alpha:
+        if name.endswith("value"):
+            adapter.alpha[name] = 3.0
+            adapter.tensors[f"{name}.lora_A"] = adapter.tensors[f"{name}.lora_A"][:2].clone()
+            adapter.tensors[f"{name}.lora_B"] = adapter.tensors[f"{name}.lora_B"][:, :2].clone()
+    write_adapter(tmp_path / "of,two.pt", adapter)
+    log = succeeded(training(EVAL_ONLY="1", ADAPTERS="of,two.pt"))
+    assert "   LoRA rank: 2 to 4, alpha: 3.0 to 16.0, dropout: 0.0" in log
+    assert "Adapter: of,two.pt, weight 1" in log
 
 
 def test_the_schedule_warms_up_and_falls_to_its_minimum():

@@ -1,5 +1,9 @@
 """What the log says of a run before its first step, and of what came of it."""
 
+from collections.abc import Sequence
+
+import torch
+
 import hardware
 from hardware import processes
 from lora import lora_layers
@@ -87,9 +91,11 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         ]
     embeddings = info["trainable"] - info["lora"]
     layers = [f"   LoRA layers: {config.lora_targets}"] if config.lora_targets != "all" else []
+    adapters = lora_layers(model).values()
     return [
         "Using LoRA for efficient fine-tuning",
-        f"   LoRA rank: {config.lora_rank}, alpha: {config.lora_alpha}, "
+        f"   LoRA rank: {range_of([layer.rank for layer in adapters])}, "
+        f"alpha: {range_of([layer.alpha for layer in adapters])}, "
         f"dropout: {config.lora_dropout}",
         *layers,
         "Parameter Statistics:",
@@ -100,6 +106,12 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
         f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
     ]
+
+
+def range_of(values: Sequence[float]) -> str:
+    """The least and the greatest of some numbers, as in `4 to 16`, or the one that they are."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def describe_defaults(run: Run) -> list[str]:
@@ -153,7 +165,7 @@ def notes(run: Run) -> list[str]:
 
 
 def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
-    """Lines of the log: what compiling and several processes cost, where the run had them."""
+    """Lines of the log: what compiling, several processes and float16 cost, where used."""
     lines = []
     if "compile_time" in summary:
         lines.append(f"Compile time: {summary['compile_time']:.1f} s, before the training time")
@@ -165,6 +177,11 @@ def describe_costs(run: Run, summary: dict[str, float]) -> list[str]:
         lines.append(
             f"Gradients exchanged: {summary['bytes_exchanged']:,.0f} bytes a step by each process; "
             f"full fine-tuning's would be {4 * full:,}"
+        )
+    if run.dtype == torch.float16:
+        lines.append(
+            f"Skipped steps: {summary['skipped_steps']:,}, whose gradients were too large for "
+            "float16"
         )
     return lines
 

@@ -130,15 +130,17 @@ def evaluation_at(
         "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
         "tokens": progress.tokens,
         "peak_memory": hardware.peak_memory(run.device),
+        "skipped_steps": int(progress.skipped),
     }
 
 
-def check_finite(loss: float, step: int, config: Config) -> None:
+def check_finite(loss: float, step: int, run: Run) -> None:
     """Raise TrainingError for a loss that is NaN or infinite."""
     if not math.isfinite(loss):
+        other = ", or set DTYPE=float32" if run.dtype == torch.float16 else ""
         raise TrainingError(
             f"the loss became {loss} by step {step}: lower LEARNING_RATE "
-            f"({config.learning_rate:g}); files of earlier evaluations are as they were"
+            f"({run.config.learning_rate:g}){other}; files of earlier evaluations are as they were"
         )
 
 

@@ -16,13 +16,14 @@ Each evaluation is a line, with losses in nats per token and `elapsed` in second
 
     {"step": 100, "train_loss": 2.77, "val_loss": 2.40, "val_error": 0.017,
      "learning_rate": 0.00298, "tokens_per_second": 23628, "elapsed": 18.9,
-     "gradient_norm": 0.81, "tokens": 409600, "peak_memory": 790,
+     "gradient_norm": 0.81, "tokens": 409600, "peak_memory": 790, "skipped_steps": 0,
      "seconds": {"data": 0.1, "forward_backward": 15.9, "optimizer": 1.1, "evaluation": 0.8,
                  "saving": 0.1}}
 
 `gradient_norm` is that of the last step before it was clipped, and `tokens` those of all batches so
-far, with padding. `seconds` are those since the evaluation before: of this evaluation, and of the
-writing of files after the one before. Earlier versions had none of these four.
+far, with padding. `skipped_steps` are those so far whose gradients were too large for float16.
+`seconds` are those since the evaluation before: of this evaluation, and of the
+writing of files after the one before. Earlier versions had none of these five.
 
 The last line is there when the run has ended, with seconds, MiB of memory and bytes of files:
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run, its learning rate at each step, and the norm of its gradients."""
+"""The optimizer of a run, its learning rate at each step, and the scale and norm of gradients."""
 
 import math
 from collections.abc import Sequence
@@ -32,6 +32,15 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )
+
+
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """What multiplies the loss in float16, so that small gradients are not rounded to 0, and leaves
+    out steps whose gradients are then too large (Micikevicius et al. 2017, arXiv 1710.03740).
+
+    In other dtypes it does nothing.
+    """
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def learning_rate(config: Config, step: int) -> float:

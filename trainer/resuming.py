@@ -69,6 +69,7 @@ class Progress:
     elapsed: float = 0.0  # seconds of the runs before this one
     seconds: dict[str, float] = field(default_factory=dict)  # of each part since that evaluation
     tokens: int = 0  # of all batches so far
+    skipped: int | Tensor = 0  # steps that the scaler of gradients left out
     recent: dict[str, list[float]] = field(default_factory=dict)  # of the last steps, for Watch
 
     def plain(self) -> dict[str, Any]:
@@ -77,7 +78,8 @@ class Progress:
         Every process must call it.
         """
         return vars(self) | {
-            "losses": processes.all_reduce_mean(torch.tensor(self.losses)).tolist()
+            "losses": processes.all_reduce_mean(torch.tensor(self.losses)).tolist(),
+            "skipped": int(self.skipped),
         }
 
     @classmethod
@@ -91,7 +93,8 @@ class Progress:
         progress.recent = {str(n): [float(v) for v in v] for n, v in progress.recent.items()}
         progress.seconds = {str(name): float(s) for name, s in progress.seconds.items()}
         numbers = (progress.start_loss, progress.val_loss, progress.elapsed)
-        counts = (progress.step, progress.evaluated + 1, progress.since_best, progress.tokens)
+        counts = (progress.step, progress.evaluated + 1, progress.since_best)
+        counts += (progress.tokens, progress.skipped)
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError
         if not all(isinstance(n, float) for n in (*numbers, progress.best_loss)):
@@ -106,7 +109,8 @@ class TrainingState:
     `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
     are the trained parameters by name; `optimizer` is its class and its state, as it is, by
     `<parameter>.<name>`; `random` are the states of the random generators by device, those of
-    further processes as in `cpu.1`; `digest` tells the file from others.
+    further processes as in `cpu.1`; `scaler` is the state of a GradScaler, empty but in float16;
+    `digest` tells the file from others.
     """
 
     identity: dict[str, Any]
@@ -114,11 +118,14 @@ class TrainingState:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    scaler: dict[str, Any] = field(default_factory=dict)
     optimizer_class: str = "AdamW"
     digest: str = ""
 
 
-def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[str]]:
+def resume(
+    run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[Progress, list[str]]:
     """Restore the interrupted run; returns how far it was, and lines for the log.
 
     A run that was interrupted before it saved anything starts afresh. Raises FileError, and changes
@@ -153,7 +160,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> tuple[Progress, list[s
         progress.tokens = progress.step * config.tokens_per_step
     if config.max_steps < progress.step:
         raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
-    restore_training_state(path, state, run.model, optimizer)
+    restore_training_state(path, state, run.model, optimizer, scaler)
     progress.losses = [loss.to(run.device) for loss in progress.losses]
     if {"batch_size", "grad_accum_steps", "block_size"} & set(changed) and (
         progress.step < config.max_steps
@@ -181,6 +188,7 @@ def save_training_state(
     path: str | os.PathLike,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     identity: Mapping[str, Any],
     progress: Mapping[str, Any],
 ) -> int:
@@ -212,6 +220,7 @@ def save_training_state(
     content = {"format": FORMAT, "version": VERSION, "identity": dict(identity)}
     content |= {"progress": dict(progress), "tensors": tensors, "random": random}
     content |= {"optimizer": state, "optimizer_class": type(optimizer).__name__}
+    content |= {"scaler": scaler.state_dict()}
     return write_file(path, content)
 
 
@@ -222,8 +231,9 @@ def read_training_state(path: str | os.PathLike) -> TrainingState:
     parts = {name: content.get(name) for name in names}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise FileError(f"{path} is damaged: it lacks a part of a training state")
-    kind = content.get("optimizer_class", "AdamW")  # which earlier versions did not write
-    return TrainingState(**parts, optimizer_class=kind, digest=content["digest"])
+    # What earlier versions did not write.
+    later = {name: content[name] for name in ("optimizer_class", "scaler") if name in content}
+    return TrainingState(**parts, **later, digest=content["digest"])
 
 
 def restore_training_state(
@@ -231,8 +241,10 @@ def restore_training_state(
     state: TrainingState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
-    """Put a state that was read from `path` into the model, the optimizer and the generators.
+    """Put a state that was read from `path` into the model, the optimizer, the scaler of gradients
+    and the generators.
 
     Raises FileError, and leaves all of them as they were, when the state is not theirs.
     """
@@ -242,6 +254,7 @@ def restore_training_state(
     if state.optimizer_class != kind:
         raise FileError(f"{path} is of the optimizer {state.optimizer_class}, not of {kind}")
     optimizer_state = _optimizer_state(path, state.optimizer, optimizer)
+    _check_scaler_state(path, state.scaler, scaler)
     try:
         for name, kind in generators(model).items():
             saved = _generator(name, processes.rank())
@@ -250,6 +263,8 @@ def restore_training_state(
                 kind.set_rng_state(state.random[saved])
     except (KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{path} is damaged: it holds no state of the random generator") from error
+    if scaler.is_enabled() and state.scaler:
+        scaler.load_state_dict(state.scaler)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(processes.shard_like(state.tensors[name], parameter))
@@ -280,6 +295,19 @@ def _optimizer_state(
             value = processes.shard_like(value, optimized[int(i)])
         state.setdefault(int(i), {})[name] = value
     return state
+
+
+def _check_scaler_state(path: str | os.PathLike, saved: Any, scaler: torch.amp.GradScaler) -> None:
+    """Raise FileError unless the saved state of a GradScaler is empty or has its numbers."""
+    known = scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict()
+    if saved == {}:
+        return
+    if not (
+        isinstance(saved, dict)
+        and saved.keys() == known.keys()
+        and all(isinstance(v, int | float) and 0 <= v < math.inf for v in saved.values())
+    ):
+        raise FileError(f"{path} is damaged: it holds no state of the scaler of gradients")
 
 
 def state_of_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT", "CHAT_TEMPLATE")
 # What the frozen weights of linears may lie in; auto is what their file has.
 BASE_DTYPES = ("auto", "float32", "bfloat16", "nf4")
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
 
@@ -51,20 +53,25 @@ class WeightedAdapters:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ConfigError for an empty name and for a weight that is not finite or too large."""
-        parts = []
-        for part in text.split(","):
-            path, _, weight = part.strip().rpartition(":")
-            try:
-                value = float(weight)
-            except ValueError:  # no weight: the colon, if any, belongs to the path
-                path, value = part.strip(), 1.0
-            if not path or not abs(value) <= LARGEST_WEIGHT:
+        """What the text names. A comma or a weight's colon that is in the name of an existing file
+        belongs to that name.
+
+        Raises ConfigError for an empty name and for a weight that is not finite or too large.
+        """
+        parts, pieces = [], text.split(",")
+        while pieces:
+            taken = len(pieces)
+            while taken > 1 and not _names_a_file(",".join(pieces[:taken])):
+                taken -= 1
+            part = ",".join(pieces[:taken]).strip()
+            pieces = pieces[taken:]
+            path, weight = _path_and_weight(part)
+            if not path or not abs(weight) <= LARGEST_WEIGHT:
                 raise ConfigError(
                     f"ADAPTERS={text!r}: {part!r} is neither a file nor a file with its weight, "
                     f"as in out/lora.pt:0.7, of at most {LARGEST_WEIGHT:g}"
                 )
-            parts.append((os.path.expanduser(path), value))
+            parts.append((os.path.expanduser(path), weight))
         return cls(text, tuple(parts))
 
 
@@ -98,6 +105,25 @@ class ColumnNames:
         if len(dict(pairs)) < len(pairs):
             raise ConfigError(f"COLUMNS={text!r} has one name twice")
         return cls(text, tuple(pairs))
+
+
+def _path_and_weight(part: str) -> tuple[str, float]:
+    """The path and the weight that a part of ADAPTERS names; the path may be empty."""
+    path, _, weight = part.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:  # no weight: the colon, if any, belongs to the path
+        return part, 1.0
+    return (part, 1.0) if _exists(part) else (path, value)
+
+
+def _names_a_file(part: str) -> bool:
+    """Whether a part of ADAPTERS is an existing file or folder, with a weight or without."""
+    return _exists(_path_and_weight(part.strip())[0])
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def option(
@@ -237,14 +263,14 @@ class Config(Settings):
     adapters: WeightedAdapters | None = option(
         None,
         "adapters to start from: a file or a folder of PEFT's, or several with weights, as in "
-        "a.pt:0.7,b.pt:-0.3",
+        "a.pt:0.7,b.pt:-0.3; a name with a comma or :2 at its end is that of the existing file",
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
 
     # Hardware
     seed: int = option(1337, "seed of weights, batches and dropout", at_least=0, below=2**63)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "dtype of the arithmetic", choices=DTYPES)
     base_dtype: str = option(
         "auto",
         "dtype of the base's frozen linears; nf4 has 4 bits a weight, in the blocks [the file's; "
@@ -371,15 +397,13 @@ class GenerateConfig(Settings):
     adapters: WeightedAdapters | None = option(
         None,
         "adapters on it: a file or a folder of PEFT's, or several with weights, as in "
-        "a.pt:0.7,b.pt:-0.3",
+        "a.pt:0.7,b.pt:-0.3; a name with a comma or :2 at its end is that of the existing file",
     )
     any_base: bool = option(False, "load adapters onto another base than theirs")
     lora_rank: int | None = option(None, "rank to which ADAPTERS are reduced", at_least=1)
 
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option(
-        "float32", "dtype of the arithmetic", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("float32", "dtype of the arithmetic", choices=DTYPES)
     base_dtype: str = option(
         "auto",
         "dtype of the base's linears; nf4 has 4 bits a weight, in the blocks [the file's]",
