@@ -33,7 +33,7 @@ import hardware
 from data import Batch, decode, vocabulary_size
 from files.streams import write_out
 from hardware import processes
-from lora import lora_layers, merge_adapter, save_adapter
+from lora import base_state, lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
 from trainer.console import (
     Interrupted,
@@ -49,6 +49,7 @@ from trainer.evaluation import evaluate, evaluate_all, shows_progress
 from trainer.log import SAMPLE, evaluation_line, summary_lines, wrote_line
 from trainer.metrics import Metrics
 from trainer.optimization import learning_rate, make_optimizer, set_learning_rate
+from trainer.own_head import HEAD
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.settings import Config, help_table
 from trainer.setup import Run, header, identity, preview, set_up
@@ -340,7 +341,11 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata["seed"] = run.config.seed
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
-    return save_adapter(path, run.model, run.base_id, metadata)
+    whole = {}
+    if "own_head" in run.adapter_metadata:  # that of ADAPTERS, which the base does not have
+        metadata |= {n: run.adapter_metadata[n] for n in ("files",) if n in run.adapter_metadata}
+        whole = {HEAD: base_state(run.model)[HEAD]}
+    return save_adapter(path, run.model, run.base_id, metadata, whole)
 
 
 def print_sample(run: Run) -> None:

@@ -89,7 +89,8 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
     bytes.
 
     What the base's own folder had beside its weights is written as it was, with two exceptions.
-    config.json states the dtype of the weights and whether the head is tied. The tokens `ends`, at
+    config.json states the dtype of the weights, the size of the vocabulary, and whether the head is
+    tied. The tokens `ends`, at
     which a text ends, are added where `transformers` would not stop at all of them.
 
     Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
@@ -107,9 +108,11 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
     dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = json.loads(files["config.json"])
     key = "dtype" if "dtype" in config else "torch_dtype"
-    tied = family.read_config(config).tied_head
-    if config.get(key, "float32") != dtype or tied != sizes.tied_head:
+    stated = family.read_config(config)
+    new = (dtype, sizes.tied_head, sizes.vocab_size)
+    if new != (config.get(key, "float32"), stated.tied_head, stated.vocab_size):
         config |= {key: dtype, "tie_word_embeddings": sizes.tied_head}
+        config["vocab_size"] = sizes.vocab_size
         files["config.json"] = _json_bytes(config)
     files |= _stated_ends(files, ends, checkpoint.tokenizer)
     return write_folder(folder, files | _weight_files(folder, checkpoint, layout))
@@ -236,7 +239,8 @@ def adapter_to_folder(adapter: Adapter, family: Family) -> Adapter:
     alpha, tensors = {}, {}
     weights = [stored for stored in _layout_of(adapter, family) if stored.name.endswith(".weight")]
     theirs = {stored.module for stored in weights}
-    if {name.rpartition(".")[0] for name in adapter.tensors} <= theirs:
+    named = adapter.tensors.keys() - adapter.base_weights
+    if {name.rpartition(".")[0] for name in named} <= theirs:
         return adapter
     foreign = adapter.alpha.keys() - {our for stored in weights for our in stored.our_modules}
     if foreign:
