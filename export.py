@@ -9,7 +9,7 @@ The folders must not exist yet.
 import os
 import sys
 
-from data import end_tokens
+from data import continues_text, end_tokens
 from files import OtherKind
 from lora import read_adapter, write_peft
 from models.huggingface import adapter_to_folder, family_of_adapter, read_base, write_model
@@ -35,6 +35,8 @@ def work(arguments: list[str]) -> None:
     except OtherKind:
         checkpoint = read_base(source)
         ends = end_tokens(checkpoint.tokenizer, checkpoint.files)
+        if checkpoint.tokenizer is None and continues_text(checkpoint.files, checkpoint.metadata):
+            ends = []  # of bytes that are text, none is an end
         size = write_model(folder, checkpoint, ends)
         what = f"a model of the family {checkpoint.family.name}"
     else:

@@ -27,6 +27,7 @@ from files.tensors import (
 from files.writing import write_folder
 from lora import Adapter
 from models import FAMILIES, Family
+from models.byte_tokenizer import byte_tokenizer, is_of_bytes
 from models.checkpoint import Checkpoint, read_checkpoint
 from models.language_model import StoredTensor
 
@@ -71,7 +72,9 @@ def read_model(folder: Path) -> Checkpoint:
         raise FileError(f"{folder}/config.json: {error}") from error
     tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
-    tokenizer = _read_tokenizer(folder)
+    tokenizer: str | None = _read_tokenizer(folder)
+    if is_of_bytes(json.loads(tokenizer)):
+        tokenizer = None
     return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
 
 
@@ -91,7 +94,8 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
     What the base's own folder had beside its weights is written as it was, with two exceptions.
     config.json states the dtype of the weights, the size of the vocabulary, and whether the head is
     tied. The tokens `ends`, at
-    which a text ends, are added where `transformers` would not stop at all of them.
+    which a text ends, are added where `transformers` would not stop at all of them. A model whose
+    tokens are bytes gets a tokenizer that says so.
 
     Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
     when it cannot be written.
@@ -114,7 +118,7 @@ def write_model(folder: str | os.PathLike, checkpoint: Checkpoint, ends: Sequenc
         config |= {key: dtype, "tie_word_embeddings": sizes.tied_head}
         config["vocab_size"] = sizes.vocab_size
         files["config.json"] = _json_bytes(config)
-    files |= _stated_ends(files, ends, checkpoint.tokenizer)
+    files |= _stated_ends(files, ends, checkpoint.tokenizer or files.get("tokenizer.json"))
     return write_folder(folder, files | _weight_files(folder, checkpoint, layout))
 
 
@@ -129,8 +133,13 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     config = checkpoint.family.write_config(sizes)
     config |= {"dtype": "float32", "bos_token_id": None, "eos_token_id": None}
     files = {"config.json": config}
+    tokenizer = None
     if checkpoint.tokenizer is not None:
-        files["tokenizer.json"] = json.loads(checkpoint.tokenizer)
+        tokenizer = json.loads(checkpoint.tokenizer)
+    elif sizes.vocab_size == 256:
+        tokenizer = byte_tokenizer()
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
         files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": sizes.block_size,
@@ -139,7 +148,7 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def _stated_ends(
-    files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | None
+    files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | bytes | None
 ) -> dict[str, bytes]:
     """The files of a folder to change so that `transformers` stops at all `ends`.
 
