@@ -30,6 +30,7 @@ def work(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise ConfigError("export.py takes a checkpoint or an adapter, and the folder to write")
     source, folder = arguments
+    notes: list[str] = []
     try:
         adapter = read_adapter(source)
     except OtherKind:
@@ -45,7 +46,14 @@ def work(arguments: list[str]) -> None:
         base_model = below if below is not None and os.path.isdir(below) else None
         size = write_peft(folder, adapter_to_folder(adapter, family), "CAUSAL_LM", base_model)
         what = "a PEFT adapter"
-    say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB")
+        shape = adapter.metadata.get("shape")
+        tied = isinstance(shape, dict) and shape.get("tied_head") is True
+        if tied and "lm_head" in adapter.alpha and not adapter.extras:
+            notes.append(
+                "Note: to merge it, use MERGE=True here and export the result: lm_head is tied to "
+                "the embedding, which PEFT's merge_and_unload would change too"
+            )
+    say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB", *notes)
 
 
 if __name__ == "__main__":
