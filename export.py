@@ -30,6 +30,7 @@ def work(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise ConfigError("export.py takes a checkpoint or an adapter, and the folder to write")
     source, folder = arguments
+    notes: list[str] = []
     try:
         adapter = read_adapter(source)
     except OtherKind:
@@ -40,7 +41,10 @@ def work(arguments: list[str]) -> None:
             format = chat_format(tokenizer, files, metadata)
         template = format.as_template()
         others = {} if template == template_in(files) else template_file(template)
-        size = write_model(folder, checkpoint, format.ends, others)
+        ends = format.ends
+        if tokenizer is None and continues_text(files, metadata):
+            ends = []  # of bytes that are text, none is an end
+        size = write_model(folder, checkpoint, ends, others)
         what = f"a model of the family {checkpoint.family.name}"
     else:
         family = family_of_adapter(adapter)
@@ -50,7 +54,14 @@ def work(arguments: list[str]) -> None:
         adapter = adapter_to_folder(adapter, family)
         size = write_peft(folder, adapter, "CAUSAL_LM", base_model, others)
         what = "a PEFT adapter"
-    say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB")
+        shape = adapter.metadata.get("shape")
+        tied = isinstance(shape, dict) and shape.get("tied_head") is True
+        if tied and "lm_head" in adapter.alpha and not adapter.extras:
+            notes.append(
+                "Note: to merge it, use MERGE=True here and export the result: lm_head is tied to "
+                "the embedding, which PEFT's merge_and_unload would change too"
+            )
+    say(f"Wrote {folder}, {what}: {size / 2**20:.2f} MiB", *notes)
 
 
 def template_file(template: str | None) -> dict[str, bytes]:

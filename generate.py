@@ -48,6 +48,7 @@ from trainer.loading import (
     read_adapters,
     read_checked_base,
 )
+from trainer.own_head import fit_base
 from trainer.settings import ConfigError, GenerateConfig, help_table
 
 
@@ -135,6 +136,7 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
     """
     base = read_checked_base(config.base_checkpoint or str(Path(config.output_folder) / "full.pt"))
     adapters = read_adapters(config.adapter_files, base.family, base.sizes)
+    base, adapters = fit_base(base, adapters)
     lora = None
     if adapters:
         targets, train_embeddings = parts_of(adapters)

@@ -4,6 +4,7 @@ A model holds one adapter at a time; the others are `Adapter`s in memory or file
 an adapter too, one that changes nothing: `take_adapter` of a model that has not trained gives it.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ from lora.linear import LoRALinear
 
 FORMAT = "LoRA adapter"
 VERSION = 2
+BASE_LAYER = ".base_layer."  # in PEFT's names of what an adapted layer had before
 
 
 class BaseMismatch(FileError):
@@ -32,7 +34,8 @@ class Adapter:
 
     `tensors` has every layer's `lora_A` and `lora_B`, and the embeddings where they were trained;
     `alpha` has a number for each layer; `base` is the `fingerprint` of the model below, None where
-    it is unknown, as in PEFT's files.
+    it is unknown, as in PEFT's files. PEFT also writes the base's weight of an adapted head, which
+    is in `tensors` as `lm_head.base_layer.weight`.
     """
 
     base: str | None
@@ -47,8 +50,18 @@ class Adapter:
 
     @property
     def extras(self) -> list[str]:
-        """The names of tensors that are no part of a layer's adapter, such as embeddings."""
-        return [name for name in self.tensors if not name.endswith((".lora_A", ".lora_B"))]
+        """The names of trained tensors that are no part of a layer's adapter, as embeddings."""
+        names = self.tensors.keys() - self.base_weights
+        return [n for n in self.tensors if n in names and not n.endswith((".lora_A", ".lora_B"))]
+
+    @property
+    def base_weights(self) -> dict[str, str]:
+        """The names of the base's weights that PEFT wrote beside the adapter, and what the base
+        calls them."""
+        parts = {name: name.rpartition(BASE_LAYER) for name in self.tensors}
+        return {
+            name: f"{x}.{y}" for name, (x, beside, y) in parts.items() if beside and x in self.alpha
+        }
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -76,14 +89,21 @@ def take_adapter(model: nn.Module, base: str, metadata: Mapping[str, Any] | None
 
 
 def save_adapter(
-    path: str | os.PathLike, model: nn.Module, base: str, metadata: Mapping[str, Any]
+    path: str | os.PathLike,
+    model: nn.Module,
+    base: str,
+    metadata: Mapping[str, Any],
+    whole: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Write the model's adapter and return the file's size in bytes.
 
     `base` is the `fingerprint` of the model that the adapter was trained on. `metadata` (numbers,
-    strings and dicts of these) is stored beside it.
+    strings and dicts of these) is stored beside it. `whole` are weights that did not train here and
+    are the adapter's own all the same, by name.
     """
-    return write_adapter(path, take_adapter(model, base, metadata))
+    adapter = take_adapter(model, base, metadata)
+    tensors = {**(whole or {}), **adapter.tensors}
+    return write_adapter(path, dataclasses.replace(adapter, tensors=tensors))
 
 
 def write_adapter(path: str | os.PathLike, adapter: Adapter) -> int:
@@ -116,12 +136,13 @@ def read_adapter(path: str | os.PathLike, base: str | None = None) -> Adapter:
         or not all(abs(alpha) < 1e30 for alpha in adapter.alpha.values())
         or not adapter.alpha
         or not isinstance(_tied(adapter), dict)
-        or not isinstance(adapter.metadata.get("base_weights", {}), dict)
+        or not isinstance(adapter.metadata.get("files", {}), dict)
     ):
         raise FileError(f"{path} is damaged: it holds no complete adapter")
     check_tensors(path, adapter.tensors, adapter.tensors)  # that they are finite numbers
     parts = {f"{name}.{part}" for name in adapter.alpha for part in ("lora_A", "lora_B")}
-    for part in sorted(parts | adapter.tensors.keys() - set(adapter.extras)):
+    matrices = {name for name in adapter.tensors if name.endswith((".lora_A", ".lora_B"))}
+    for part in sorted(parts | matrices):
         if part not in parts:
             raise FileError(f"{path} lacks the other matrix of {part}")
         if getattr(adapter.tensors.get(part), "ndim", 0) != 2:
@@ -151,10 +172,10 @@ def check_base_weights(path: str | os.PathLike, adapter: Adapter, model: nn.Modu
 
     PEFT writes the base's weight of an adapted head into the adapter's file `path`.
     """
-    stated = adapter.metadata.get("base_weights", {})
-    state = base_state(model) if stated else {}
-    for name, expected in stated.items():
-        if name not in state or fingerprint({name: state[name]}) != expected:
+    state = base_state(model) if adapter.base_weights else {}
+    for ours, name in adapter.base_weights.items():
+        weight = adapter.tensors[ours]
+        if name not in state or fingerprint({name: state[name]}) != fingerprint({name: weight}):
             raise BaseMismatch(f"{path} was trained on a base with another {name}")
 
 
@@ -163,11 +184,16 @@ def complete_adapter(adapter: Adapter, bare: Adapter) -> Adapter:
 
     It changes the base as `adapter` does, exactly. A layer that `adapter` lacks gets a new A and a
     zero B, which change nothing and can train. Their rank and alpha are those of the adapter's
-    first layer. An embedding that it lacks is the base's. The tensors are on the device of `bare`.
+    first layer. An embedding that it lacks is the base's. The tensors are on the device of `bare`,
+    without weights of the base that PEFT wrote beside them.
     """
     device = next((tensor.device for tensor in bare.tensors.values()), None)
     alpha = dict(adapter.alpha)
-    tensors = {name: tensor.to(device=device) for name, tensor in adapter.tensors.items()}
+    tensors = {
+        name: tensor.to(device=device)
+        for name, tensor in adapter.tensors.items()
+        if name not in adapter.base_weights
+    }
     first = next(iter(alpha))
     for name in bare.alpha:
         if name not in adapter.alpha:

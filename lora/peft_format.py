@@ -19,13 +19,18 @@ from torch import Tensor
 from files import FileError, OtherKind
 from files.tensors import fingerprint, read_foreign_tensors, safetensors_for
 from files.writing import write_folder
-from lora.adapters import Adapter
+from lora.adapters import BASE_LAYER, Adapter
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 HEADER = "lora"  # our entry in the header of the safetensors file
+# What programs save beside an adapter whose vocabulary has new tokens.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 # Every option of PEFT's LoraConfig is in one of three sets. First those that are honoured here:
 SUPPORTED = {
@@ -101,9 +106,11 @@ def write_peft(
     """
     ranks = adapter.ranks
     alphas = {n: int(a) if float(a).is_integer() else a for n, a in adapter.alpha.items()}
-    saved = sorted({name.rpartition(".")[0] for name in adapter.extras})
+    saved = sorted({name.rpartition(".")[0] for name in adapter.extras} - alphas.keys())
     for name in adapter.extras:
         module = name.rpartition(".")[0]
+        if name.removesuffix(".weight") in alphas:
+            continue  # a head that was replaced before it was adapted
         within = any(f".{module}." in f".{layer}." for layer in alphas)
         if not module or within or f"{module}.weight" not in adapter.tensors:
             raise FileError(f"{folder}: PEFT saves whole modules and cannot hold {name} alone")
@@ -134,10 +141,14 @@ def write_peft(
         f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name: tensor
         for name, tensor in tensors.items()
     }
+    for layer in alphas:
+        if f"{PREFIX}{layer}.weight" in tensors:
+            base_name = f"{PREFIX}{layer}{BASE_LAYER}weight"
+            tensors[base_name] = tensors.pop(f"{PREFIX}{layer}.weight")
     own = {
         "base": adapter.base,
         "digest": fingerprint(tensors),
-        "metadata": {n: v for n, v in adapter.metadata.items() if fits_json(v)},
+        "metadata": {n: v for n, v in adapter.metadata.items() if n != "files" and fits_json(v)},
     }
     save = safetensors_for(folder).torch.save
     header = {"format": "pt", HEADER: json.dumps(own)}
@@ -145,6 +156,7 @@ def write_peft(
         SAFETENSORS: save(tensors, metadata=header),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
     }
+    files |= {name: text.encode() for name, text in adapter.metadata.get("files", {}).items()}
     return write_folder(folder, files | dict(others))
 
 
@@ -152,8 +164,8 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
     """Read a folder that PEFT or `write_peft` wrote; lower precisions become float32, exactly.
 
     The names of the tensors say which layers are adapted. PEFT's own adapters do not say which
-    weights they belong on, so their `base` is None. PEFT also writes the base's weight of an
-    adapted head; `metadata["base_weights"]` has the fingerprint of that weight, by its name.
+    weights they belong on, so their `base` is None. `metadata["files"]` has the text of the files
+    of a tokenizer in the folder, by their names, if there are any.
 
     Raises OtherKind for a folder without a LoRA adapter, or with an option that is not supported,
     which the message names, and FileError for a damaged folder.
@@ -164,18 +176,16 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
         raise OtherKind(f"{folder} is a folder without {CONFIG}{hint}")
     config = read_config(Path(folder) / CONFIG)
     stored, own = read_tensors(Path(folder))
+    files = read_tokenizer_files(Path(folder))
     tensors: dict[str, Tensor] = {}
-    base_weights: dict[str, str] = {}
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):
             raise FileError(f"{folder}: {key} does not begin with {PREFIX}")
         name = key.removeprefix(PREFIX)
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             name = name.removesuffix(".weight")
-        elif ".base_layer." in name:  # of an adapted head, which PEFT writes too
-            name = name.replace(".base_layer.", ".")
-            base_weights[name] = fingerprint({name: tensor})
-            continue
+        elif ".modules_to_save." in name or ".original_module." in name:
+            continue  # of a resized vocabulary, beside the same weight under the module's own name
         elif ".lora_" in name:
             raise OtherKind(f"{folder}: {key} is no lora_A or lora_B of a linear")
         tensors[name] = tensor
@@ -192,15 +202,16 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
         if config["use_rslora"]:  # scaled by alpha / sqrt(rank) (Kalajdzievski 2023)
             alpha[name] *= math.sqrt(len(tensors[f"{name}.lora_A"]))
     if own is None:
-        metadata: dict[str, Any] = {"dropout": config["lora_dropout"]}
-        if base_weights:
-            metadata["base_weights"] = base_weights
+        metadata = {"dropout": config["lora_dropout"]}
         if config.get("base_model_name_or_path"):
             metadata["base_checkpoint"] = str(config["base_model_name_or_path"])
-        return Adapter(None, alpha, tensors, metadata)
+        return Adapter(None, alpha, tensors, metadata | files)
     if own.get("digest") != fingerprint(stored):
         raise FileError(f"{folder} is damaged: its tensors are not those that were saved")
-    return Adapter(own.get("base"), alpha, tensors, own.get("metadata"))
+    metadata = own.get("metadata")
+    if isinstance(metadata, dict):
+        metadata |= files
+    return Adapter(own.get("base"), alpha, tensors, metadata)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -273,6 +284,21 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
     if not isinstance(own, dict | None):
         raise FileError(f"{path} is damaged: the entry {HEADER} of its header is no table")
     return found, own
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, dict[str, str]]:
+    """The metadata `files`: the text of TOKENIZER_FILES that a folder has; none without a
+    tokenizer.json. Raises FileError where one cannot be read."""
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        return {}
+    files = {}
+    for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
+        try:
+            files[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            raise FileError(f"{path} cannot be read: {reason}") from error
+    return {"files": files}
 
 
 def alpha_of(name: str, config: Mapping[str, Any]) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import grouped_linear
+from lora.linear import apply_linear
 from models.language_model import Family, LanguageModel, StoredTensor
 from ops.attention import KeyValueCache, causal_attention
 from ops.dropout import dropout as apply_dropout
@@ -85,7 +86,7 @@ class BigramLanguageModelLoRA(LanguageModel):
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, gelu) for _ in range(n_layer))
-        self.ln_f = nn.LayerNorm(n_embd)
+        self.ln_f = LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.reset_parameters()
         if tied_head:
@@ -117,6 +118,16 @@ class BigramLanguageModelLoRA(LanguageModel):
         return (apply_dropout(x, self.dropout, self.training),)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, also of an input in float32 with weights in a lower precision, as where
+    the embeddings of a base in bfloat16 train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with separate key, query, value and proj linears."""
 
@@ -135,7 +146,7 @@ class CausalSelfAttention(nn.Module):
         qkv = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in qkv)  # (B, T, H, D) each
         y = causal_attention(q, k, v, self.dropout, self.training, mask, cache)  # (B, T, C)
-        return apply_dropout(self.proj(y), self.dropout, self.training)
+        return apply_dropout(apply_linear(self.proj, y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -149,8 +160,8 @@ class MLP(nn.Module):
         self.fc_out = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc_in(x), approximate=self.approximate)  # (B, T, 4C)
-        return apply_dropout(self.fc_out(x), self.dropout, self.training)
+        x = F.gelu(apply_linear(self.fc_in, x), approximate=self.approximate)  # (B, T, 4C)
+        return apply_dropout(apply_linear(self.fc_out, x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -158,9 +169,9 @@ class Block(nn.Module):
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, gelu: str) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd)
+        self.ln_1 = LayerNorm(n_embd)
         self.attn = CausalSelfAttention(n_embd, n_head, dropout)
-        self.ln_2 = nn.LayerNorm(n_embd)
+        self.ln_2 = LayerNorm(n_embd)
         self.mlp = MLP(n_embd, dropout, gelu)
 
     def forward(

@@ -28,6 +28,7 @@ from files.tensors import (
 from files.writing import write_folder
 from lora import Adapter
 from models import FAMILIES, Family
+from models.byte_tokenizer import byte_tokenizer, is_of_bytes
 from models.checkpoint import Checkpoint, read_checkpoint
 from models.language_model import StoredTensor
 
@@ -72,7 +73,9 @@ def read_model(folder: Path) -> Checkpoint:
         raise FileError(f"{folder}/config.json: {error}") from error
     tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
-    tokenizer = _read_tokenizer(folder)
+    tokenizer: str | None = _read_tokenizer(folder)
+    if is_of_bytes(json.loads(tokenizer)):
+        tokenizer = None
     return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
 
 
@@ -95,9 +98,10 @@ def write_model(
     bytes.
 
     What the base's own folder had beside its weights is written as it was, with three exceptions.
-    config.json states the dtype of the weights and whether the head is tied. The tokens `ends`, at
-    which a text or a turn ends, are added where `transformers` would not stop at all of them. And
-    `others` are further files, by name, such as a chat template.
+    config.json states the dtype of the weights, the size of the vocabulary, and whether the head is
+    tied. The tokens `ends`, at which a text or a turn ends, are added where `transformers` would
+    not stop at all of them. And `others` are further files, by name, such as a chat template. A
+    model whose tokens are bytes gets a tokenizer that says so.
 
     Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
     when it cannot be written.
@@ -114,11 +118,13 @@ def write_model(
     dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = json.loads(files["config.json"])
     key = "dtype" if "dtype" in config else "torch_dtype"
-    tied = family.read_config(config).tied_head
-    if config.get(key, "float32") != dtype or tied != sizes.tied_head:
+    stated = family.read_config(config)
+    new = (dtype, sizes.tied_head, sizes.vocab_size)
+    if new != (config.get(key, "float32"), stated.tied_head, stated.vocab_size):
         config |= {key: dtype, "tie_word_embeddings": sizes.tied_head}
+        config["vocab_size"] = sizes.vocab_size
         files["config.json"] = _json_bytes(config)
-    files |= _stated_ends(files, ends, checkpoint.tokenizer)
+    files |= _stated_ends(files, ends, checkpoint.tokenizer or files.get("tokenizer.json"))
     return write_folder(folder, files | dict(others) | _weight_files(folder, checkpoint, layout))
 
 
@@ -133,8 +139,13 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     config = checkpoint.family.write_config(sizes)
     config |= {"dtype": "float32", "bos_token_id": None, "eos_token_id": None}
     files = {"config.json": config}
+    tokenizer = None
     if checkpoint.tokenizer is not None:
-        files["tokenizer.json"] = json.loads(checkpoint.tokenizer)
+        tokenizer = json.loads(checkpoint.tokenizer)
+    elif sizes.vocab_size == 256:
+        tokenizer = byte_tokenizer()
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
         files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": sizes.block_size,
@@ -143,7 +154,7 @@ def _new_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def _stated_ends(
-    files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | None
+    files: Mapping[str, Any], ends: Sequence[int], tokenizer: str | bytes | None
 ) -> dict[str, bytes]:
     """The files of a folder to change so that `transformers` stops at all `ends`.
 
@@ -243,7 +254,8 @@ def adapter_to_folder(adapter: Adapter, family: Family) -> Adapter:
     alpha, tensors = {}, {}
     weights = [stored for stored in _layout_of(adapter, family) if stored.name.endswith(".weight")]
     theirs = {stored.module for stored in weights}
-    if {name.rpartition(".")[0] for name in adapter.tensors} <= theirs:
+    named = adapter.tensors.keys() - adapter.base_weights
+    if {name.rpartition(".")[0] for name in named} <= theirs:
         return adapter
     foreign = adapter.alpha.keys() - {our for stored in weights for our in stored.our_modules}
     if foreign:

@@ -425,7 +425,7 @@ def test_what_the_format_cannot_hold_is_not_written(tmp_path):
     for more, message in (
         ({"ln_f.bias": torch.ones(32)}, r"whole modules and cannot hold ln_f\.bias alone"),
         ({"scale": torch.ones(1)}, "whole modules and cannot hold scale alone"),
-        ({"lm_head.weight": torch.ones(256, 32)}, r"cannot hold lm_head\.weight alone"),
+        ({"lm_head.bias": torch.ones(256)}, r"cannot hold lm_head\.bias alone"),
         ({"blocks.0.weight": torch.ones(1)}, r"cannot hold blocks\.0\.weight alone"),
     ):
         adapter = Adapter(None, ADAPTER.alpha, ADAPTER.tensors | more)

@@ -59,19 +59,29 @@ def read_checked_base(path: str) -> Checkpoint:
 def read_adapters(weighted: WeightedAdapters | None, family: Family, sizes: Any) -> AdapterFiles:
     """The files that ADAPTERS names, each under the names of our model.
 
-    Raises FileError for one that cannot be read, or that adapts a layer which a model of these
-    sizes does not have.
+    Raises FileError for one that cannot be read, that adapts a layer which a model of these sizes
+    does not have, or that has whole weights other than the embeddings' and the head's.
     """
     if weighted is None:
         return []
     modules = dict(meta_model(family, sizes).named_modules())
+    whole = {f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Embedding)}
+    whole.add("lm_head.weight")
+    whole |= {stored.name for stored in family.layout(sizes) if whole & set(stored.ours)}
     adapters = []
     for path, weight in weighted.parts:
-        adapter = adapter_from_folder(read_adapter(path), family)
+        found = read_adapter(path)
+        adapter = adapter_from_folder(found, family)
         for name in adapter.alpha:
             if not isinstance(modules.get(name), nn.Linear):
                 raise FileError(
                     f"ADAPTERS={weighted}: {path} is of another model: it has an adapter of {name}"
+                )
+        for name in found.extras:
+            if name not in whole:
+                raise FileError(
+                    f"ADAPTERS={weighted}: {path} has modules_to_save {name.rpartition('.')[0]}, "
+                    "which is not supported, only embeddings and lm_head are"
                 )
         adapters.append((path, adapter, weight))
     return adapters
@@ -168,6 +178,11 @@ def describe_adapters(
     """What the log says of ADAPTERS on a base in `base_dtype`; `metadata` and `rank` are those of
     their sum."""
     lines = [f"Adapter: {path}, weight {weight:g}" for path, _, weight in files]
+    if "own_head" in metadata:
+        lines.append("Head: the adapter's own, whole and frozen")
+    if "files" in metadata:
+        n_tokens = vocabulary_size(metadata["files"]["tokenizer.json"])
+        lines.append(f"Tokenizer: the adapter's own, of {n_tokens:,} tokens")
     if any(adapter.base is None for _, adapter, _ in files):
         lines.append(
             "Base of the adapter: not recorded in its file, so not checked; its shapes fit"

@@ -30,6 +30,7 @@ from trainer.loading import (
     read_adapters,
     read_checked_base,
 )
+from trainer.own_head import fit_base
 from trainer.settings import Config, ConfigError, option_fields
 
 DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
@@ -105,7 +106,7 @@ def set_up(asked: Config) -> Run:
     device, device_reason = join_processes(asked)
     dtype, dtype_reason = hardware.choose_dtype(asked.dtype, device)
     files = output_files(asked)
-    base = find_base(asked, files)
+    base, family, sizes, adapters = start_from(asked, find_base(asked, files))
     if base is None and asked.base_dtype != "auto":
         raise ConfigError(
             f"BASE_DTYPE={asked.base_dtype} needs a base, and there is no {files.last.parent}/"
@@ -114,9 +115,6 @@ def set_up(asked: Config) -> Run:
     lock = None
     if trains(asked) and processes.is_main_process():
         lock = lock_folder(asked.output_folder)
-    family = base.family if base is not None else GPT2
-    sizes = choose_sizes(asked, base)
-    adapters = read_adapters(asked.adapters, family, sizes)
     config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
     corpus = None if config.merge else open_data(config, base, adapters)
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
@@ -169,10 +167,7 @@ def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -
 
 def preview(asked: Config, colour: bool) -> list[str]:
     """The data's description and PREVIEW examples, without building a model."""
-    base = find_base(asked, output_files(asked))
-    family = base.family if base is not None else GPT2
-    sizes = choose_sizes(asked, base)
-    adapters = read_adapters(asked.adapters, family, sizes)
+    base, family, sizes, adapters = start_from(asked, find_base(asked, output_files(asked)))
     config, _ = resolve(asked, family, sizes, adapters, published=is_published(base))
     corpus = open_data(config, base, adapters)
     examples = preview_lines(corpus, config.preview, config.block_size, colour)
@@ -225,6 +220,19 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
     for adapter, _ in config.adapters.parts if config.adapters else ():
         refuse_to_replace("ADAPTERS", adapter, config, files)
     return None if path is None else read_checked_base(path)
+
+
+def start_from(
+    config: Config, base: Checkpoint | None
+) -> tuple[Checkpoint | None, Family, Any, AdapterFiles]:
+    """The base that fits ADAPTERS, the model's family and sizes, and ADAPTERS."""
+    family = base.family if base is not None else GPT2
+    sizes = choose_sizes(config, base)
+    adapters = read_adapters(config.adapters, family, sizes)
+    if base is not None:
+        base, adapters = fit_base(base, adapters)
+        sizes = base.sizes
+    return base, family, sizes, adapters
 
 
 def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles) -> None:
