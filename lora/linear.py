@@ -206,6 +206,22 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
+def factors_of(
+    layer: nn.Module,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:
+    """W, A, B and s of a layer whose call computes x W^T + s (x A^T) B^T and does nothing else.
+
+    A and B of a plain linear are None. None where a bias, hooks or dropout are beside them.
+    """
+    if getattr(layer, "bias", None) is not None or _has_hooks(layer):
+        return None
+    if type(layer) is nn.Linear:
+        return layer.weight, None, None, 1.0
+    if type(layer) is LoRALinear and not (layer.training and layer.dropout > 0.0):
+        return layer.weight, layer.lora_A, layer.lora_B, layer.scaling
+    return None
+
+
 def is_frozen(layer: nn.Module) -> bool:
     """Whether a layer is a frozen plain linear, whose weight says all that calling it would do."""
     return type(layer) is nn.Linear and not layer.weight.requires_grad and not _has_hooks(layer)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
-from lora.linear import apply_linear, is_frozen
+from lora.linear import apply_linear, factors_of
 from ops.attention import KeyValueCache
-from ops.loss import linear_cross_entropy, linear_losses
+from ops.loss import fusing_pays, linear_cross_entropy, linear_losses
 from ops.products import product_dtype
 
 Caches = list[KeyValueCache]  # one for each block
@@ -85,7 +85,6 @@ class LanguageModel(nn.Module):
     """
 
     linears: ClassVar[tuple[str, ...]]
-    keeps_logits: ClassVar[bool] = True  # when it computes a loss with a frozen head
     sizes: Any
     blocks: nn.ModuleList
     final_norm: nn.Module
@@ -162,8 +161,9 @@ class LanguageModel(nn.Module):
         given: the mean over those that are not negative, or for the `reduction` "none" that of each
         token, (B, T), without gradients and 0 where the target is negative.
 
-        With targets there are no logits, but None, where the head is frozen and the family does not
-        keep them: a vocabulary of published models makes them larger than the rest of a step.
+        With targets there are no logits, but None, where the vocabulary is that of published models
+        (`ops.loss`): they would be larger than the rest of a step. A head with dropout on its
+        adapter still has them.
 
         `segments` (B, T) says to which text of its row each token belongs. Each text has positions
         from 0, and no text sees another.
@@ -190,12 +190,12 @@ class LanguageModel(nn.Module):
             else:
                 x = block(x, *shared, cache=cache, mask=mask)
         x = self.final_norm(x)
-        if targets is not None and not self.keeps_logits and is_frozen(self.lm_head):
-            rows = x.to(product_dtype(x)).flatten(0, -2)
+        factors = factors_of(self.lm_head)
+        if targets is not None and factors is not None and fusing_pays(self.vocab_size):
+            rows, flat = x.flatten(0, -2), targets.flatten()
             if reduction == "none":
-                losses = linear_losses(rows, self.lm_head.weight, targets.flatten())
-                return None, losses.view(targets.shape)
-            return None, linear_cross_entropy(rows, self.lm_head.weight, targets.flatten())
+                return None, linear_losses(rows, flat, *factors).view(targets.shape)
+            return None, linear_cross_entropy(rows, flat, *factors)
         logits = apply_linear(self.lm_head, x)
         if targets is None:
             return logits, None

@@ -77,7 +77,6 @@ class Llama(LanguageModel):
     attention's weights and on what each half of a block adds to the residual stream.
     """
 
-    keeps_logits = False
     linears = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
     )  # fmt: skip

@@ -1,93 +1,228 @@
-"""The loss of a language model whose head is frozen, without keeping its logits."""
+"""Head and cross-entropy together, in chunks of tokens, so that logits are never whole.
+
+A vocabulary of published models makes the logits of a batch larger than all else in a step, and
+autograd keeps several tensors of their size. Here the gradients are made in forward, in place of
+the logits of a chunk (Wijmans et al. 2024, "Cut Your Losses", arXiv 2411.09009, have the idea):
+
+    logits = x W^T + s (x A^T) B^T        g = softmax(logits) - one-hot(targets)
+    dx = g W + s (g B) A        dW = g^T x        dA = s (g B)^T x        dB = s g^T (x A^T)
+
+x is (tokens, C), W (vocab_size, C), A (rank, C) and B (vocab_size, rank). Tokens whose target is
+negative do not count, and are left out before the head.
+"""
+
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ops.products import base_slices, differentiable_once
+from ops.products import (
+    CAST,
+    differentiable_once,
+    float32_product,
+    product_dtype,
+    scaled_product,
+    sums_to_float32,
+)
 
-# Logits that exist at one time: 128 MiB of them in float32. Of a head that is cast to it each slice
-# casts the head twice.
-LOGITS = 2**25
+# Logits that exist at one time: 64 MiB in float32, and half as much beside it in bfloat16. A GPU
+# needs more tokens to be busy with.
+LOGITS = 2**24
+GPU_LOGITS = 2**25
+
+# Up to this vocabulary the plain form, logits and then their loss, is as fast or faster.
+PLAIN_VOCABULARY = 4096
+
+# The numbers of a weight that a GPU casts at a time; a CPU casts CAST of them.
+GPU_CAST = 2**24
 
 
-def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of the logits x W^T, over the targets that are not negative.
+def fusing_pays(vocab_size: int) -> bool:
+    """Whether the functions below are faster than logits and then their loss."""
+    return vocab_size > PLAIN_VOCABULARY
 
-    The gradient of x is made in forward, in place of the logits of some tokens at a time, and is
-    all that is kept (Wijmans et al. 2024, "Cut Your Losses", arXiv 2411.09009, have the idea).
+
+def linear_cross_entropy(
+    x: Tensor,
+    targets: Tensor,
+    W: Tensor,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The mean cross-entropy of the logits x W^T + scaling (x A^T) B^T, over the targets that are
+    not negative.
+
+    The gradients of all tensors that need one are kept for backward, and nothing else. Backward
+    scales them in place, and can run once.
 
     Args:
-        x: (tokens, C), in the dtype of the product.
-        W: the frozen weight of the head, (vocab_size, C), in that dtype or a lower precision.
+        x: (tokens, C); products are in autocast's dtype, where that is on.
         targets: (tokens,) int64; nan is the mean over none.
+        W: the weight of the head, (vocab_size, C).
+        A, B: an adapter of the head, (rank, C) and (vocab_size, rank), or None.
+        scaling: the adapter's.
 
     Returns () float32, or float64 for such x.
     """
-    return _LinearCrossEntropy.apply(x, W, targets)
+    if not torch.is_grad_enabled():
+        losses = linear_losses(x, targets, W, A, B, scaling)
+        return losses.sum() / (targets >= 0).sum()
+    return _LinearCrossEntropy.apply(x, targets, W, A, B, scaling)
 
 
 @torch.no_grad()
-def linear_losses(x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each row's logits x W^T, 0 where its target is negative: (tokens,).
+def linear_losses(
+    x: Tensor,
+    targets: Tensor,
+    W: Tensor,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The cross-entropy of each row's logits, 0 where its target is negative: (tokens,).
 
-    The arguments are those of `linear_cross_entropy`.
+    The arguments and the dtype are those of `linear_cross_entropy`.
     """
-    losses = []
-    for part in _slices(len(x), len(W)):
-        logits = _wide_logits(x[part], W)
-        known = targets[part].where(targets[part] >= 0, -100)
-        losses.append(F.cross_entropy(logits, known, reduction="none"))
-    return torch.cat(losses)
-
-
-def _slices(tokens: int, vocabulary: int) -> list[slice]:
-    """The tokens whose logits exist at one time."""
-    size = max(1, LOGITS // vocabulary)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _wide_logits(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T, (tokens, vocab_size), in float32 or above."""
-    logits = x.new_empty(len(x), len(W))
-    for outputs, weight in base_slices([W], x.dtype):
-        torch.mm(x, weight.t(), out=logits[:, outputs])
-    return logits.float() if logits.itemsize < 4 else logits
+    rows, counted = _counted(targets), targets[:, None] >= 0
+    x, known = _taken(x, rows), _taken(targets, rows).clamp(min=0)[:, None]
+    found = [losses for *_, losses in _chunks(x, known, W, A, B, scaling)]
+    losses = torch.cat(found) if found else x.new_zeros(0, 1)
+    if rows is not None:
+        losses = losses.new_zeros(counted.shape).index_copy_(0, rows, losses)
+    return (losses * counted).squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
-        counted = (targets >= 0)[:, None]  # (tokens, 1)
-        # Of each token in the mean, (tokens, 1).
-        scale = counted.to(torch.promote_types(x.dtype, torch.float32)) / counted.sum()
-        # A token's share of a mean may be too small for float16, but not times GradScaler's factor.
-        # That is in `grad`, so there the mean is taken in backward.
-        count = counted.sum() if x.dtype == torch.float16 else None
-        share = scale if count is None else counted.to(scale.dtype)
-        targets = targets.clamp(min=0)[:, None]
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        loss = 0.0
-        for part in _slices(len(x), len(W)):
-            wide = _wide_logits(x[part], W)
-            wide.sub_(wide.amax(-1, keepdim=True))
-            found = wide.gather(-1, targets[part])
-            total = wide.exp_().sum(-1, keepdim=True)
-            loss = loss + ((total.log() - found) * scale[part]).sum()
-            if dx is None:
+    def forward(
+        ctx,
+        x: Tensor,
+        targets: Tensor,
+        W: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        rows, n = _counted(targets), (targets >= 0).sum()
+        ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, W, A, B)]
+        x, targets = _taken(x, rows), _taken(targets, rows)[:, None]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        counts = (targets >= 0).to(wide)  # (tokens, 1)
+        needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
+        dx, dW, dA, dB = (
+            torch.zeros(t.shape, dtype=wide, device=x.device) if needs else None
+            for t, needs in zip((x, W, A, None if B is None else B.t()), needed, strict=True)
+        )  # dB lies as (rank, vocab_size): its product takes 14 ms in this order, 88 in the other
+        dtype = product_dtype(x)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        known = targets.clamp(min=0)
+        for part, logits, exponentials, total, losses in _chunks(x, known, W, A, B, scaling):
+            count = counts[part]
+            loss += (losses * count).sum()
+            if not any(needed):
                 continue
-            # The gradient of the logits: (softmax - one-hot) share.
-            wide.mul_(share[part] / total).scatter_add_(-1, targets[part], -share[part])
-            wide = wide.to(x.dtype)
-            for i, (outputs, weight) in enumerate(base_slices([W], x.dtype)):
-                dx[part].addmm_(wide[:, outputs], weight, beta=0 if i == 0 else 1)
-        ctx.save_for_backward(dx, count)
-        return loss
+            exponentials.mul_(count / total).scatter_add_(-1, known[part], -count)
+            g, inputs = logits.copy_(exponentials), x[part].to(dtype)
+            for outputs, weight in _slices(W, dtype):
+                if dx is not None:
+                    _add_product(dx[part], g[:, outputs], weight)
+                if dW is not None:
+                    _add_product(dW[outputs], g[:, outputs].t(), inputs)
+            if A is not None:
+                down, up = A.to(dtype), B.to(dtype)
+                gB = scaled_product(scaling, up.t(), g.t())  # (rank, tokens)
+                if dx is not None:
+                    _add_product(dx[part], gB.t(), down)
+                if dA is not None:
+                    _add_product(dA, gB, inputs)
+                if dB is not None:
+                    _add_product(dB, scaled_product(scaling, down, inputs.t()), g)
+        ctx.save_for_backward(rows, n, dx, dW, dA, dB)
+        return loss / n
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        dx, count = ctx.saved_tensors
-        if count is not None:
-            return (dx.float() * (grad / count)).to(dx.dtype), None, None
-        return dx * grad.to(dx.dtype), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, n, dx, dW, dA, dB = ctx.saved_tensors
+        for gradient in (dx, dW, dA, dB):
+            if gradient is not None:
+                gradient.mul_(grad / n)
+        if dx is not None and rows is not None:
+            dx = dx.new_zeros(ctx.shape).index_copy_(0, rows, dx)
+        gradients = (dx, dW, dA, None if dB is None else dB.t())
+        dx, dW, dA, dB = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return dx, None, dW, dA, dB, None
+
+
+def _counted(targets: Tensor) -> Tensor | None:
+    """Which targets are not negative: (n_counted,) int64; None for all.
+
+    Shapes must not depend on values in a graph that is captured or compiled, nor can they on meta.
+    There all tokens are taken, and those that do not count are multiplied by 0.
+    """
+    if targets.is_meta or torch.compiler.is_compiling():
+        return None
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = (targets >= 0).nonzero().squeeze(1)
+    return None if len(rows) == len(targets) else rows
+
+
+def _taken(t: Tensor, rows: Tensor | None) -> Tensor:
+    return t if rows is None else t[rows]
+
+
+def _chunks(
+    x: Tensor, targets: Tensor, W: Tensor, A: Tensor | None, B: Tensor | None, scaling: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Some tokens at a time: which; their logits, (tokens, vocab_size); the exponentials of these
+    less the largest, in float32 or above; the sums of those and the losses, (tokens, 1).
+
+    Logits that are in float32 or above are the same tensor as the exponentials. Both may be written
+    over: all chunks are computed in the same memory. `targets` are (tokens, 1) and not negative.
+    """
+    tokens, vocabulary, dtype = len(x), len(W), product_dtype(x)
+    most = max(1, (GPU_LOGITS if x.is_cuda else LOGITS) // vocabulary)
+    size = -(-tokens // max(1, -(-tokens // most)))  # chunks of about equal sizes, of at most that
+    logits = x.new_empty(size, vocabulary, dtype=dtype)
+    wide = logits if logits.itemsize >= 4 else torch.empty_like(logits, dtype=torch.float32)
+    down, up = (None, None) if A is None else (A.to(dtype), B.to(dtype))
+    for start in range(0, tokens, max(1, size)):
+        part = slice(start, min(start + size, tokens))
+        inputs = x[part].to(dtype)
+        found = logits[: len(inputs)]
+        for outputs, weight in _slices(W, dtype):
+            torch.mm(inputs, weight.t(), out=found[:, outputs])
+        if down is not None:
+            found.addmm_(scaled_product(scaling, inputs, down.t()), up.t())
+        exponentials = found if wide is logits else wide[: len(inputs)].copy_(found)
+        exponentials.sub_(exponentials.amax(-1, keepdim=True))
+        of_target = exponentials.gather(-1, targets[part])
+        total = exponentials.exp_().sum(-1, keepdim=True)
+        yield part, found, exponentials, total, total.log() - of_target
+
+
+def _slices(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in `dtype` in slices of outputs: which, and their rows; in one where it has that
+    dtype. A cast copy of all would be as large as the logits of many tokens."""
+    if W.dtype == dtype or W.device.type not in ("cpu", "cuda"):
+        yield slice(None), W.to(dtype)
+        return
+    start = 0
+    for rows in W.split(max(1, (GPU_CAST if W.is_cuda else CAST) // W.shape[1])):
+        yield slice(start, start + len(rows)), rows.to(dtype)
+        start += len(rows)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where a sum of a wider dtype than the factors' rounds no more than these."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and sums_to_float32(a):
+        total.add_(float32_product(a, b))
+    else:
+        total.add_(torch.mm(a, b))

@@ -15,6 +15,8 @@ from conftest import ON_CPU, ROOT, TEXT, TINY, environment_of, start_group, star
 from test_exchange import published
 from test_training import losses
 
+from ops.loss import PLAIN_VOCABULARY
+
 # Dropout off: its masks are each process's own.
 STEPS = TINY | {"DROPOUT": "0", "GRAD_ACCUM_STEPS": "2", "DTYPE": "float32"} | ON_CPU
 MODES = {"full": {}, "lora": {"USE_LORA": "True", "BASE_CHECKPOINT": "base/full.pt"}}
@@ -74,15 +76,26 @@ def test_two_processes_train_as_one(folder, mode, fsdp):
     assert re.search("Validation loss: .*", one)[0] == re.search("Validation loss: .*", two)[0]
 
 
-@pytest.mark.parametrize("mode", ["True", "False"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"USE_LORA": "True"},
+        {"USE_LORA": "True", "LORA_TARGETS": "q_proj,lm_head", "DATA": "say.jsonl"},
+        {"USE_LORA": "False", "DATA": "say.jsonl"},
+    ],
+)
 def test_two_processes_fine_tune_a_llama_as_one(tmp_path, mode):
-    """A base in bfloat16, replicated and sharded, with LoRA and with every weight."""
-    published(tmp_path / "base", dtype=torch.bfloat16)
+    """A base in bfloat16 with a vocabulary whose logits are never whole, replicated and sharded,
+    with its head frozen, adapted and trained, on text and on records."""
+    published(tmp_path / "base", dtype=torch.bfloat16, vocab_size=PLAIN_VOCABULARY + 1)
     (tmp_path / "text.txt").write_text(TEXT)
+    records = ({"prompt": "say a", "completion": "a" * n} for n in (3, 19, 8, 20, 11, 5) * 12)
+    (tmp_path / "say.jsonl").write_text("\n".join(map(json.dumps, records)))
     sizes = ("N_EMBD", "N_HEAD", "N_LAYER")
     variables = {name: value for name, value in STEPS.items() if name not in sizes}
-    variables |= {"BASE_CHECKPOINT": "base", "USE_LORA": mode, "EVAL_BATCHES": "3"}
+    variables |= {"BASE_CHECKPOINT": "base", "EVAL_BATCHES": "3"} | mode
     alone = succeeded(start_script(tmp_path, **variables, OUT_DIR="alone"))
+    assert losses(alone)[-1] != losses(alone)[0]
     for fsdp in ("False", "True"):
         together = record_of_group(tmp_path, **variables, OUT_DIR=fsdp, FSDP=fsdp)
         assert_same_losses(together, alone)
