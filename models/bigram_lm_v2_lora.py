@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora import grouped_linear
 from lora.linear import apply_linear
 from models.language_model import Family, LanguageModel, StoredTensor
-from ops.attention import KeyValueCache, causal_attention
+from ops.attention import KeyValueCache, Lengths, causal_attention
 from ops.dropout import dropout as apply_dropout
 
 GELUS = ("exact", "tanh")
@@ -141,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def forward(
-        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | Lengths | None = None
     ) -> Tensor:
         qkv = grouped_linear(x, [self.query, self.key, self.value])  # (B, T, C) each
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in qkv)  # (B, T, H, D) each
@@ -175,7 +175,7 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd, dropout, gelu)
 
     def forward(
-        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | Lengths | None = None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
 from lora.linear import apply_linear, factors_of
-from ops.attention import KeyValueCache
+from ops.attention import GPU_MASK_MAX_CONTEXT, MASK_MAX_CONTEXT, KeyValueCache, Lengths
 from ops.loss import fusing_pays, linear_cross_entropy, linear_losses
 from ops.products import product_dtype
+from ops.shapes import may_depend_on_values
 
 Caches = list[KeyValueCache]  # one for each block
 
@@ -183,7 +184,11 @@ class LanguageModel(nn.Module):
         # Float32 under autocast too: in bfloat16 small changes would be lost, and torch adds up the
         # gradients of norms in the dtype of their input, on a CPU.
         x, *shared = self.embed(idx, positions)  # (B, T, C)
-        mask = None if segments is None else segments_mask(segments, product_dtype(x))
+        mask = None
+        if segments is not None and caches is None and mask_is_too_large(segments):
+            mask = segments_lengths(segments)
+        elif segments is not None:
+            mask = segments_mask(segments, product_dtype(x))
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, *shared, cache=cache, mask=mask, use_reentrant=False)
@@ -296,11 +301,28 @@ def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
+def mask_is_too_large(segments: Tensor) -> bool:
+    """Whether attention does better without a mask of these segments (B, T), and can."""
+    most = MASK_MAX_CONTEXT if segments.device.type == "cpu" else GPU_MASK_MAX_CONTEXT
+    return segments.shape[1] > most and may_depend_on_values(segments)
+
+
+def segments_lengths(segments: Tensor) -> Lengths:
+    """How many tokens each segment has, of one row after the other."""
+    starts = segments_begin(segments).flatten().nonzero().squeeze(1)
+    end = starts.new_tensor([segments.numel()])
+    return starts.diff(append=end).tolist()
+
+
+def segments_begin(segments: Tensor) -> Tensor:
+    """Whether each token is the first of its segment: (B, T)."""
+    return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+
+
 def segments_positions(segments: Tensor) -> Tensor:
     """How far each token is from the first of its segment: (B, T)."""
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(1).values
+    return places - torch.where(segments_begin(segments), places, 0).cummax(1).values
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

@@ -24,7 +24,7 @@ from lora import grouped_linear
 from lora.linear import Made, made
 from models.language_model import Family, LanguageModel, StoredTensor
 from ops.activations import swiglu
-from ops.attention import KeyValueCache, causal_attention
+from ops.attention import KeyValueCache, Lengths, causal_attention
 from ops.dropout import dropout as apply_dropout
 from ops.norms import rms_norm
 
@@ -145,7 +145,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
 
     def forward(
-        self, x: Made, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None
+        self,
+        x: Made,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None,
+        mask: Tensor | Lengths | None,
     ) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
@@ -191,7 +196,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Lengths | None = None,
     ) -> Tensor:
         y = self.self_attn(made(self.input_layernorm, x), cos, sin, cache, mask)
         x = x + apply_dropout(y, self.dropout, self.training)

@@ -22,9 +22,19 @@ PLAIN_AGAIN_MAX_CONTEXT = 1024
 # later keys, which the mask hides, are neither computed nor kept.
 QUERIES = 64
 
+# Longer blocks have no mask: attention is computed for each of the texts that are packed into them.
+# `python benchmarks/cpu_operations.py --sections segments` sets the first. A GPU would wait for
+# Python, which starts the many small operations; there the mask's memory decides, 32 MiB of a block
+# of 4096 tokens in bfloat16.
+MASK_MAX_CONTEXT = 128
+GPU_MASK_MAX_CONTEXT = 4096
+
 # Whether torch's fused form on a CPU reads one key head for a group of query heads. In earlier
 # versions enable_gqa=True takes a form there that keeps all scores.
 CPU_TAKES_GROUPS = torch.__version__ >= (2, 9)
+
+# Of segments, which fill the rows of a batch one after the other.
+Lengths = list[int]
 
 
 class KeyValueCache:
@@ -70,7 +80,7 @@ def causal_attention(
     v: Tensor,
     dropout_p: float,
     training: bool,
-    mask: Tensor | None = None,
+    mask: Tensor | Lengths | None = None,
     cache: KeyValueCache | None = None,
     saves_memory: bool = False,
 ) -> Tensor:
@@ -82,7 +92,8 @@ def causal_attention(
 
     With a `cache`, keys and values join those in it, and the queries are of the last T of its S
     tokens; else S is T. `mask` (B, 1, T, S) is 0 where a query sees a key, none of them after it,
-    and else -inf; None lets a query see all keys up to its own.
+    and else -inf; None lets a query see all keys up to its own. Without a cache `mask` can be the
+    lengths of segments, none of which is in two rows: a query sees the keys of its own alone.
 
     With `saves_memory` the weights of the plain form on a CPU are computed again in backward, which
     makes it the one of choice for more tokens.
@@ -93,6 +104,12 @@ def causal_attention(
     K = k.shape[2]
     if H % K != 0:
         raise ValueError(f"{H} heads of queries are not a multiple of {K} heads of keys")
+    if isinstance(mask, list):
+        # Each (1, tokens, H or K, D). Backward puts the gradients of all together at once.
+        segments = zip(*(t.flatten(0, 1)[None].split(mask, 1) for t in (q, k, v)), strict=True)
+        options = {"saves_memory": saves_memory}
+        y = [causal_attention(*segment, dropout_p, training, **options) for segment in segments]
+        return torch.cat(y, 1).view(B, T, H * D)
     dropout_p = dropout_p if training else 0.0
     if q.device.type == "cpu" and cache is None:
         again = saves_memory and T <= PLAIN_AGAIN_MAX_CONTEXT and torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from ops.products import (
     scaled_product,
     sums_to_float32,
 )
+from ops.shapes import may_depend_on_values
 
 # Logits that exist at one time: 64 MiB in float32, and half as much beside it in bfloat16. A GPU
 # needs more tokens to be busy with.
@@ -161,12 +162,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _counted(targets: Tensor) -> Tensor | None:
     """Which targets are not negative: (n_counted,) int64; None for all.
 
-    Shapes must not depend on values in a graph that is captured or compiled, nor can they on meta.
-    There all tokens are taken, and those that do not count are multiplied by 0.
+    Where shapes are fixed all tokens are taken, and those that do not count are multiplied by 0.
     """
-    if targets.is_meta or torch.compiler.is_compiling():
-        return None
-    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not may_depend_on_values(targets):
         return None
     rows = (targets >= 0).nonzero().squeeze(1)
     return None if len(rows) == len(targets) else rows

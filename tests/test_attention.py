@@ -5,9 +5,21 @@ import math
 import pytest
 import torch
 from conftest import DEVICES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from models import language_model
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.language_model import (
+    LanguageModel,
+    mask_is_too_large,
+    segments_lengths,
+    segments_mask,
+    segments_positions,
+)
+from models.llama import Llama
 from ops import attention
-from ops.attention import KeyValueCache, causal_attention, plain_attention
+from ops.attention import MASK_MAX_CONTEXT, KeyValueCache, causal_attention, plain_attention
 
 # B, T, H, K, D: as many heads of keys as of queries, fewer, one; one token, some blocks of queries.
 SHAPES = [
@@ -80,6 +92,111 @@ def test_every_form_agrees_with_float64(form, device, dtype, shape):
             # With one key its weight is 1, so that its score's gradient is 0 but for rounding.
             scale = max(b.norm(), g.double().norm() if T == 1 and name in ("dq", "dk") else 0.0)
             assert (a.double() - b).norm() <= TOLERANCES[dtype] * scale, name
+
+
+SEGMENTS = torch.tensor([[1] * 5 + [2] + [3] * 194, [1] * 130 + [2] * 62 + [0] * 8])
+
+
+@pytest.mark.parametrize("saves_memory", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_by_their_lengths_are_those_of_a_mask(device, dtype, saves_memory):
+    """Values and gradients, of float64 with the mask."""
+    inputs = make_inputs((2, 200, 4, 2, 8), dtype, device)
+    assert segments_lengths(SEGMENTS) == [5, 1, 194, 130, 62, 8]
+    mask, g = segments_mask(SEGMENTS, torch.float64), torch.randn(2, 200, 32, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    lengths = segments_lengths(SEGMENTS.to(device))
+    y = causal_attention(*leaves, 0.0, True, lengths, saves_memory=saves_memory)
+    found = [y, *torch.autograd.grad(y, leaves, g.to(y))]
+    leaves = [t.double().requires_grad_() for t in inputs]
+    y = exact_attention(*leaves, mask.to(device))
+    exact = [y, *torch.autograd.grad(y, leaves, g.to(y))]
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == dtype
+        assert (a.double() - b).norm() <= TOLERANCES[dtype] * b.norm()
+
+
+def test_segments_by_their_lengths_have_dropout():
+    """Of uniform weights and ones as values, each output counts the keys that are left."""
+    q, k, v = (torch.zeros(2, 200, 1, 4), torch.zeros(2, 200, 1, 4), torch.ones(2, 200, 1, 4))
+    torch.manual_seed(0)
+    y = causal_attention(q, k, v, 0.25, True, segments_lengths(SEGMENTS))[..., 0]
+    left = y * 0.75 * (segments_positions(SEGMENTS) + 1)
+    torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-3)
+    assert abs(y.mean().item() - 1) < 0.03 and (y != 1).float().mean() > 0.9
+
+
+def packed_models(block_size: int) -> list[LanguageModel]:
+    """One of each family, with and without dropout."""
+    sizes = {"vocab_size": 300, "n_embd": 16, "block_size": block_size, "n_head": 2, "n_layer": 2}
+    llama = {"n_kv_head": 1, "head_dim": 8, "n_inner": 24, "max_positions": block_size}
+    torch.manual_seed(0)
+    return [
+        model
+        for p in (0.0, 0.2)
+        for model in (
+            BigramLanguageModelLoRA(**sizes, device="cpu", dropout=p),
+            Llama(**sizes, **llama, device="cpu", dropout=p),
+        )
+    ]
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        made = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        self.numel = max([self.numel, *(t.untyped_storage().nbytes() // 4 for t in made)])
+        return result
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_long_blocks_of_records_make_nothing_of_the_size_of_a_mask(grad_checkpoint):
+    """Forward and backward, in both families, with dropout and without."""
+    T = 1024
+    segments = torch.repeat_interleave(torch.arange(16), 64)[None]
+    idx = torch.randint(300, (1, T))
+    for model in packed_models(T):
+        model.grad_checkpoint = grad_checkpoint
+        with Largest() as largest:
+            model(idx, idx, segments)[1].backward()
+        assert largest.numel < T * T / 2
+
+
+@pytest.mark.parametrize("family", [0, 1])
+def test_losses_of_records_are_the_same_with_and_without_a_mask(family, monkeypatch):
+    """Within 1e-6 of the loss and 1e-5 of the gradients; small blocks have the mask."""
+    T = MASK_MAX_CONTEXT + 20
+    model = packed_models(T)[family]
+    segments = torch.randint(2, (3, T)).cumsum(1)
+    idx = torch.randint(300, (3, T))
+    found = []
+    for most in (T, MASK_MAX_CONTEXT):
+        monkeypatch.setattr(language_model, "MASK_MAX_CONTEXT", most)
+        assert mask_is_too_large(segments) == (most < T)
+        loss = model(idx, idx, segments)[1]
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss, torch.cat([t.flatten() for t in gradients])))
+    (loss, gradients), (expected, exact) = found
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (gradients - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_shapes_that_a_graph_fixes_keep_the_mask():
+    """Blocks of records compile as one graph, whatever their segments."""
+    torch._dynamo.reset()
+    T = MASK_MAX_CONTEXT + 20
+    idx, segments = torch.randint(300, (2, T)), torch.randint(2, (2, T)).cumsum(1)
+    for model in packed_models(T)[:2]:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        loss, expected = (function(idx, idx, segments)[1] for function in (compiled, model))
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("T", [1, 70])

@@ -366,7 +366,7 @@ def test_validation_blocks_are_evenly_spaced(n_windows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block_size", [24, 300])  # plain attention, and torch's
+@pytest.mark.parametrize("block_size", [24, 300])  # with a mask, and without
 def test_no_record_sees_another(dtype, block_size):
     """Logits and losses of a block are those of its records alone."""
     torch.manual_seed(0)

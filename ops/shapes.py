@@ -1,0 +1,14 @@
+"""Whether the shapes of results may depend on values."""
+
+import torch
+from torch import Tensor
+
+
+def may_depend_on_values(t: Tensor) -> bool:
+    """Whether shapes of what is computed from t may depend on its values.
+
+    Not so in a graph that is compiled or captured, which fixes them, nor on meta, which has none.
+    """
+    if t.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
