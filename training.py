@@ -39,7 +39,7 @@ from trainer.console import (
     indent,
     say,
 )
-from trainer.description import describe, describe_costs, describe_outcome
+from trainer.description import describe, describe_costs, describe_outcome, describe_plan
 from trainer.evaluation import (
     check_finite,
     evaluate_all,
@@ -59,7 +59,7 @@ from trainer.optimization import (
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.saving import save, write_merged
 from trainer.settings import Config, help_table
-from trainer.setup import Run, header, identity, preview, set_up
+from trainer.setup import Run, header, identity, plan_run, preview, set_up
 from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
@@ -79,11 +79,15 @@ def work(arguments: list[str]) -> None:
         say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
         return
     config = Config.from_environment(os.environ)
+    plan = plan_run(config)
     if config.preview:
         colour = sys.stdout is not None and sys.stdout.isatty()
-        write_out("".join(f"{line}\n" for line in preview(config, colour)))
+        write_out("".join(f"{line}\n" for line in preview(plan, colour)))
         return
-    run = set_up(config)
+    say(*describe_plan(plan))
+    if config.estimate:
+        return
+    run = set_up(plan)
     say(*describe(run))
     if run.config.eval_only:
         print_evaluation(run)

@@ -52,7 +52,7 @@ from data import TextCorpus, load_corpus
 from trainer.console import say
 from trainer.optimization import learning_rate
 from trainer.settings import Config
-from trainer.setup import set_up
+from trainer.setup import plan_run, set_up
 from training import train
 
 VOCAB_SIZE = 256
@@ -242,7 +242,7 @@ def run_once(row: Row, settings: dict[str, str], scratch: Path) -> Record:
             "BASE_CHECKPOINT": str(scratch / "full-float32" / "full.pt"),
         }
     with contextlib.redirect_stdout(io.StringIO()):
-        run = set_up(Config.from_environment(variables))
+        run = set_up(plan_run(Config.from_environment(variables)))
         train(run)
     lines = run.files.metrics.read_text(encoding="utf-8").splitlines()
     evaluation, summary = json.loads(lines[-2]), json.loads(lines[-1])["summary"]

@@ -38,7 +38,7 @@ import hardware
 from data import Corpus, load_corpus
 from trainer.evaluation import evaluate
 from trainer.settings import Config, option_fields
-from trainer.setup import set_up
+from trainer.setup import plan_run, set_up
 from training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,7 +234,7 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
         if task.method != BASE:
             variables |= {"LEARNING_RATE": str(task.rate), "MAX_STEPS": str(task.steps)}
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-            run = set_up(Config.from_environment(variables))
+            run = set_up(plan_run(Config.from_environment(variables)))
             torch.set_num_threads(1)
             if task.method != BASE:
                 before = {name: p.detach().clone() for name, p in trained_parameters(run.model)}

@@ -59,6 +59,27 @@ def read_model(folder: Path) -> Checkpoint:
     Raises FileError for a missing or damaged file, for a model whose family is not supported, and
     for an option that our model does not have.
     """
+    family, sizes = _read_config(folder)
+    tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
+    files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
+    tokenizer: str | None = _read_tokenizer(folder)
+    if is_of_bytes(json.loads(tokenizer)):
+        tokenizer = None
+    return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
+
+
+def read_shape(folder: Path) -> Checkpoint:
+    """What config.json says of a folder's model, without its tensors and with an empty tokenizer.
+
+    Raises FileError as `read_model` does for that file.
+    """
+    family, sizes = _read_config(folder)
+    files = {"config.json": (folder / "config.json").read_bytes()}
+    return Checkpoint(str(folder), family, sizes, {}, {}, "", files)
+
+
+def _read_config(folder: Path) -> tuple[Family, Any]:
+    """The family and the sizes that a folder's config.json states."""
     if not (folder / "config.json").exists():
         raise FileError(f"{folder} is no Hugging Face folder of a model: {_what_is_there(folder)}")
     config = _read_json(folder / "config.json")
@@ -68,15 +89,9 @@ def read_model(folder: Path) -> Checkpoint:
         raise FileError(f"{folder}: model_type {kind!r} is not supported; supported are {known}")
     family = MODEL_TYPES[kind]
     try:
-        sizes = family.read_config(config)
+        return family, family.read_config(config)
     except ValueError as error:
         raise FileError(f"{folder}/config.json: {error}") from error
-    tensors, sizes = _from_folder(folder, _map_weights(folder), family, sizes)
-    files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
-    tokenizer: str | None = _read_tokenizer(folder)
-    if is_of_bytes(json.loads(tokenizer)):
-        tokenizer = None
-    return Checkpoint(str(folder), family, sizes, tensors, {}, tokenizer, files)
 
 
 def _what_is_there(folder: Path) -> str:

@@ -10,21 +10,31 @@ from lora import lora_layers
 from models import LanguageModel
 from models.checkpoint import Checkpoint
 from trainer.console import indent
+from trainer.estimate import memory_lines
 from trainer.loading import describe_adapters
 from trainer.log import START
 from trainer.resuming import Progress
 from trainer.settings import Config
-from trainer.setup import Run, is_published, trains
+from trainer.setup import Plan, Run, is_published, trains
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """The lines of the log that come before a weight is read: configuration, device, memory."""
+    config, device = plan.config, plan.device
+    lines = [START, *indent(config.describe())]
+    lines.append(f"Device: {device} ({hardware.device_name(device)}), {plan.device_reason}")
+    lines.append(f"dtype: {str(plan.dtype).removeprefix('torch.')}, {plan.dtype_reason}")
+    if processes.world_size() > 1:
+        lines.append(f"Processes: {describe_processes(config)}")
+    if trains(config) and processes.is_main_process():
+        lines += memory_lines(plan)
+    return lines
 
 
 def describe(run: Run) -> list[str]:
-    """The lines of the log on what a run works with, from its configuration to notes."""
-    config, device = run.config, run.device
-    lines = [START, *indent(config.describe())]
-    lines.append(f"Device: {device} ({hardware.device_name(device)}), {run.device_reason}")
-    lines.append(f"dtype: {str(run.dtype).removeprefix('torch.')}, {run.dtype_reason}")
-    if processes.world_size() > 1:
-        lines.append(f"Processes: {describe_processes(config)}")
+    """The lines of the log on what a run works with, from its data to notes."""
+    config = run.config
+    lines = []
     if run.corpus is not None:
         lines += ["Data:", *indent(run.corpus.describe())]
     if trains(config):

@@ -237,6 +237,9 @@ class Config(Settings):
     preview: int = option(
         0, "show this many examples, and in them what the loss counts; train nothing", at_least=0
     )
+    estimate: bool = option(
+        False, "say how much memory the run needs, without its weights; train nothing"
+    )
     merge: bool = option(False, "write base and ADAPTERS as merged.pt in OUT_DIR; train nothing")
 
     # Data and files
@@ -333,7 +336,8 @@ class Config(Settings):
                 f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
                 f"LEARNING_RATE={self.learning_rate}"
             )
-        modes = [n for n in ("resume", "eval_only", "merge", "preview") if getattr(self, n)]
+        names = ("resume", "eval_only", "merge", "preview", "estimate")
+        modes = [name for name in names if getattr(self, name)]
         if len(modes) > 1:
             raise ConfigError(f"{' and '.join(m.upper() for m in modes)} exclude each other")
         for name in ("compile", "merge"):

@@ -19,6 +19,7 @@ from hardware import processes
 from lora import lora_layers, store_base, sum_scaling
 from models import GPT2, Family, LanguageModel
 from models.checkpoint import Checkpoint, meta_model
+from models.huggingface import read_shape
 from trainer.loading import (
     AdapterFiles,
     LoraOptions,
@@ -94,15 +95,40 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def set_up(asked: Config) -> Run:
-    """Choose device and dtype, open the data, and build the model on its base and adapters.
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before a weight is read.
 
-    `asked` is what the environment says. Raises ConfigError, DataError or FileError for input that
-    cannot be used or does not fit together. Raises DeviceError for a device that is not there, and
-    GroupError for processes that cannot work together.
+    `asked` is what the environment says, `config` what it means for this base and these adapters.
+    """
+
+    asked: Config
+    config: Config
+    device: torch.device
+    device_reason: str
+    dtype: torch.dtype
+    dtype_reason: str
+    files: OutputFiles
+    base: Checkpoint | None  # None for random weights
+    family: Family
+    sizes: Any
+    adapters: AdapterFiles
+    lora: LoraOptions | None  # None where every parameter trains
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a batch in this process."""
+        return self.config.batch_size // processes.world_size()
+
+
+def plan_run(asked: Config) -> Plan:
+    """Choose device and dtype, and find out what the variables mean for the base and the adapters.
+
+    `asked` is what the environment says. Raises ConfigError or FileError for input that cannot be
+    used or does not fit together. Raises DeviceError for a device that is not there, and GroupError
+    for processes that cannot work together.
     """
     hardware.keep_freed_memory()
-    torch.manual_seed(asked.seed)
     device, device_reason = join_processes(asked)
     dtype, dtype_reason = hardware.choose_dtype(asked.dtype, device)
     files = output_files(asked)
@@ -112,30 +138,45 @@ def set_up(asked: Config) -> Run:
             f"BASE_DTYPE={asked.base_dtype} needs a base, and there is no {files.last.parent}/"
             "full.pt: set BASE_CHECKPOINT to the model's checkpoint or folder"
         )
-    lock = None
-    if trains(asked) and processes.is_main_process():
-        lock = lock_folder(asked.output_folder)
     config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
-    corpus = None if config.merge else open_data(config, base, adapters)
-    place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     lora = None
     if config.use_lora:
         scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
         lora = LoraOptions(*scaling, targets, config.train_embeddings)
-    model = build_model(family, sizes, base, place, config.dropout, lora, config.base_dtype)
+    return Plan(
+        asked, config, device, device_reason, dtype, dtype_reason, files, base, family, sizes,
+        adapters, lora,
+    )  # fmt: skip
+
+
+def set_up(plan: Plan) -> Run:
+    """Open the data, and build the model on its base and adapters.
+
+    Raises DataError, FileError or ConfigError for input that cannot be used or does not fit
+    together, and GroupError for processes that do not agree.
+    """
+    asked, config, device, base = plan.asked, plan.config, plan.device, plan.base
+    torch.manual_seed(asked.seed)
+    lock = None
+    if trains(asked) and processes.is_main_process():
+        lock = lock_folder(asked.output_folder)
+    corpus = None if config.merge else open_data(config, base, plan.adapters)
+    place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
+    model = build_model(
+        plan.family, plan.sizes, base, place, config.dropout, plan.lora, config.base_dtype
+    )
     model.grad_checkpoint = config.grad_checkpoint
     base_id, metadata = base_fingerprint(base, model), {}
-    if adapters:
+    if plan.adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
-        metadata = put_on_adapters(model, base_id, adapters, rank, config.any_base)
+        metadata = put_on_adapters(model, base_id, plan.adapters, rank, config.any_base)
         check_scaling(asked, model)
-    if dtype != torch.float32 and not config.merge:
-        tokens = config.batch_size // processes.world_size() * config.block_size
-        store_base(model, dtype, tokens)
+    if plan.dtype != torch.float32 and not config.merge:
+        store_base(model, plan.dtype, plan.batch_size * config.block_size)
     base = None if base is None else dataclasses.replace(base, tensors={})
     run = Run(
-        config, device, device_reason, dtype, dtype_reason, corpus, base, base_id, adapters,
-        metadata, model, files, lock,
+        config, device, plan.device_reason, plan.dtype, plan.dtype_reason, corpus, base, base_id,
+        plan.adapters, metadata, model, plan.files, lock,
     )  # fmt: skip
     if processes.world_size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -165,11 +206,10 @@ def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -
     )  # fmt: skip
 
 
-def preview(asked: Config, colour: bool) -> list[str]:
+def preview(plan: Plan, colour: bool) -> list[str]:
     """The data's description and PREVIEW examples, without building a model."""
-    base, family, sizes, adapters = start_from(asked, find_base(asked, output_files(asked)))
-    config, _ = resolve(asked, family, sizes, adapters, published=is_published(base))
-    corpus = open_data(config, base, adapters)
+    config = plan.config
+    corpus = open_data(config, plan.base, plan.adapters)
     examples = preview_lines(corpus, config.preview, config.block_size, colour)
     return ["Data:", *(f"   {line}" for line in corpus.describe()), "", *examples]
 
@@ -195,7 +235,8 @@ def trains(config: Config) -> bool:
 def output_files(config: Config) -> OutputFiles:
     """The files that a run writes. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
-    if not config.eval_only and processes.is_main_process():
+    writes = not (config.eval_only or config.estimate)
+    if writes and processes.is_main_process():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -219,6 +260,8 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
         refuse_to_replace("BASE_CHECKPOINT", path, config, files)
     for adapter, _ in config.adapters.parts if config.adapters else ():
         refuse_to_replace("ADAPTERS", adapter, config, files)
+    if path is not None and config.estimate and os.path.isdir(path):
+        return read_shape(Path(path))
     return None if path is None else read_checked_base(path)
 
 

@@ -1,0 +1,129 @@
+"""The memory that the log announces: what a step holds, its parts, and the advice."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, TINY, start_script, succeeded
+from test_exchange import published
+from torch import nn
+
+from models import LanguageModel
+from trainer import estimate as module
+from trainer.estimate import _Held, estimate, memory_lines, shaped_model, step_bytes
+from trainer.settings import Config
+from trainer.setup import Plan, plan_run
+
+SIZES = {"N_EMBD": "64", "N_HEAD": "2", "N_LAYER": "3", "BLOCK_SIZE": "64", "BATCH_SIZE": "4"}
+CASES = [
+    {},
+    {"USE_LORA": "True"},
+    {"USE_LORA": "True", "DTYPE": "bfloat16"},
+    {"USE_LORA": "True", "GRAD_CHECKPOINT": "True"},
+    {"GRAD_ACCUM_STEPS": "2", "DROPOUT": "0.1"},
+    {"USE_LORA": "True", "BASE_CHECKPOINT": "base", "BLOCK_SIZE": "32"},
+    {"USE_LORA": "True", "BASE_CHECKPOINT": "base", "BLOCK_SIZE": "32", "DTYPE": "bfloat16"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("estimate")
+    published(folder / "base", dtype=torch.bfloat16)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def plan_of(folder: Path, **variables: str) -> Plan:
+    sizes = {} if "BASE_CHECKPOINT" in variables else SIZES
+    base = {"BASE_CHECKPOINT": str(folder / "base")} if "BASE_CHECKPOINT" in variables else {}
+    asked = sizes | {"DTYPE": "float32", "BATCH_SIZE": "4"} | variables | base
+    return plan_run(Config.from_environment(asked | {"OUT_DIR": str(folder / "none")}))
+
+
+def with_numbers(model: LanguageModel) -> LanguageModel:
+    """The model with tensors that have numbers, in the same dtypes."""
+    real: dict[int, nn.Parameter] = {}
+    for m in model.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                new = torch.rand(p.shape).to(p.dtype)
+                m._parameters[name] = real.setdefault(id(p), nn.Parameter(new, p.requires_grad))
+        for name, b in m._buffers.items():
+            m._buffers[name] = torch.zeros(b.shape, dtype=b.dtype)
+    return model
+
+
+@pytest.mark.parametrize("variables", CASES)
+def test_a_step_with_fake_tensors_holds_what_a_real_one_holds(folder, variables):
+    """Up to what torch computes in place for real and in a new tensor for fakes."""
+    plan = plan_of(folder, **variables)
+    model = with_numbers(shaped_model(plan, 2))
+    shape = (plan.batch_size, plan.config.block_size)
+    with _Held() as held:
+        if plan.config.grad_accum_steps > 1:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        batch = [torch.zeros(shape, dtype=torch.int64) for _ in range(2)]
+        with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
+            loss = model(*batch)[1]
+        loss.backward()
+    assert step_bytes(plan, shaped_model(plan, 2)) == pytest.approx(held.most, rel=0.1)
+
+
+@pytest.mark.parametrize("variables", CASES[:4])
+def test_each_further_block_adds_as_much_as_the_second(folder, variables):
+    plan = plan_of(folder, **variables, N_LAYER="5")
+    found = estimate(plan)
+    assert found.step == pytest.approx(step_bytes(plan, shaped_model(plan, 5)), rel=0.02)
+    model = shaped_model(plan, 5)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (found.trained, found.optimizer) == (4 * trained, 8 * trained)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    bytes_each = 4 if variables.get("DTYPE") != "bfloat16" else 2  # linears that are never merged
+    assert bytes_each * frozen <= found.base <= 4 * frozen
+
+
+def test_a_base_in_4_bits_takes_4_127_bits_a_number(folder):
+    whole = estimate(plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base"))
+    plan = plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base", BASE_DTYPE="nf4")
+    linears = [m for m in shaped_model(plan, plan.sizes.n_layer).blocks.modules()]
+    numbers = sum(m.weight.numel() for m in linears if hasattr(m, "in_features"))
+    saved = numbers * (2 - 4.127 / 8)
+    assert whole.base - estimate(plan).base == pytest.approx(saved, abs=len(linears))
+
+
+def test_what_would_fit_is_said(folder, monkeypatch):
+    plan = plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base", BATCH_SIZE="64")
+    assert len(memory_lines(plan)) == 1
+    monkeypatch.setattr(module, "FIRST_USE", 0)
+    needed = estimate(plan)
+    for free, fits in ((needed.total - needed.program - 1, True), (1000.0, False)):
+        monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)
+        first, note, *advice = memory_lines(plan)
+        assert re.match(r"Memory: about [\d,]+ MiB \(base .*\); [\d,]+ free$", first)
+        assert note.startswith("Note: that does not fit")
+        assert [line.split(":")[0].strip() for line in advice[:-1]] == [
+            "GRAD_CHECKPOINT=True", "BATCH_SIZE=1 GRAD_ACCUM_STEPS=64", "BASE_DTYPE=nf4",
+            "BLOCK_SIZE=32",
+        ]  # fmt: skip
+        assert advice[-1].count("=") == 5 and advice[-1].endswith(" (fits)") == fits
+
+
+def test_the_script_announces_it_and_estimate_needs_no_weights(folder):
+    log = succeeded(start_script(folder, **TINY))
+    assert log.index("\nMemory: about ") < log.index("\nData:")
+    (folder / "shape").mkdir()
+    config = (folder / "base" / "config.json").read_text()
+    (folder / "shape" / "config.json").write_text(config)
+    asked = {"USE_LORA": "True", "BLOCK_SIZE": "32", "BATCH_SIZE": "4", "OUT_DIR": "elsewhere"}
+    found = [
+        succeeded(start_script(folder, ESTIMATE="True", BASE_CHECKPOINT=name, **asked))
+        for name in ("shape", "base")
+    ]
+    parts = r"^Memory: about .* MiB \(base (.*), program"
+    lines = [re.search(parts, log, re.M)[1] for log in found]
+    assert lines[0] == lines[1] and json.loads(config)["dtype"] == "bfloat16"
+    assert "Data:" not in found[0] and not (folder / "elsewhere").exists()

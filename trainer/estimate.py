@@ -1,0 +1,276 @@
+"""The memory that a run needs, known before a weight is read.
+
+What the weights take follows from their shapes. What a step takes beside them is found by a step
+with torch's fake tensors, which have shapes and no numbers. The model has two blocks there, since
+each further block adds as much as the second one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hardware import processes
+from lora import LoRALinear, store_base
+from models import LanguageModel
+from models.checkpoint import Checkpoint, meta_model
+from trainer.settings import Config
+from trainer.setup import Plan
+
+ADAM_BYTES = 8  # of its two moments, in float32, for each number that trains
+NF4_BYTES = 4.127 / 8  # for each number
+MIB = 2**20
+
+# What a CPU run takes beside its tensors once it computes: threads, buffers of products, and gaps
+# between tensors. `python benchmarks/memory.py` sets it.
+FIRST_USE = 45 * MIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run has to hold at once.
+
+    Attributes:
+        base: weights that are frozen.
+        trained: weights that train.
+        optimizer: its state.
+        step: gradients, activations and loss, at the largest moment of a step.
+        program: what the process takes beside its tensors.
+    """
+
+    base: int
+    trained: int
+    optimizer: int
+    step: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def estimate(plan: Plan) -> Memory:
+    """The memory of a run that trains as planned, in this process."""
+    n_blocks = plan.sizes.n_layer
+    model = shaped_model(plan, n_blocks)
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    base = sum(frozen_bytes(model, plan.config).values())
+    steps = [step_bytes(plan, shaped_model(plan, n)) for n in range(1, min(2, n_blocks) + 1)]
+    step = steps[-1] + (n_blocks - len(steps)) * (steps[-1] - steps[0])
+    return Memory(base, trained, trained // 4 * ADAM_BYTES, step, program_bytes(plan.device))
+
+
+def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
+    """The plan's model with so many blocks, of fake tensors in the dtypes that they will have.
+
+    A base in NF4 is in bfloat16 here: what a step makes of it is the same.
+    """
+    sizes = dataclasses.replace(plan.sizes, n_layer=n_blocks)
+    model = meta_model(plan.family, sizes, plan.config.dropout)
+    if plan.lora is not None:
+        model.requires_grad_(False)
+        if model.tied_head and plan.lora.train_embeddings:
+            model.tie_head(copied=True)
+        targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
+        model.adapt(*dataclasses.astuple(dataclasses.replace(plan.lora, targets=targets)))
+    model.grad_checkpoint = plan.config.grad_checkpoint
+    made: dict[int, nn.Parameter] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module_name, module in model.named_modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                if id(p) not in made:
+                    frozen = frozen_dtype(plan, f"{module_name}.{name}".removeprefix("."))
+                    dtype = torch.float32 if p.requires_grad else frozen
+                    fake = torch.empty(p.shape, dtype=dtype, device=plan.device)
+                    made[id(p)] = nn.Parameter(fake, requires_grad=p.requires_grad)
+                module._parameters[name] = made[id(p)]
+            for name, b in module._buffers.items():
+                if b is not None:
+                    fake = torch.empty(b.shape, dtype=b.dtype, device=plan.device)
+                    module._buffers[name] = fake
+        if plan.dtype != torch.float32:
+            store_base(model, plan.dtype, plan.batch_size * plan.config.block_size)
+    return model
+
+
+def frozen_dtype(plan: Plan, name: str) -> torch.dtype:
+    """The dtype of a frozen weight: what BASE_DTYPE says, or else what the base has."""
+    asked, base = plan.config.base_dtype, plan.base
+    if asked == "nf4":
+        return torch.bfloat16
+    if asked != "auto":
+        return getattr(torch, asked)
+    if base is None:
+        return torch.float32
+    if name in base.tensors:
+        return base.tensors[name].dtype
+    return stated_dtype(base)
+
+
+def stated_dtype(base: Checkpoint) -> torch.dtype:
+    """The dtype that a folder's config.json states; float32 where it states none."""
+    try:
+        config = json.loads(base.files.get("config.json", b"{}"))
+    except ValueError:
+        return torch.float32
+    stated = config.get("dtype", config.get("torch_dtype"))
+    dtype = getattr(torch, stated, None) if isinstance(stated, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def frozen_bytes(model: LanguageModel, config: Config) -> dict[int, int]:
+    """The bytes of each frozen parameter, by its id; in NF4 those of linears in the blocks."""
+    found = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
+    if config.base_dtype == "nf4":
+        for module in model.blocks.modules():
+            if isinstance(module, nn.Linear | LoRALinear) and id(module.weight) in found:
+                found[id(module.weight)] = int(NF4_BYTES * module.weight.numel())
+    return found
+
+
+def step_bytes(plan: Plan, model: LanguageModel) -> int:
+    """The bytes beside the weights at the largest moment of a step of the model."""
+    shape = (plan.batch_size, plan.config.block_size)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
+        if plan.config.grad_accum_steps > 1:  # then gradients are there before the batch is
+            for p in model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+        batch = [torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2)]
+        kind, enabled = plan.device.type, plan.dtype != torch.float32
+        with torch.autocast(kind, plan.dtype, enabled=enabled):
+            loss = model(*batch)[1]
+        loss.backward()
+    return held.most
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make: those held now, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Iterable, arguments: tuple = (), options: dict | None = None
+    ) -> Any:
+        for tensor in tree_leaves((arguments, options)):
+            if isinstance(tensor, Tensor):  # it is there already
+                self.known.setdefault(tensor.untyped_storage(), 0)
+        made = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self.known[storage] = size
+                weakref.finalize(storage, self._release, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return made
+
+    def _release(self, size: int) -> None:
+        self.now -= size
+
+
+# ---- what there is
+
+
+def program_bytes(device: torch.device) -> int:
+    """What this process holds now: Python, torch and the data; 0 where the system does not tell,
+    and on a GPU, whose memory the program does not take."""
+    if device.type != "cpu":
+        return 0
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + FIRST_USE
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a run on `device` can take beside what this process has; infinite where the system does
+    not tell.
+
+    On a CPU it is what the system has available, or less where the process is in a group with a
+    limit, as in a container.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return math.inf
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int((group / "memory.current").read_text())
+            free = min(free, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+# ---- what the log says
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """What a run that trains needs and what is free; where that is too little, what would help."""
+    needed, n = estimate(plan), processes.local_world_size()
+    free = free_bytes(plan.device) + needed.program
+    parts = {"base": needed.base, "trained weights": needed.trained, "optimizer": needed.optimizer}
+    parts |= {"gradients and activations": needed.step, "program": needed.program}
+    listed = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
+    each = f" for each of {n} processes" if n > 1 else ""
+    available = "" if math.isinf(free) else f"; {free / MIB:,.0f} free"
+    lines = [f"Memory: about {needed.total / MIB:,.0f} MiB{each} ({listed}){available}"]
+    if needed.total * n > free:
+        lines.append("Note: that does not fit; with other variables it takes about, in MiB:")
+        for words, changed in smaller(plan):
+            size = estimate(changed).total
+            fits = " (fits)" if size * n <= free else ""
+            lines.append(f"   {words}: {size / MIB:,.0f}{fits}")
+    return lines
+
+
+def smaller(plan: Plan) -> list[tuple[str, Plan]]:
+    """What would take less memory: variables, and the plan with them; all of them at last."""
+    config = plan.config
+    changes: list[dict[str, Any]] = []
+    if not config.grad_checkpoint:
+        changes.append({"grad_checkpoint": True})
+    n = processes.world_size()
+    if config.batch_size > n:
+        parts = next(k for k in range(config.batch_size // n, 0, -1) if config.batch_size % k == 0)
+        steps = config.grad_accum_steps * parts
+        changes.append({"batch_size": config.batch_size // parts, "grad_accum_steps": steps})
+    if config.base_dtype != "nf4" and plan.base is not None and config.use_lora:
+        changes.append({"base_dtype": "nf4"})
+    if config.block_size > 1:
+        changes.append({"block_size": config.block_size // 2})
+    together = {name: value for change in changes for name, value in change.items()}
+    if len(changes) > 1:
+        changes.append(together)
+    return [
+        (
+            " ".join(f"{name.upper()}={value}" for name, value in change.items()),
+            dataclasses.replace(plan, config=dataclasses.replace(config, **change)),
+        )
+        for change in changes
+    ]
