@@ -12,9 +12,16 @@ The environment configures everything (trainer/settings.py). The log goes to std
 progress bar to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from trainer.settings import Config
+    from trainer.start import start
+
+    start(__doc__, Config, "MAX_STEPS=200 python training.py")
+
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -30,9 +37,7 @@ from hardware import processes
 from trainer.console import (
     Interrupted,
     TrainingError,
-    asks_for_help,
     exit_code_of,
-    format_table,
     indent,
     say,
 )
@@ -55,7 +60,7 @@ from trainer.optimization import (
 )
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.saving import save, write_merged
-from trainer.settings import Config, help_table
+from trainer.settings import Config
 from trainer.setup import Run, header, identity, set_up
 from trainer.watch import Watch
 
@@ -65,16 +70,13 @@ from trainer.watch import Watch
 LAUNCH_BOUND_OPERATIONS = 2**43
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    return exit_code_of(lambda: work(arguments))
+    return exit_code_of(work)
 
 
-def work(arguments: list[str]) -> None:
+def work() -> None:
     """Train, evaluate or merge, as the environment says."""
-    if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
-        say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
-        return
     run = set_up(Config.from_environment(os.environ))
     say(*describe(run))
     if run.config.eval_only:
@@ -350,4 +352,4 @@ def print_evaluation(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -56,7 +56,7 @@ def as_float32(argument: Any) -> Any:
 def main() -> int:
     """Run training.py; returns its exit code."""
     with EmulatedBfloat16():
-        return training.main(sys.argv[1:])
+        return training.main()
 
 
 if __name__ == "__main__":
