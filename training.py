@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +120,9 @@ def train(run: Run) -> None:
     started = time.perf_counter() - progress.elapsed
 
     def show(*lines: str) -> None:
-        with tqdm.external_write_mode():
-            say(*lines)
+        if lines:
+            with tqdm.external_write_mode():
+                say(*lines)
 
     def save_results(step: int) -> None:
         sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
@@ -134,6 +136,20 @@ def train(run: Run) -> None:
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
             run.files.resume, run.model, optimizer, scaler, identity(run), progress.plain()
+        )
+
+    def interrupt(signal: int) -> NoReturn:
+        if earlier_state and run.files.resume not in sizes:
+            raise Interrupted(
+                f"interrupted after step {progress.step}, and nothing was saved: this run had "
+                f"evaluated nothing yet, and {run.files.resume} is of an earlier one",
+                signal,
+            )
+        save_progress()
+        raise Interrupted(
+            f"interrupted after step {progress.step}, saved in {run.files.resume}; "
+            "the same command with RESUME=True goes on from there",
+            signal,
         )
 
     with (
@@ -166,24 +182,12 @@ def train(run: Run) -> None:
                 if step > 0:
                     with timer.timed("saving"):
                         save_results(step)
-            if step == config.max_steps:
+            if progress.has_ended(config):
+                if step < config.max_steps:
+                    show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
                 break
-            if config.patience and progress.since_best >= config.patience:
-                show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
-                break
-            if signal and earlier_state and run.files.resume not in sizes:
-                raise Interrupted(
-                    f"interrupted after step {step}, and nothing was saved: this run had evaluated "
-                    f"nothing yet, and {run.files.resume} is of an earlier one",
-                    signal,
-                )
             if signal:
-                save_progress()
-                raise Interrupted(
-                    f"interrupted after step {step}, saved in {run.files.resume}; "
-                    "the same command with RESUME=True goes on from there",
-                    signal,
-                )
+                interrupt(signal)
 
             timer.begin()
             batches = step_batches(run, step)
