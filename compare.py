@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from files import FileError
-from files.streams import write_err, write_out
+from files.streams import reason_of, write_err, write_out
 from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
@@ -88,9 +88,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except OSError as error:
-        return fail(
-            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
-        )
+        return fail(reason_of(error), 2)
     return 0
 
 

@@ -6,8 +6,14 @@
 The folders must not exist yet. They have the chat template that the model was trained in.
 """
 
-import os
 import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from trainer.start import start
+
+    start(__doc__)
+
+import os
 
 from data import TEMPLATE_FILE, chat_format, continues_text, template_in, text_format
 from files import OtherKind
@@ -24,11 +30,12 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: list[str]) -> None:
     """Write the first argument's file as the folder that the second names."""
-    if arguments in (["--help"], ["-h"]):
-        say(*__doc__.strip().split("\n"))
-        return
-    if len(arguments) != 2:
-        raise ConfigError("export.py takes a checkpoint or an adapter, and the folder to write")
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if options or len(arguments) != 2:
+        found = f", not {options[0]!r}" if options else ""
+        raise ConfigError(
+            f"export.py takes a checkpoint or an adapter, and the folder to write{found}"
+        )
     source, folder = arguments
     notes: list[str] = []
     try:

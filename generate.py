@@ -11,9 +11,16 @@
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from trainer.settings import GenerateConfig
+    from trainer.start import start
+
+    start(__doc__, GenerateConfig, 'PROMPT="The " python generate.py')
+
 import itertools
 import os
-import sys
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -37,7 +44,7 @@ from files.streams import write_err, write_out
 from lora import lies_below_adapter, lora_layers, merge_adapter
 from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
-from trainer.console import asks_for_help, exit_code_of, format_table, say
+from trainer.console import exit_code_of
 from trainer.loading import (
     LoraOptions,
     base_fingerprint,
@@ -49,19 +56,16 @@ from trainer.loading import (
     read_checked_base,
 )
 from trainer.own_head import fit_base
-from trainer.settings import ConfigError, GenerateConfig, help_table
+from trainer.settings import ConfigError, GenerateConfig
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    return exit_code_of(lambda: work(arguments))
+    return exit_code_of(work)
 
 
-def work(arguments: list[str]) -> None:
+def work() -> None:
     """Write the continuation of PROMPT, or the answer to it, or chat."""
-    if asks_for_help(arguments, 'PROMPT="The " python generate.py'):
-        say(*__doc__.strip().split("\n"), "", *format_table(help_table(GenerateConfig)))
-        return
     config = GenerateConfig.from_environment(os.environ)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -259,4 +263,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

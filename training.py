@@ -13,14 +13,22 @@ The environment configures everything (trainer/settings.py). The log goes to std
 progress bar to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from trainer.settings import Config
+    from trainer.start import start
+
+    start(__doc__, Config, "MAX_STEPS=200 python training.py")
+
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +41,7 @@ from hardware import processes
 from trainer.console import (
     Interrupted,
     TrainingError,
-    asks_for_help,
     exit_code_of,
-    format_table,
     indent,
     say,
 )
@@ -58,7 +64,7 @@ from trainer.optimization import (
 )
 from trainer.resuming import Progress, StopSignals, resume, save_training_state
 from trainer.saving import save, write_merged
-from trainer.settings import Config, help_table
+from trainer.settings import Config
 from trainer.setup import Run, header, identity, plan_run, preview, set_up
 from trainer.watch import Watch
 
@@ -68,16 +74,13 @@ from trainer.watch import Watch
 LAUNCH_BOUND_OPERATIONS = 2**43
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    return exit_code_of(lambda: work(arguments))
+    return exit_code_of(work)
 
 
-def work(arguments: list[str]) -> None:
+def work() -> None:
     """Train, evaluate or merge, as the environment says."""
-    if asks_for_help(arguments, "MAX_STEPS=200 python training.py"):
-        say(*__doc__.strip().split("\n"), "", *format_table(help_table(Config)))
-        return
     config = Config.from_environment(os.environ)
     plan = plan_run(config)
     if config.preview:
@@ -129,8 +132,9 @@ def train(run: Run) -> None:
     started = time.perf_counter() - progress.elapsed
 
     def show(*lines: str) -> None:
-        with tqdm.external_write_mode():
-            say(*lines)
+        if lines:
+            with tqdm.external_write_mode():
+                say(*lines)
 
     def save_results(step: int) -> None:
         sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
@@ -144,6 +148,20 @@ def train(run: Run) -> None:
         progress.elapsed = time.perf_counter() - started
         sizes[run.files.resume] = save_training_state(
             run.files.resume, run.model, optimizer, scaler, identity(run), progress.plain()
+        )
+
+    def interrupt(signal: int) -> NoReturn:
+        if earlier_state and run.files.resume not in sizes:
+            raise Interrupted(
+                f"interrupted after step {progress.step}, and nothing was saved: this run had "
+                f"evaluated nothing yet, and {run.files.resume} is of an earlier one",
+                signal,
+            )
+        save_progress()
+        raise Interrupted(
+            f"interrupted after step {progress.step}, saved in {run.files.resume}; "
+            "the same command with RESUME=True goes on from there",
+            signal,
         )
 
     with (
@@ -176,24 +194,12 @@ def train(run: Run) -> None:
                 if step > 0:
                     with timer.timed("saving"):
                         save_results(step)
-            if step == config.max_steps:
+            if progress.has_ended(config):
+                if step < config.max_steps:
+                    show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
                 break
-            if config.patience and progress.since_best >= config.patience:
-                show(stopped_line(step, config.patience, progress.best_loss, run.files.best))
-                break
-            if signal and earlier_state and run.files.resume not in sizes:
-                raise Interrupted(
-                    f"interrupted after step {step}, and nothing was saved: this run had evaluated "
-                    f"nothing yet, and {run.files.resume} is of an earlier one",
-                    signal,
-                )
             if signal:
-                save_progress()
-                raise Interrupted(
-                    f"interrupted after step {step}, saved in {run.files.resume}; "
-                    "the same command with RESUME=True goes on from there",
-                    signal,
-                )
+                interrupt(signal)
 
             timer.begin()
             batches = step_batches(run, step)
@@ -362,4 +368,4 @@ def print_evaluation(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,6 +6,7 @@ Counts pairs of bytes in the training split (plus one for every pair, so that no
 impossible) and prints the mean cross-entropy of the validation split, in nats per byte.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -27,11 +28,12 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray) -> float:
 
 
 def main() -> int:
-    if len(sys.argv) > 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="?", help="a built-in text, a file or a folder")
     try:
-        corpus = load_corpus(sys.argv[1] if len(sys.argv) > 1 else None, DEFAULT_INPUT)
+        corpus = load_corpus(parser.parse_args().data, DEFAULT_INPUT)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

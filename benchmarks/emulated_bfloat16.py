@@ -8,6 +8,7 @@ and then rounded to bfloat16, which is what the instructions do: they add up in 
 can be read from it, and times not.
 """
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +56,11 @@ def as_float32(argument: Any) -> Any:
 
 def main() -> int:
     """Run training.py; returns its exit code."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with EmulatedBfloat16():
-        return training.main(sys.argv[1:])
+        return training.main()
 
 
 if __name__ == "__main__":

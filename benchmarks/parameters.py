@@ -7,6 +7,7 @@ sizes are step_time.py's, over bytes, and GPT-2's smallest. A cell has the adapt
 what trains in percent of all parameters, adapters included, as a run's record has it.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def table(train_embeddings: bool) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for title, train_embeddings in (("Embeddings train", True), ("Embeddings frozen", False)):
         print(f"{title}:", "", table(train_embeddings), "", sep="\n")
 

@@ -7,6 +7,7 @@ profiler slows every operation a little, small ones most: read it for the order,
 step_time.py for the times.
 """
 
+import argparse
 import sys
 
 import torch
@@ -18,11 +19,13 @@ ROWS = 14
 
 
 def main() -> int:
-    size_name = sys.argv[1] if len(sys.argv) > 1 else "3.3M"
-    dtype_name = sys.argv[2] if len(sys.argv) > 2 else "bfloat16"
-    if size_name not in SIZES or dtype_name not in DTYPES or len(sys.argv) > 3:
-        print(f"error: sizes are {', '.join(SIZES)}; dtypes {', '.join(DTYPES)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", nargs="?", choices=SIZES, default="3.3M")
+    parser.add_argument("dtype", nargs="?", choices=DTYPES, default="bfloat16")
+    args = parser.parse_args()
+    size_name, dtype_name = args.size, args.dtype
     hardware.keep_freed_memory()
     device = torch.device("cpu")
     print(f"{size_name}, {dtype_name}, {hardware.device_name(device)}, torch {torch.__version__}")

@@ -10,6 +10,7 @@ model, rank 8 on every linear with the embeddings, in float32: medians. --quick 
 once, on the 0.8M model, to see that it works.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -103,10 +104,12 @@ def time_adapters(size: str, rounds: int) -> None:
 
 
 def main() -> int:
-    if sys.argv[1:] not in ([], ["--quick"]):
-        print("error: the only option is --quick", file=sys.stderr)
-        return 2
-    rounds, small, large = (1, "0.8M", "0.8M") if sys.argv[1:] else (7, "3.3M", "25M")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="see that it works")
+    quick = parser.parse_args().quick
+    rounds, small, large = (1, "0.8M", "0.8M") if quick else (7, "3.3M", "25M")
     print(f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     compare_generation(small, rounds)
     time_adapters(large, rounds)

@@ -12,6 +12,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
+def reason_of(error: OSError) -> str:
+    """What failed, in one line, with the file's name where the system gave one."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def write_out(text: str) -> None:
     """Print to stdout at once. Raises FileError when that cannot be written: its disk is full, or
     its reader has gone (`... | head`)."""

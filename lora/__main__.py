@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from files import FileError, OtherKind
-from files.streams import one_line, write_err, write_out
+from files.streams import one_line, reason_of, write_err, write_out
 from lora.adapters import read_adapter, write_adapter
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
@@ -22,11 +22,13 @@ HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "M
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
-    if sys.stdout is not None:  # None: the caller closed it
+    if hasattr(sys.stdout, "reconfigure"):  # not where the caller closed it
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments in (["--help"], ["-h"]):
             write_out(f"{__doc__.strip()}\n")
+        elif options := [argument for argument in arguments if argument.startswith("-")]:
+            raise FileError(f"{options[0]!r} is no option; python -m lora --help shows what is")
         elif arguments[:1] in (["export"], ["import"]):
             exchange(*arguments)
         else:
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
     except FileError as error:
         return fail(str(error), 2)
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}", 2)
+        return fail(reason_of(error), 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     return 0

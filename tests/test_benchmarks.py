@@ -33,6 +33,22 @@ from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from trainer.settings import Config
 
+SCRIPTS = sorted(
+    path.name
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_help_and_what_is_unknown_is_an_error(tmp_path, script):
+    start = functools.partial(start_script, tmp_path, script=f"benchmarks/{script}")
+    output = succeeded(start("--help"))
+    assert "show this help message and exit" in output and not list(tmp_path.iterdir())
+    unknown = start("--nonsense=1")
+    assert (unknown.returncode, unknown.stdout) == (2, "") and "error: " in unknown.stderr
+    assert "Traceback" not in unknown.stderr and "DATA=" not in unknown.stderr
+
 
 def test_bigram_loss_is_that_of_the_smoothed_counts():
     train = np.frombuffer(b"ababac", dtype=np.uint8)

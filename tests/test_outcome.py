@@ -78,6 +78,7 @@ def test_a_run_that_it_ended_is_not_trained_further(folder):
     log = succeeded(start_script(folder, **variables))
     assert STOPPED.search(log) and losses(log) == []
     assert {path: path.read_bytes() for path in before} == before
+    assert "Median step time" in succeeded(start_script(folder, **variables | {"BATCH_SIZE": "2"}))
     further = succeeded(start_script(folder, **variables | {"PATIENCE": "5"}))
     assert "PATIENCE 3 -> 5" in further and len(losses(further)) >= 1
 

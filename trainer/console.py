@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import one_line, write_err, write_out
+from files.streams import one_line, reason_of, write_err, write_out
 from hardware import processes
 from trainer.settings import ConfigError
 
@@ -38,22 +38,6 @@ def indent(lines: Iterable[str]) -> list[str]:
     return [f"   {line}".rstrip() for line in lines]
 
 
-def format_table(rows: list[tuple[str, str, str]]) -> list[str]:
-    """Lines of three columns, the first two as wide as their longest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
-
-
-def asks_for_help(arguments: list[str], example: str) -> bool:
-    """Whether a command's arguments are --help; raises ConfigError for any others."""
-    if arguments and arguments not in (["--help"], ["-h"]):
-        raise ConfigError(
-            f"{arguments[0]!r} is not understood: configuration comes from the environment, "
-            f"as in {example}; --help lists the variables"
-        )
-    return bool(arguments)
-
-
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do a command's work; returns 0, or says in one line what failed and returns its exit code."""
     if hasattr(sys.stdout, "reconfigure"):  # not when the caller closed it, nor in a notebook
@@ -76,9 +60,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; files that were there are as they were", 130)
     except OSError as error:
-        return fail(
-            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
-        )
+        return fail(reason_of(error), 2)
     return 0
 
 

@@ -16,6 +16,7 @@ from files import FileError
 from files.tensors import check_tensors, read_file, write_file
 from hardware import processes
 from trainer.console import TrainingError
+from trainer.settings import Config
 from trainer.setup import SIZES, Run, identity
 
 FORMAT = "training state"
@@ -71,6 +72,11 @@ class Progress:
     tokens: int = 0  # of all batches so far
     skipped: int | Tensor = 0  # steps that the scaler of gradients left out
     recent: dict[str, list[float]] = field(default_factory=dict)  # of the last steps, for Watch
+
+    def has_ended(self, config: Config) -> bool:
+        """Whether no step is left: MAX_STEPS are taken, or PATIENCE has ended the run."""
+        out_of_patience = config.patience > 0 and self.since_best >= config.patience
+        return self.step >= config.max_steps or out_of_patience
 
     def plain(self) -> dict[str, Any]:
         """Progress as numbers and lists of numbers, with losses that are means over the processes.
@@ -162,9 +168,8 @@ def resume(
         raise FileError(f"{path} has {progress.step} steps, more than MAX_STEPS={config.max_steps}")
     restore_training_state(path, state, run.model, optimizer, scaler)
     progress.losses = [loss.to(run.device) for loss in progress.losses]
-    if {"batch_size", "grad_accum_steps", "block_size"} & set(changed) and (
-        progress.step < config.max_steps
-    ):
+    sizes = {"batch_size", "grad_accum_steps", "block_size"}
+    if sizes & set(changed) and not progress.has_ended(config):
         progress.step_times = []  # of steps of other sizes
     lines = [f"Resuming {path} at step {progress.step}"]
     if changed:

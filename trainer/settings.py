@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from data.forms import COLUMNS
-
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
@@ -89,6 +87,8 @@ class ColumnNames:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises ConfigError for a name that no layout has, or that is there twice, or for none."""
+        from data.forms import COLUMNS  # here, as it brings torch, which --help does not wait for
+
         pairs = []
         for part in text.split(","):
             ours, colon, theirs = (word.strip() for word in part.partition(":"))

@@ -1,0 +1,97 @@
+"""How commands begin and end: help without torch, Ctrl-C at any time, closed streams, arguments."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment_of, refused, start_script, succeeded
+
+from files.streams import reason_of
+
+COMMANDS = ("training.py", "generate.py", "export.py", "compare.py")
+
+
+def python(folder: Path, *arguments: str, shell: str = "") -> subprocess.CompletedProcess:
+    """A Python of its own, which has not imported torch, with `shell` behind its command."""
+    command = f'exec "{sys.executable}" "$@" {shell}'
+    return subprocess.run(
+        ["sh", "-c", command, "sh", *arguments],
+        cwd=folder, env=environment_of({}), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def with_torch(
+    folder: Path, code: str, script: str, *arguments: str
+) -> subprocess.CompletedProcess:
+    """A command for which torch is a module with this code."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(code)
+    start = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv = sys.argv[1:]; "
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    return python(folder, "-c", start, str(ROOT / script), *arguments)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_needs_no_torch(tmp_path, script):
+    process = with_torch(tmp_path, "raise SystemExit('torch!')", script, "--help")
+    assert f"python {script}" in succeeded(process)
+
+
+@pytest.mark.parametrize("script", ["training.py", "generate.py"])
+def test_what_is_not_understood_needs_no_torch_either(tmp_path, script):
+    process = with_torch(tmp_path, "raise SystemExit('torch!')", script, "--rank=8")
+    assert "'--rank=8' is not understood: configuration comes" in refused(process)
+
+
+@pytest.mark.parametrize("script", ["training.py", "generate.py", "export.py"])
+def test_ctrl_c_while_torch_is_imported_takes_one_line(tmp_path, script):
+    interrupt = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)"
+    arguments = ("a", "b") if script == "export.py" else ()
+    process = with_torch(tmp_path, interrupt, script, *arguments)
+    assert (process.returncode, process.stderr) == (130, "error: interrupted\n")
+
+
+def test_other_errors_are_shown_as_python_shows_them(tmp_path):
+    process = with_torch(tmp_path, "raise ValueError('a bug')", "training.py")
+    assert process.returncode == 1 and "Traceback" in process.stderr
+    assert process.stderr.endswith("ValueError: a bug\n")
+
+
+LORA = ("-m", "lora")
+MANNERS = [*((str(ROOT / name), "--help") for name in COMMANDS), (*LORA, "--help"), LORA]
+
+
+@pytest.mark.parametrize("arguments", MANNERS)
+def test_a_closed_stdout_is_no_error(tmp_path, arguments):
+    process = python(tmp_path, *arguments, shell=">&-")
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", MANNERS)
+def test_a_full_stdout_is_one_line(tmp_path, arguments):
+    process = python(tmp_path, *arguments, shell=">/dev/full")
+    assert "stdout: No space left on device" in refused(process)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [
+        ("export.py", ["--rank", "8"], "'--rank'"),
+        ("export.py", ["a"], "takes a checkpoint or an adapter, and the folder to write"),
+        ("compare.py", ["--rank", "8"], "--rank"),
+        ("lora/__main__.py", ["--rank", "8"], "'--rank' is no option"),
+        ("lora/__main__.py", ["export", "--force", "a", "b"], "'--force' is no option"),
+        ("lora/__main__.py", ["export", "a"], "export takes two names"),
+    ],
+)
+def test_unknown_arguments_are_named_in_one_line(tmp_path, script, arguments, named):
+    assert named in refused(start_script(tmp_path, *arguments, script=script))
+
+
+def test_an_error_of_the_system_is_told_with_its_file_or_without():
+    assert reason_of(OSError(28, "No space left on device")) == "No space left on device"
+    assert reason_of(OSError(13, "Permission denied", "a.pt")) == "a.pt: Permission denied"
+    assert reason_of(OSError("timed out")) == "timed out"
+    assert reason_of(OSError()) == "OSError"

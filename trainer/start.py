@@ -1,0 +1,50 @@
+"""How a command starts: --help and Ctrl-C, before it imports torch, which takes seconds."""
+
+import os
+import sys
+from types import TracebackType
+
+from files import FileError
+from files.streams import write_err, write_out
+from trainer.settings import ConfigError, Settings, help_table
+
+
+def start(documentation: str, settings: type[Settings] | None = None, example: str = "") -> None:
+    """Print the help and end, if the command line asks for it; from here on Ctrl-C takes one line.
+
+    Args:
+        documentation: the docstring of the command.
+        settings: what it reads from the environment, for the help; None for a command that takes
+            arguments. Of others any but --help ends in an error.
+        example: a command line with a variable, for that error.
+    """
+    sys.excepthook = _report
+    arguments = sys.argv[1:]
+    try:
+        if arguments in (["--help"], ["-h"]):
+            rows = [] if settings is None else help_table(settings)
+            for line in [*documentation.strip().split("\n"), *([""] if rows else []), *table(rows)]:
+                write_out(line + "\n")
+            sys.exit(0)
+        if arguments and settings is not None:
+            raise ConfigError(
+                f"{arguments[0]!r} is not understood: configuration comes from the environment, "
+                f"as in {example}; --help lists the variables"
+            )
+    except (ConfigError, FileError) as error:
+        write_err(f"error: {error}")
+        sys.exit(2)
+
+
+def table(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Lines of three columns, the first two as wide as their longest cell."""
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python calls for an error that nothing catches."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    write_err("error: interrupted")
+    os._exit(130)  # Python itself would now end by the signal, and without this exit code
