@@ -2,14 +2,13 @@
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import one_line, write_err, write_out
+from files.streams import describe, one_line, set_stdout, write_err, write_out
 from hardware import processes
 from trainer.settings import ConfigError
 
@@ -56,8 +55,7 @@ def asks_for_help(arguments: list[str], example: str) -> bool:
 
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do a command's work; returns 0, or says in one line what failed and returns its exit code."""
-    if hasattr(sys.stdout, "reconfigure"):  # not when the caller closed it, nor in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
+    set_stdout(errors="backslashreplace")
     try:
         with terminable():
             work()
@@ -76,9 +74,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; files that were there are as they were", 130)
     except OSError as error:
-        return fail(
-            str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2
-        )
+        return fail(describe(error), 2)
     return 0
 
 
