@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment_of
+from conftest import ROOT, environment_of, needs_posix
 
 import compare
 import export
@@ -132,7 +132,7 @@ run(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be caught")
+@needs_posix
 @pytest.mark.parametrize(
     "command", [["lora", "export"], ["lora", "import"], [str(ROOT / "export.py")]]
 )
