@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from files import FileError
-from files.streams import reason_of, write_err, write_out
+from files.streams import exit_on_sigterm, reason_of, set_stdout, write_err, write_out
 from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
@@ -79,8 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Run the script; returns its exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    set_stdout(errors="backslashreplace")
     try:
         work(parse(arguments))
     except (LogError, FileError) as error:
@@ -282,4 +281,5 @@ def fail(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ from data import (
     vocabulary_size,
 )
 from files import FileError
-from files.streams import write_err, write_out
+from files.streams import set_stdout, write_err, write_out
 from lora import lies_below_adapter, lora_layers, merge_adapter
 from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
@@ -72,8 +72,7 @@ def work() -> None:
     device, _ = hardware.choose_device(config.device)
     dtype, _ = hardware.choose_dtype(config.dtype, device)
     writer = load_writer(config, device)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    set_stdout(encoding="utf-8", errors="replace")
     torch.manual_seed(config.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         try:

@@ -1,8 +1,10 @@
-"""stdout and stderr: whole lines, written at once, and errors that name the stream."""
+"""stdout and stderr: whole lines, written at once, and errors that name the stream; SIGTERM."""
 
 import contextlib
 import os
+import signal
 import sys
+from typing import NoReturn
 
 from files import FileError
 
@@ -12,21 +14,39 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
-def reason_of(error: OSError) -> str:
-    """What failed, in one line, with the file's name where the system gave one."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return reason if error.filename is None else f"{error.filename}: {reason}"
+def set_stdout(**options: str) -> None:
+    """Set the encoding or the handling of `errors` of stdout, where it has any: the caller may have
+    closed it, and a notebook's has none."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(**options)
 
 
 def write_out(text: str) -> None:
-    """Print to stdout at once. Raises FileError when that cannot be written: its disk is full, or
-    its reader has gone (`... | head`)."""
+    """Print to stdout at once. Raises FileError when that cannot be written: its disk is full, its
+    reader has gone (`... | head`), or it was closed."""
     try:
         print(text, end="", flush=True)
-    except OSError as error:
-        # Python would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise FileError(f"stdout: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        # Python would try again at exit, and complain. A stdout that is no file does not.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FileError(f"stdout: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says of an error, and of which file where that is known, in one line."""
+    what = getattr(error, "strerror", None) or str(error) or repr(error)
+    name = getattr(error, "filename", None)
+    return one_line(what if name is None else f"{name}: {what}")
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as an error does, so that nothing half written is left."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def write_err(line: str) -> None:

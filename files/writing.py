@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and the lock of a folder."""
 
 import contextlib
+import glob
 import os
 import shutil
 import sys
@@ -54,13 +55,15 @@ def write_folder(
     `files` are contents by name. A content may be a function that writes its file at a given path.
 
     The folder is written beside `path`, synced to disk and renamed into place, so that it is never
-    there in part. Raises FileError when it cannot be written, or when something is there already.
+    there in part. What a killed process left of it is removed. Raises FileError when it cannot be
+    written, or when something is there already.
     """
     path = Path(path)
     partial = None
     try:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileError(f"{path} exists already; remove it, or name another folder")
+        _remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.new")
         partial = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
         for name, content in files.items():
             if callable(content):
@@ -106,11 +109,19 @@ def lock_folder(folder: str | os.PathLike) -> BinaryIO:
         else:
             reason = f"cannot be reserved for this run: {error.strerror}"
         raise FileError(f"{folder} {reason}; set OUT_DIR to another one") from error
-    for partial in Path(folder).glob(".*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > IDLE:
-                partial.unlink()
+    _remove_abandoned(folder, ".*.partial")
     return lock
+
+
+def _remove_abandoned(folder: str | os.PathLike, pattern: str) -> None:
+    """Remove unfinished files and folders whose newest file nobody has written to for IDLE s."""
+    for partial in Path(folder).glob(pattern):
+        with contextlib.suppress(OSError):
+            written = max(path.stat().st_mtime for path in [partial, *partial.glob("*")])
+            if time.time() - written > IDLE and partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            elif time.time() - written > IDLE:
+                partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

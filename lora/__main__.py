@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 
 from files import FileError, OtherKind
-from files.streams import one_line, reason_of, write_err, write_out
+from files.streams import (
+    exit_on_sigterm,
+    one_line,
+    reason_of,
+    set_stdout,
+    write_err,
+    write_out,
+)
 from lora.adapters import read_adapter, write_adapter
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
@@ -22,8 +29,7 @@ HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "M
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
-    if hasattr(sys.stdout, "reconfigure"):  # not where the caller closed it
-        sys.stdout.reconfigure(errors="backslashreplace")
+    set_stdout(errors="backslashreplace")
     try:
         if arguments in (["--help"], ["-h"]):
             write_out(f"{__doc__.strip()}\n")
@@ -101,4 +107,5 @@ def row_of(path: Path) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main(sys.argv[1:]))

@@ -115,3 +115,33 @@ def test_the_readme_names_every_module_and_no_other():
             folder = Path(package[1])
         named |= {folder / name for name in re.findall(r"\w+\.py\b", line)}
     assert named == {path for path in MODULES if path.stem not in ("__init__", "__main__")}
+
+
+# What a test that needs POSIX has in its code, or in that of a helper or fixture beside it.
+POSIX = re.compile(
+    r"os\.(mkfifo|fork|geteuid)|SIGKILL|SIGTERM|send_signal\(|resource\.|fcntl|/dev/|/proc|bash|2>&-"
+)
+# What works without it all the same: on Windows a signal ends a process.
+WITHOUT_POSIX = {"test_compare.py": {"outputs"}}
+
+
+def test_tests_that_need_posix_are_marked():
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        functions = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        assert not re.search(r"^import (resource|fcntl|pty|termios)", source, re.M), path.name
+        sources = {n: ast.get_source_segment(source, f) for n, f in functions.items()}
+        need = {n for n, text in sources.items() if POSIX.search(text) and "hasattr(os" not in text}
+        need -= WITHOUT_POSIX.get(path.name, set())
+        while more := {
+            name
+            for name, function in functions.items()
+            if name not in need
+            and any(isinstance(node, ast.Name) and node.id in need for node in ast.walk(function))
+        }:
+            need |= more
+        for name in need:
+            marks = " ".join(ast.unparse(mark) for mark in functions[name].decorator_list)
+            marked = not name.startswith("test_") or "needs_" in marks or "skipif" in marks
+            assert marked or path.name == "test_architecture.py", f"{path.name}: {name}"

@@ -19,6 +19,7 @@ from conftest import (
     TINY,
     Started,
     environment_of,
+    needs_posix,
     refused,
     start_script,
     succeeded,
@@ -493,6 +494,7 @@ def test_a_bad_argument_is_one_line(files, capsys, arguments, words):
     assert words in error and error.endswith("; python compare.py --help shows what is accepted")
 
 
+@needs_posix
 @pytest.mark.parametrize("arguments", ["full.txt", "--help"])
 @pytest.mark.parametrize(
     ("redirection", "exit_code", "errors"),
@@ -507,11 +509,13 @@ def test_what_cannot_be_printed_is_one_line(files, arguments, redirection, exit_
     assert (process.returncode, process.stderr) == (exit_code, errors)
 
 
+@needs_posix
 def test_a_closed_stdout_is_no_error(files):
     process = shell(f"{COMPARE} full.txt", ">&-")
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
+@needs_posix
 def test_a_closed_stderr_leaves_stdout_alone(files):
     for redirection in ("2>&-", ">&- 2>&-"):
         process = shell(f"{COMPARE} nothing.txt", redirection)

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, TEXT, start_group, start_script, succeeded
+from conftest import ROOT, TEXT, needs_posix, start_group, start_script, succeeded
 
 from benchmarks.parameters import table
 from data import load_records
@@ -55,6 +55,7 @@ def small_llama(folder: Path) -> None:
     bpe.save(str(folder / "tokenizer.json"))
 
 
+@needs_posix
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_run_in_their_order(document, tmp_path):
     """Each command of a document, with the smallest budget; `pip install` and pytest are CI's."""

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import TEXT, Started, refused, start_script, succeeded
+from conftest import TEXT, Started, needs_posix, refused, start_script, succeeded
 from tokenizers.processors import TemplateProcessing
 
 from data import end_tokens, load_records, start_tokens
@@ -129,6 +129,7 @@ def continued(folder: Path, prompt: str, n: int) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
+@needs_posix
 def test_the_whole_way_from_a_published_folder_to_transformers_and_peft(tmp_path):
     """LoRA, interrupted and not, asked, evaluated, merged, and both results handed on."""
     published(tmp_path / "base")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_CPU, ROOT, TEXT, TINY, refused, start_script, succeeded
+from conftest import ON_CPU, ROOT, TEXT, TINY, needs_posix, refused, start_script, succeeded
 
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint
@@ -91,6 +91,7 @@ def test_adapters_change_the_text_and_combine(folder):
     assert re.search(r"Reduced to rank 2: relative error \d\.\d\de", process.stderr)
 
 
+@needs_posix
 def test_without_stderr_stdout_has_the_text_alone(folder):
     command = f'exec "{sys.executable}" "{ROOT}/generate.py" 2>&-'
     environment = {"PATH": os.environ["PATH"]} | GENERATE

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TEXT, TINY, Started, refused, start_script, succeeded
+from conftest import TEXT, TINY, Started, needs_posix, refused, start_script, succeeded
 from test_docs import small_llama
 
 from files import FileError
@@ -245,6 +245,7 @@ def test_a_run_without_the_base_it_began_with_is_refused_with_its_name(base):
     assert message.endswith("it began with BASE_CHECKPOINT=base")
 
 
+@needs_posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_export_that_is_stopped_leaves_nothing(number, base):
     path = base / "model.safetensors"

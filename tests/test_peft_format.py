@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, TINY, start_script, succeeded
+from conftest import ROOT, TINY, needs_dev_full, start_script, succeeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -460,6 +460,7 @@ def test_without_safetensors_the_error_says_what_to_install(folder, monkeypatch)
             use()
 
 
+@needs_dev_full
 def test_a_list_that_cannot_be_written_ends_in_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, TINY, refused, start_script, succeeded
+from conftest import ROOT, TINY, needs_posix, refused, start_script, succeeded
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import losses
@@ -115,6 +115,7 @@ def test_a_prompt_has_the_tokens_that_generate_gives_it(prompt):
     assert PlainFormat(bpe.to_str()).ask([{"role": "user", "content": prompt}]) == whole
 
 
+@needs_posix
 def test_paths_are_those_of_any_data(tmp_path, monkeypatch):
     """A home folder is found, one that is not there is an error, and a pipe is not waited for."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, Started, refused, start_script, succeeded
+from conftest import ROOT, TEXT, TINY, Started, needs_posix, refused, start_script, succeeded
 from test_training import losses
 
 from files import FileError
@@ -70,6 +69,7 @@ def killed_after(seconds: float, folder: Path, **variables: str) -> subprocess.C
     return process.wait()
 
 
+@needs_posix
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(base_folder, tmp_path, mode):
     folder = tmp_path / "run"
@@ -102,6 +102,7 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(base_folder, 
     assert not list((folder / "killed").glob("*.partial"))
 
 
+@needs_posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -122,6 +123,7 @@ def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, n
     assert_same(files_of(tmp_path / "out", "full"), files_of(tmp_path / "whole", "full"))
 
 
+@needs_posix
 def test_a_run_that_is_stopped_before_it_evaluates_leaves_an_earlier_ones_files(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     succeeded(start_script(tmp_path, **TINY))
@@ -277,8 +279,11 @@ def test_the_generator_of_a_gpu_goes_on_too(tmp_path, monkeypatch):
     assert torch.equal(torch.rand(3), expected) and [t.tolist() for t in restored] == [[7]]
 
 
+@needs_posix
 def test_a_full_disk_leaves_the_last_good_files(base_folder, tmp_path):
     """RLIMIT_FSIZE stands for the disk: the adapter still fits in, the state does not."""
+    import resource  # which Windows has not
+
     folder = tmp_path / "run"
     shutil.copytree(base_folder, folder)
     succeeded(start_script(folder, **LORA | {"OUT_DIR": "whole", "MAX_STEPS": "12"}))
@@ -319,6 +324,7 @@ def test_numbers_that_are_not_finite_replace_no_state(tmp_path):
     save_training_state(path, model, optimizer, NO_SCALER, {}, {})
 
 
+@needs_posix
 def test_what_others_may_be_writing_is_left_and_a_folder_without_locks_is_refused(
     tmp_path, monkeypatch
 ):
@@ -336,6 +342,7 @@ def test_what_others_may_be_writing_is_left_and_a_folder_without_locks_is_refuse
         lock_folder(tmp_path)
 
 
+@needs_posix
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     process = Started(tmp_path, ["training.py"], TINY | {"MAX_STEPS": "1000000"})

@@ -2,14 +2,13 @@
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import one_line, reason_of, write_err, write_out
+from files.streams import one_line, reason_of, set_stdout, write_err, write_out
 from hardware import processes
 from trainer.settings import ConfigError
 
@@ -40,8 +39,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do a command's work; returns 0, or says in one line what failed and returns its exit code."""
-    if hasattr(sys.stdout, "reconfigure"):  # not when the caller closed it, nor in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
+    set_stdout(errors="backslashreplace")
     try:
         with terminable():
             work()
