@@ -1,5 +1,6 @@
 """Devices, threads and timers, as far as a machine without a GPU can show them."""
 
+import itertools
 import re
 import time
 from types import SimpleNamespace
@@ -31,6 +32,38 @@ def test_a_cpu_times_each_step_and_a_queue_some_together():
         assert len(times) == 5
     # What is between the last step and the flush counts for a queue, as there it may be its work.
     assert times[:3] == pytest.approx([0.01] * 3, abs=0.02) and times[4] > 0.05
+
+
+def test_parts_of_a_step_are_noted_in_a_gpus_queue_without_waiting_for_it(monkeypatch):
+    """For a GPU that does each thing a millisecond after the one before."""
+    clock, waits = itertools.count(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert waits  # before that torch raises an error
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
+    parts: dict[str, float] = {}
+    timer = hardware.StepTimer(torch.device("cuda"), [], parts, together=3)
+    for n in range(1, 8):
+        timer.begin()
+        timer.end_part("data")
+        timer.end_part("optimizer")
+        timer.end()
+        assert len(waits) == n // 3
+    timer.flush()
+    assert parts == pytest.approx({"data": 0.007, "optimizer": 0.007})
+    with timer.timed("saving"):
+        pass
+    assert timer.take_parts().keys() == {"data", "optimizer", "saving"} and parts == {}
 
 
 class OnlyMeta(TorchDispatchMode):
