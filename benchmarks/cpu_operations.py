@@ -14,8 +14,13 @@ All figures are milliseconds, forward and backward, medians of 30. The sections 
                    OUTPUTS_PER_TOKEN, PLAIN_GROUP
     kept weights   LoRALinear with its merged weight kept for backward, and made again:
                    SMALL_WEIGHT, SMALL_BATCH
+    loss           a head and its loss, as logits and then their loss, and in chunks by the logits
+                   of one: PLAIN_VOCABULARY, LOGITS
+    segments       attention in packed blocks of 2048 tokens in all, with a mask and by segments:
+                   MASK_MAX_CONTEXT
 
-The names in capitals are constants of lora/linear.py, which the sections set.
+The names in capitals are constants of lora/linear.py, ops/loss.py and ops/attention.py, which the
+sections set.
 """
 
 import argparse
@@ -36,7 +41,10 @@ import hardware
 from benchmarks.measure import at_least_one, interleaved, names_of
 from lora import LoRALinear, grouped_linear
 from lora import linear as lora_linear
-from ops.attention import plain_attention
+from lora.linear import factors_of
+from models.language_model import segments_lengths, segments_mask
+from ops import loss as ops_loss
+from ops.attention import causal_attention, plain_attention
 from ops.dropout import dropout
 
 WARMUP = 3
@@ -51,6 +59,12 @@ GROUPS = [
     (2048, (2048, 512, 512)),
     (576, (1536, 1536)),
 ]
+
+# The width and the vocabularies of heads: of small models, and of published ones.
+HEADS = [(256, (256, 1024, 4096, 8192, 16384)), (576, (4096, 8192, 16384, 32000))]
+
+# Heads of queries and of keys in attention, and whether its weights are computed again in backward.
+ATTENTIONS = [(4, 4, False), (9, 3, True)]
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -220,12 +234,79 @@ def kept_weights(repeats: int) -> None:
                 compare(f"{width} to {width}, {tokens} tokens", forms, repeats)
 
 
+def loss(repeats: int) -> None:
+    for kind in ("frozen", "trained", "adapted"):
+        print(f"loss, float32, 1024 tokens, {kind} head:")
+        for width, vocabularies in HEADS:
+            for vocabulary in vocabularies:
+                head: nn.Module = nn.Linear(width, vocabulary, bias=False)
+                head.requires_grad_(kind == "trained")
+                if kind == "adapted":
+                    head = LoRALinear(head)
+                    nn.init.normal_(head.lora_B, std=0.02)
+                forms = {"plain": loss_step(head, 1024, plain_loss)}
+                for n in (2**23, 2**24, 2**25):
+                    forms[f"{n}"] = loss_step(head, 1024, chunked_loss, LOGITS=n)
+                compare(f"{width} to {vocabulary}", forms, repeats)
+
+
+def plain_loss(x: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """The mean cross-entropy of all logits of x (tokens, width)."""
+    return F.cross_entropy(head(x).float(), targets)
+
+
+def chunked_loss(x: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """The same, in chunks of tokens."""
+    return ops_loss.linear_cross_entropy(x, targets, *factors_of(head))
+
+
+def loss_step(
+    head: nn.Module, tokens: int, form: Callable[..., Tensor], LOGITS: int = 0
+) -> Callable[[], object]:
+    """A call that runs `form` and its backward for random inputs, with this constant of loss.py."""
+    x = torch.randn(tokens, head.in_features, requires_grad=True)
+    targets = torch.randint(head.out_features, (tokens,))
+    trained = [x, *(p for p in head.parameters() if p.requires_grad)]
+
+    def step() -> None:
+        with patch.object(ops_loss, "LOGITS", LOGITS):
+            torch.autograd.grad(form(x, targets, head), trained)
+
+    return step
+
+
+def segments(repeats: int) -> None:
+    for H, K, saves_memory in ATTENTIONS:
+        for p in (0.0, 0.2):
+            print(f"segments, float32, {H} heads of queries and {K} of keys, dropout {p}:")
+            for T in (128, 256, 512, 1024, 2048):
+                for length in (32, 96, 384):
+                    in_row = torch.arange(T) // length
+                    rows = in_row.expand(2048 // T, T)
+                    q, k, v = (torch.randn(*rows.shape, heads, 64) for heads in (H, K, K))
+                    forms = {
+                        name: with_backward(
+                            lambda q, k, v, p=p, mask=mask, saves=saves_memory: causal_attention(
+                                q, k, v, p, True, mask, saves_memory=saves
+                            ),
+                            q, k, v,
+                        )
+                        for name, mask in (
+                            ("mask", segments_mask(rows, torch.float32)),
+                            ("segments", segments_lengths(rows)),
+                        )
+                    }  # fmt: skip
+                    compare(f"{T} tokens, segments of {min(length, T)}", forms, repeats)
+
+
 SECTIONS = {
     "operations": operations,
     "parts": parts,
     "slices": slices,
     "groups": groups,
     "kept weights": kept_weights,
+    "loss": loss,
+    "segments": segments,
 }
 
 

@@ -1,9 +1,12 @@
 """Step time on packed records, where none sees another, beside that on plain text.
 
     python benchmarks/packing.py
+    python benchmarks/packing.py --block-size 4096 --batch-size 1
 
-The default model, full and with LoRA, each with its default dropout; steps of both kinds of batch
+The default model, full and with LoRA, each with its default dropout; steps of all kinds of batch
 are interleaved in one process, and a peak of memory is the median of three processes of their own.
+`masked` are records whose attention has a mask at any block size, which up to MASK_MAX_CONTEXT of
+ops/attention.py all records have.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -20,15 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hardware
 from benchmarks.measure import at_least_one, interleaved, number_printed_by
 from data import load_corpus, load_records
+from models import language_model
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from trainer.settings import Config
 
-KINDS = ("text", "records")
+KINDS = ("text", "records", "masked")
 
 
-def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], None]:
+def make_step(
+    kind: str, use_lora: bool, dtype: torch.dtype, batch_size: int, block_size: int
+) -> Callable[[], None]:
     """A function that takes the next training step on `kind` of data."""
-    config = Config.from_environment({"USE_LORA": str(use_lora)})
+    sizes = {"BATCH_SIZE": str(batch_size), "BLOCK_SIZE": str(block_size)}
+    config = Config.from_environment({"USE_LORA": str(use_lora)} | sizes)
     torch.manual_seed(config.seed)
     model = BigramLanguageModelLoRA(
         256, config.n_embd, config.block_size, "cpu", config.dropout, config.n_head, config.n_layer,
@@ -46,7 +54,11 @@ def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], Non
     def step() -> None:
         shape = (config.batch_size, config.block_size)
         batch = corpus.training_batch(*shape, config.seed, next(numbers))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        most = sys.maxsize if kind == "masked" else language_model.MASK_MAX_CONTEXT
+        with (
+            patch.object(language_model, "MASK_MAX_CONTEXT", most),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
             _, loss = model(*batch)
         loss.backward()
         optimizer.step()
@@ -55,9 +67,10 @@ def make_step(kind: str, use_lora: bool, dtype: torch.dtype) -> Callable[[], Non
     return step
 
 
-def peak_mib(kind: str, use_lora: bool, dtype: str) -> float:
+def peak_mib(kind: str, use_lora: bool, dtype: str, batch_size: int, block_size: int) -> float:
     """Median peak MiB of processes of their own that take three steps each."""
     command = [__file__, "--dtype", dtype, "--memory-of", kind, str(int(use_lora))]
+    command += ["--batch-size", str(batch_size), "--block-size", str(block_size)]
     return statistics.median(number_printed_by(command, "memory") for _ in range(3))
 
 
@@ -68,33 +81,41 @@ def main() -> None:
         "--steps", type=at_least_one, default=12, help="rounds that are timed (default: 12)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, help="(default: 32)")
+    parser.add_argument("--block-size", type=at_least_one, default=128, help="(default: 128)")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    shape = (args.batch_size, args.block_size)
     hardware.keep_freed_memory()
     if args.memory_of is not None:
-        step = make_step(args.memory_of[0], args.memory_of[1] == "1", dtype)
+        step = make_step(args.memory_of[0], args.memory_of[1] == "1", dtype, *shape)
         for _ in range(3):
             step()
         print(hardware.peak_memory(torch.device("cpu")))
         return
     name = hardware.device_name(torch.device("cpu"))
-    print(f"default model, {args.dtype}, {name}, torch {torch.__version__}")
+    print(
+        f"default model, {args.batch_size}x{args.block_size}, {args.dtype}, {name}, "
+        f"torch {torch.__version__}"
+    )
     memory = {
-        (kind, use_lora): peak_mib(kind, use_lora, args.dtype)
+        (kind, use_lora): peak_mib(kind, use_lora, args.dtype, *shape)
         for kind in KINDS
         for use_lora in (False, True)
     }
     for use_lora in (False, True):
-        steps = {kind: make_step(kind, use_lora, dtype) for kind in KINDS}
+        steps = {kind: make_step(kind, use_lora, dtype, *shape) for kind in KINDS}
         times = interleaved(steps, args.steps, warmup=2)
-        pairs = zip(times["records"], times["text"], strict=True)
-        ratio = statistics.median(records / text for records, text in pairs)
-        print(
-            f"{'LoRA' if use_lora else 'full'}: records {ratio:.3f} of the step time on text "
-            f"({statistics.median(times['text']) * 1000:.0f} ms); "
-            f"peak {memory['records', use_lora]:.0f} and {memory['text', use_lora]:.0f} MiB"
-        )
+        print(f"{'LoRA' if use_lora else 'full'}:")
+        for kind in KINDS:
+            pairs = zip(times[kind], times["text"], strict=True)
+            ratio = statistics.median(one / text for one, text in pairs)
+            milliseconds = statistics.median(times[kind]) * 1000
+            print(
+                f"   {kind:8} {milliseconds:6.0f} ms, {ratio:.3f} of the step time on text; "
+                f"peak {memory[kind, use_lora]:.0f} MiB"
+            )
 
 
 if __name__ == "__main__":

@@ -77,10 +77,12 @@ def test_cpu_operations_prints_both_forms(tmp_path):
     assert wrong.returncode == 2 and "kept weights" in wrong.stderr
 
 
-def test_cpu_operations_compares_the_constants_of_lora(monkeypatch, capsys):
+def test_cpu_operations_compares_the_constants(monkeypatch, capsys):
     monkeypatch.setattr(cpu_operations, "WARMUP", 0)
     monkeypatch.setattr(cpu_operations, "GROUPS", [(8, (8, 4))])
-    for section in ("parts", "slices", "groups", "kept weights"):
+    monkeypatch.setattr(cpu_operations, "HEADS", [(8, (16, 32))])
+    monkeypatch.setattr(cpu_operations, "ATTENTIONS", [(2, 1, True)])
+    for section in ("parts", "slices", "groups", "kept weights", "loss", "segments"):
         cpu_operations.SECTIONS[section](1)
     output, number = capsys.readouterr().out, r"\d+\.\d\d"
     assert len(re.findall(rf"\d tokens +1 {number}, 4 {number}, 8 {number}, 16 ", output)) == 4
@@ -88,6 +90,10 @@ def test_cpu_operations_compares_the_constants_of_lora(monkeypatch, capsys):
     groups = rf"8 to 8/4, \d+ tokens +one product {number}, one by one {number}$"
     assert len(re.findall(groups, output, re.M)) == 3 * 2 * 5  # layers, dtypes, tokens
     assert len(re.findall(rf"\d tokens +kept {number}, made again {number}$", output, re.M)) == 9
+    assert len(re.findall(rf"8 to \d+ +plain {number}, {2**23} {number}, ", output)) == 3 * 2
+    assert (
+        len(re.findall(rf"segments of \d+ +mask {number}, segments {number}$", output, re.M)) == 30
+    )
 
 
 def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
