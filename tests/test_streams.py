@@ -15,15 +15,20 @@ import export
 import generate
 import training
 from files import FileError
-from files.streams import describe, write_out
+from files.streams import reason_of, write_out
 from files.writing import write_folder
 from lora import Adapter, write_adapter
 from lora import __main__ as lora_command
+from trainer.settings import Config, GenerateConfig
+from trainer.start import start
 
-COMMANDS = {
-    "training": training.main, "generate": generate.main, "export": export.main,
-    "compare": compare.main, "lora": lora_command.main,
+COMMANDS = {"export": export.main, "compare": compare.main, "lora": lora_command.main}
+# Those that answer --help before their imports.
+STARTED = {
+    "training": (training.__doc__, Config), "generate": (generate.__doc__, GenerateConfig),
+    "export": (export.__doc__,),
 }  # fmt: skip
+NAMES = [*STARTED, "compare", "lora"]
 
 
 class Stream:
@@ -42,20 +47,24 @@ class Stream:
 
 
 def help_of(name: str) -> int:
+    arguments, hook = sys.argv, sys.excepthook
+    sys.argv = [name, "--help"]
     try:
-        return COMMANDS[name](["--help"])
+        return start(*STARTED[name]) if name in STARTED else COMMANDS[name](["--help"])
     except SystemExit as end:  # argparse's
         return end.code
+    finally:
+        sys.argv, sys.excepthook = arguments, hook
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stdout_without_reconfigure_is_printed_to(name, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Stream())
     assert help_of(name) == 0
     assert len(sys.stdout.text) > 100
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("fails", "said"),
     [
@@ -70,7 +79,7 @@ def test_a_stdout_that_fails_is_one_line(name, fails, said, monkeypatch, capsys)
     assert capsys.readouterr().err == f"error: stdout: {said}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_closed_stdout_is_no_error(name, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert help_of(name) == 0
@@ -91,8 +100,8 @@ def test_an_error_of_the_system_is_not_stdouts(name, monkeypatch, capsys):
 
 
 def test_an_error_names_its_file_and_stays_on_one_line():
-    assert describe(OSError(2, "No such file", "a\nb")) == "a\\nb: No such file"
-    assert describe(OSError("x\ny")) == "x\\ny" and describe(ValueError()) == "ValueError()"
+    assert reason_of(OSError(2, "No such file", "a\nb")) == "a\\nb: No such file"
+    assert reason_of(OSError("x\ny")) == "x\\ny" and reason_of(ValueError()) == "ValueError()"
     with pytest.raises(FileError, match="stdout: "):
         write_to_closed()
 
