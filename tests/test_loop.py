@@ -148,16 +148,20 @@ def test_the_parts_of_the_time_are_those_since_the_evaluation_before(folder):
     times = read_training_state(folder / "out" / "full-resume.pt").progress["step_times"]
     first, *evaluations = metrics(folder)[0]
     assert first["seconds"].keys() == {"evaluation"} and first["gradient_norm"] is None
-    saved = False
+    saved, found = False, []
     for before, e in itertools.pairwise([first, *evaluations]):
         parts = dict(e["seconds"])
         assert parts.pop("evaluation") > 0 and ("saving" in parts) == saved
         assert parts.pop("saving", 1.0) > 0
         assert parts.keys() == {"data", "forward_backward", "optimizer"}
         of_steps = sum(times[before["step"] : e["step"]])
-        assert 0.5 * of_steps < sum(parts.values()) <= of_steps
-        assert parts["forward_backward"] > parts["data"] > 0  # the first optimizer step imports
+        assert 0 < sum(parts.values()) < of_steps
         saved = True
+        found.append(parts)
+    # On a busy machine a part may take any time, but seldom the shortest of its times.
+    shortest = {name: min(parts[name] for parts in found) for name in found[0]}
+    assert max(shortest, key=shortest.__getitem__) == "forward_backward"
+    assert sum(sum(parts.values()) for parts in found) > 0.5 * sum(times)
 
 
 def test_an_evaluation_counts_tokens_and_memory(folder):

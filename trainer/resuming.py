@@ -145,8 +145,8 @@ def resume(
     before, now = state.identity, identity(run)
     # A variable that an earlier version did not have has not changed.
     changed = [n for n in now if n in before and before[n] != now[n] and n not in FREE]
-    if run.base is None:  # these variables make the random weights, which are the base then
-        refuse_fixed(path, changed, before, now)
+    if run.base is None and before.get("base_checkpoint") is None:
+        refuse_fixed(path, changed, before, now)  # variables that make other random weights
     # The base before the data, since its tokenizer is part of the data's checksum.
     for name, words in (("base", "another base"), ("checksum", "other DATA")):
         if before.get(name) != now[name]:
