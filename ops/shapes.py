@@ -11,6 +11,6 @@ def may_depend_on_values(t: Tensor) -> bool:
     Not so in a graph that is compiled or captured, which fixes them, nor of a tensor on meta or a
     fake one, which have no values.
     """
-    if t.is_meta or is_fake(t) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or t.is_meta or is_fake(t):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -11,7 +11,7 @@ from conftest import ON_CPU, TINY, start_group, start_script, succeeded
 from test_training import losses
 from torch import Tensor, nn
 
-from data import Corpus, open_corpus
+from data import Corpus, TextCorpus, open_corpus
 from data.corpus import Batch
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from training import accumulate
@@ -91,7 +91,7 @@ def test_processes_average_to_one_batch(corpus, model):
 def test_batches_of_records_count_different_numbers_of_tokens(corpus):
     """So that the tests above would fail if all batches counted as much."""
     counted = {corpus.counted(share(corpus, i, 4)).sum().item() for i in range(4)}
-    assert len(counted) == (1 if corpus.prompt_format is None else 4)
+    assert len(counted) == (1 if isinstance(corpus, TextCorpus) else 4)
 
 
 @pytest.mark.parametrize("kind", ["text", "records"])

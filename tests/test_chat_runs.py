@@ -2,10 +2,8 @@
 
 import json
 import os
-import pty
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import peft
@@ -13,7 +11,7 @@ import pytest
 import torch
 import transformers
 from chat_templates import PUBLISHED
-from conftest import ROOT, environment_of, refused, start_script, succeeded
+from conftest import ROOT, environment_of, needs_posix, refused, start_script, succeeded
 from test_chat import base_of, files_of, rows, says, tokenizer_of, write_tokenizer
 
 from data import chat_format, decode, vocabulary_size
@@ -227,6 +225,9 @@ def shown(text: str) -> str:
 
 def on_a_terminal(folder: Path, typed: bytes, **variables: str) -> tuple[str, str]:
     """What generate.py writes to stdout and stderr when this is typed."""
+    import pty
+    import termios
+
     ours, its = pty.openpty()
     mode = termios.tcgetattr(its)
     mode[1] &= ~termios.OPOST  # line breaks as they are written
@@ -270,6 +271,7 @@ class Chat:
         return shown(text) + "\n"
 
 
+@needs_posix
 def test_a_chat_on_a_terminal_keeps_its_turns(tmp_path):
     """With the cache it is what it is without; /reset begins anew, and an empty line is nothing."""
     published(tmp_path / "base", "smollm2")
@@ -288,6 +290,7 @@ def test_a_chat_on_a_terminal_keeps_its_turns(tmp_path):
     assert err.splitlines()[-1] == "/reset begins anew, Ctrl-D ends"
 
 
+@needs_posix
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(tmp_path):
     published(tmp_path / "base", "smollm2")
     variables = ASKED | {"BASE_CHECKPOINT": "base", "MAX_NEW_TOKENS": "12", "SYSTEM_PROMPT": "s"}
@@ -313,6 +316,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(tmp_path):
     assert out.replace("> ", "") == ("".join(expected) + "\n").replace("> ", "")
 
 
+@needs_posix
 def test_an_answer_that_the_context_cuts_is_said_and_bytes_that_are_no_text_are_taken(tmp_path):
     published(tmp_path / "base", "smollm2")
     variables = ASKED | {"BASE_CHECKPOINT": "base", "MAX_NEW_TOKENS": "500", "SYSTEM_PROMPT": "s"}
