@@ -21,7 +21,11 @@ from torch.utils._pytree import tree_map_only
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a reach
 PART = 2**20  # numbers that are quantized at a time
-IN_CACHE = 2**13  # blocks that are dequantized at a time, or a CPU's caches would not hold them
+
+# Blocks that are dequantized at a time: a CPU's caches hold the steps between for so many, while a
+# GPU starts a kernel for each step, which should be few and take little memory.
+BLOCKS_ON_CPU = 2**13
+BLOCKS_ON_GPU = 2**18
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact 0: appendix E of the paper.
 LEVELS = (
@@ -138,10 +142,11 @@ def dequantize(W: NF4, dtype: torch.dtype) -> Tensor:
 
 def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """The values of W, about so many numbers at a time: some rows, (n, columns) in `dtype`."""
-    columns, groups = W.shape[1], W.scales
+    columns = W.shape[1]
     scales = _table(_scale_levels, W.device)[W.scales.int()]
-    scales = scales * W.reaches.repeat_interleave(GROUP)[: len(groups)] + W.mean
+    scales = scales * W.reaches.repeat_interleave(GROUP)[: len(scales)] + W.mean
     pairs = _table(_pairs, W.device)
+    together = BLOCKS_ON_CPU if W.device.type == "cpu" else BLOCKS_ON_GPU
     whole = BLOCK // math.gcd(BLOCK, columns)  # so many rows end with a block
     n_rows = max(1, -(-numbers // (columns * whole))) * whole
     for start in range(0, len(W), n_rows):
@@ -149,7 +154,7 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
         first, last = start * columns // BLOCK, -(-(start + n) * columns // BLOCK)
         values = torch.empty(last - first, BLOCK, dtype=dtype, device=W.device)
         for part, codes, scale in zip(
-            *(t.split(IN_CACHE) for t in (values, W.codes[first:last], scales[first:last, None])),
+            *(t.split(together) for t in (values, W.codes[first:last], scales[first:last, None])),
             strict=True,
         ):
             # `gather` works in parallel on a CPU, as index_select of one dimension does not.
