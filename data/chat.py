@@ -56,7 +56,7 @@ TODAY = datetime(2024, 7, 26)
 BREAK = "\ufdd0"
 
 # How often a template's loops and macros may turn for one chat, before it is taken for endless.
-MOST_STEPS = 1_000_000
+MOST_STEPS = 200_000
 
 
 class Tokens(NamedTuple):

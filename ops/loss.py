@@ -26,12 +26,12 @@ from ops.products import (
 )
 from ops.shapes import may_depend_on_values
 
-# Logits that exist at one time: 64 MiB in float32, and half as much beside it in bfloat16. A GPU
-# needs more tokens to be busy with.
-LOGITS = 2**24
-GPU_LOGITS = 2**25
+# Logits that exist at one time: 120 MiB in float32, and half as much beside it in bfloat16. With
+# half of them a vocabulary of 151,936 takes longer than the plain form.
+LOGITS = 30 * 2**20
 
-# Up to this vocabulary the plain form, logits and then their loss, is as fast or faster.
+# Up to this vocabulary the plain form, logits and then their loss, is as fast or faster. `python
+# benchmarks/cpu_operations.py --sections loss` compares values of both constants.
 PLAIN_VOCABULARY = 4096
 
 # The numbers of a weight that a GPU casts at a time; a CPU casts CAST of them.
@@ -184,7 +184,7 @@ def _chunks(
     over: all chunks are computed in the same memory. `targets` are (tokens, 1) and not negative.
     """
     tokens, vocabulary, dtype = len(x), len(W), product_dtype(x)
-    most = max(1, (GPU_LOGITS if x.is_cuda else LOGITS) // vocabulary)
+    most = max(1, LOGITS // vocabulary)
     size = -(-tokens // max(1, -(-tokens // most)))  # chunks of about equal sizes, of at most that
     logits = x.new_empty(size, vocabulary, dtype=dtype)
     wide = logits if logits.itemsize >= 4 else torch.empty_like(logits, dtype=torch.float32)

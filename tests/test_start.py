@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment_of, refused, start_script, succeeded
 
-from files.streams import reason_of
-
 COMMANDS = ("training.py", "generate.py", "export.py", "compare.py")
 
 
@@ -88,10 +86,3 @@ def test_a_full_stdout_is_one_line(tmp_path, arguments):
 )
 def test_unknown_arguments_are_named_in_one_line(tmp_path, script, arguments, named):
     assert named in refused(start_script(tmp_path, *arguments, script=script))
-
-
-def test_an_error_of_the_system_is_told_with_its_file_or_without():
-    assert reason_of(OSError(28, "No space left on device")) == "No space left on device"
-    assert reason_of(OSError(13, "Permission denied", "a.pt")) == "a.pt: Permission denied"
-    assert reason_of(OSError("timed out")) == "timed out"
-    assert reason_of(OSError()) == "OSError"
