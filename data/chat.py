@@ -27,6 +27,7 @@ from data.tokenizer import (
     end_tokens,
     json_file,
     load_tokenizer,
+    special_text,
     start_tokens,
     tokens_with_offsets,
 )
@@ -242,9 +243,8 @@ class TemplateFormat:
     @functools.cached_property
     def _names(self) -> dict[str, str]:
         """The special tokens that a template may write by name."""
-        stated = json_file(self.files, "tokenizer_config.json")
         keys = ("bos_token", "eos_token", "unk_token", "pad_token")
-        names = {key: _content(stated.get(key)) for key in keys}
+        names = {key: special_text(self.files, key) for key in keys}
         return {key: name for key, name in names.items() if name is not None}
 
     def render(
@@ -546,9 +546,3 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
     if reasoning is None:
         return dict(message)
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token that tokenizer_config.json has as a text or a table."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None

@@ -123,15 +123,6 @@ def vocabulary_size(tokenizer: str | None) -> int:
     return max(load_tokenizer(tokenizer).get_vocab().values(), default=-1) + 1
 
 
-def end_mark(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> str:
-    """The text of `end_token`: byte 0, or the tokenizer's own.
-
-    Raises DataError when the tokenizer has no token that ends a text.
-    """
-    end = end_token(tokenizer, files)
-    return chr(end) if tokenizer is None else load_tokenizer(tokenizer).id_to_token(end)
-
-
 def end_token(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> int:
     """The token that ends a record: the first of `end_tokens`.
 
@@ -191,11 +182,18 @@ def begun(tokens: list[int], start: list[int]) -> list[int]:
 
 
 def _special_token(loaded: Any, files: Mapping[str, bytes], key: str) -> int | None:
-    """A token that tokenizer_config.json names by its text, or by a table with its content."""
+    """The token whose text `special_text` gives, if the tokenizer has it."""
+    text = special_text(files, key)
+    return None if text is None else loaded.token_to_id(text)
+
+
+def special_text(files: Mapping[str, bytes], key: str) -> str | None:
+    """The text of a token that tokenizer_config.json has as a text, or as a table with its content;
+    None where it has none."""
     stated = json_file(files, "tokenizer_config.json").get(key)
     if isinstance(stated, dict):
         stated = stated.get("content")
-    return loaded.token_to_id(stated) if isinstance(stated, str) else None
+    return stated if isinstance(stated, str) else None
 
 
 def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

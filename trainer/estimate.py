@@ -25,6 +25,7 @@ from hardware import processes
 from lora import LoRALinear, store_base
 from models import LanguageModel
 from models.checkpoint import Checkpoint, meta_model
+from trainer.loading import put_lora
 from trainer.settings import Config
 from trainer.setup import Plan
 
@@ -81,10 +82,8 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
     model = meta_model(plan.family, sizes, plan.config.dropout)
     if plan.lora is not None:
         model.requires_grad_(False)
-        if model.tied_head and plan.lora.train_embeddings:
-            model.tie_head(copied=True)
         targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
-        model.adapt(*dataclasses.astuple(dataclasses.replace(plan.lora, targets=targets)))
+        put_lora(model, dataclasses.replace(plan.lora, targets=targets))
     model.grad_checkpoint = plan.config.grad_checkpoint
     made: dict[int, nn.Parameter] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -127,10 +127,15 @@ def build_model(
     model.requires_grad_(lora is None and base_dtype == "auto")
     load_base(model, base, base_dtype)
     if lora is not None:
-        if model.tied_head and lora.train_embeddings:
-            model.tie_head(copied=True)
-        model.adapt(*dataclasses.astuple(lora))
+        put_lora(model, lora)
     return model.to(device)
+
+
+def put_lora(model: LanguageModel, lora: LoraOptions) -> None:
+    """Put fresh adapters on a model; a tied head gets weights of its own where embeddings train."""
+    if model.tied_head and lora.train_embeddings:
+        model.tie_head(copied=True)
+    model.adapt(*dataclasses.astuple(lora))
 
 
 def parts_of(adapters: AdapterFiles) -> tuple[list[str], bool]:
