@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dW, dA, dB = (
             torch.zeros(t.shape, dtype=wide, device=x.device) if needs else None
             for t, needs in zip((x, W, A, None if B is None else B.t()), needed, strict=True)
-        )  # dB lies as (rank, vocab_size): its product takes 14 ms in this order, 88 in the other
+        )  # dB lies as (rank, vocab_size), the order in which its product is faster
         dtype = product_dtype(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
         known = targets.clamp(min=0)

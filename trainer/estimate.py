@@ -64,12 +64,16 @@ class Memory:
 def estimate(plan: Plan) -> Memory:
     """The memory of a run that trains as planned, in this process."""
     n_blocks = plan.sizes.n_layer
-    model = shaped_model(plan, n_blocks)
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    base = sum(frozen_bytes(model, plan.config).values())
-    steps = [step_bytes(plan, shaped_model(plan, n)) for n in range(1, min(2, n_blocks) + 1)]
-    step = steps[-1] + (n_blocks - len(steps)) * (steps[-1] - steps[0])
+    models = [shaped_model(plan, n) for n in range(1, min(2, n_blocks) + 1)]
+
+    def of_all_blocks(sizes: list[int]) -> int:
+        return sizes[-1] + (n_blocks - len(sizes)) * (sizes[-1] - sizes[0])
+
+    trained = of_all_blocks(
+        [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
+    )
+    base = of_all_blocks([sum(frozen_bytes(model, plan.config).values()) for model in models])
+    step = of_all_blocks([step_bytes(plan, model) for model in models])
     return Memory(base, trained, trained // 4 * ADAM_BYTES, step, program_bytes(plan.device))
 
 
