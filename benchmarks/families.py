@@ -40,6 +40,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, names_of
 from lora import store_base
 from models.huggingface import read_base
@@ -317,11 +318,26 @@ def row(setting: Setting, found: dict[str, tuple[list[float], float]]) -> str:
     return "  ".join(cells)
 
 
+def as_row(setting: Setting, found: dict[str, tuple[list[float], float]]) -> results.Row:
+    """What the line of the table says, for the file of results."""
+    first, second = setting.methods
+    kept = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
+    kept |= {"dtype": setting.dtype, "clock": setting.clock, "method": first, "beside": second}
+    kept["grad_checkpoint"] = "on" if setting.grad_checkpoint else "off"
+    (times, peak), (second_times, second_peak) = found.values()
+    kept |= results.ranged("step_ms", [1000 * t for t in times])
+    kept |= results.ranged("beside_ms", [1000 * t for t in second_times])
+    kept["step_ratio"] = kept["step_ms"] / kept["beside_ms"]
+    kept |= {"peak_mib": peak, "beside_mib": second_peak, "peak_ratio": peak / second_peak}
+    return kept
+
+
 def report(args: argparse.Namespace) -> Iterator[str]:
-    """The lines of the report, each as soon as it is known."""
+    """The lines of the report, each as soon as it is known; the file of results grows with them."""
     name = hardware.device_name(args.device)
     yield f"{name}, torch {torch.__version__}, rounds {args.rounds} of {args.steps} steps"
     yield f"clock {args.clock}, gradient checkpointing {'on' if args.grad_checkpoint else 'off'}"
+    kept: list[results.Row] = []
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), model)
@@ -333,7 +349,10 @@ def report(args: argparse.Namespace) -> Iterator[str]:
             for dtype in args.dtypes:
                 for batch, block in args.batches:
                     one = replace(setting, dtype=dtype, batch=batch, block=block)
-                    yield row(one, measured(Path(folder), one, args.rounds))
+                    found = measured(Path(folder), one, args.rounds)
+                    kept.append(as_row(one, found))
+                    results.write("families", kept, args.device, args)
+                    yield row(one, found)
 
 
 # The command line
@@ -385,6 +404,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what a step takes: time, or the processor's time, for a busy machine "
         "(default: wall)",
     )  # fmt: skip
+    results.add_results_options(parser)
     args = parser.parse_args()
     if args.dtypes is None:
         native = hardware.choose_dtype("auto", args.device)[0] == torch.bfloat16
