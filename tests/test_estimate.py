@@ -70,7 +70,7 @@ def test_a_step_with_fake_tensors_holds_what_a_real_one_holds(folder, variables)
         with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
             loss = model(*batch)[1]
         loss.backward()
-    assert step_bytes(plan, shaped_model(plan, 2)) == pytest.approx(held.most, rel=0.1)
+    assert step_bytes(plan, shaped_model(plan, 2)) == pytest.approx(held.most, rel=0.12)
 
 
 @pytest.mark.parametrize("variables", CASES[:4])
@@ -80,7 +80,9 @@ def test_each_further_block_adds_as_much_as_the_second(folder, variables):
     assert found.step == pytest.approx(step_bytes(plan, shaped_model(plan, 5)), rel=0.02)
     model = shaped_model(plan, 5)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (found.trained, found.optimizer) == (4 * trained, 8 * trained)
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    by_muon = sum(p.numel() for p in matrices) if plan.config.optimizer == "muon" else 0
+    assert (found.trained, found.optimizer) == (4 * trained, 8 * trained - 4 * by_muon)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     bytes_each = 4 if variables.get("DTYPE") != "bfloat16" else 2  # linears that are never merged
     assert bytes_each * frozen <= found.base <= 4 * frozen

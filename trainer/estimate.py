@@ -26,10 +26,10 @@ from lora import LoRALinear, store_base
 from models import LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from trainer.loading import put_lora
+from trainer.optimization import matrices_for_muon
 from trainer.settings import Config
 from trainer.setup import Plan
 
-ADAM_BYTES = 8  # of its two moments, in float32, for each number that trains
 NF4_BYTES = 4.127 / 8  # for each number
 MIB = 2**20
 
@@ -73,8 +73,9 @@ def estimate(plan: Plan) -> Memory:
         [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
     )
     base = of_all_blocks([sum(frozen_bytes(model, plan.config).values()) for model in models])
+    state = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
     step = of_all_blocks([step_bytes(plan, model) for model in models])
-    return Memory(base, trained, trained // 4 * ADAM_BYTES, step, program_bytes(plan.device))
+    return Memory(base, trained, state, step, program_bytes(plan.device))
 
 
 def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
@@ -83,7 +84,7 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
     A base in NF4 is in bfloat16 here: what a step makes of it is the same.
     """
     sizes = dataclasses.replace(plan.sizes, n_layer=n_blocks)
-    model = meta_model(plan.family, sizes, plan.config.dropout)
+    model = meta_model(plan.family, sizes, plan.config.dropout or 0.0)
     if plan.lora is not None:
         model.requires_grad_(False)
         targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
@@ -143,6 +144,13 @@ def frozen_bytes(model: LanguageModel, config: Config) -> dict[int, int]:
             if isinstance(module, nn.Linear | LoRALinear) and id(module.weight) in found:
                 found[id(module.weight)] = int(NF4_BYTES * module.weight.numel())
     return found
+
+
+def optimizer_bytes(config: Config, model: LanguageModel) -> int:
+    """The bytes of an optimizer's means: two for each number under AdamW, one under Muon."""
+    by_muon = matrices_for_muon(config, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.nbytes * (1 if id(p) in by_muon else 2) for p in trained)
 
 
 def step_bytes(plan: Plan, model: LanguageModel) -> int:
