@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, and say what they compare."""
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -30,7 +31,7 @@ from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
 from variables import compared, of_round
 
-from benchmarks import results
+from benchmarks import report, results
 from data import load_corpus
 from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -400,3 +401,44 @@ def test_a_curve_has_the_evaluations_of_its_run(training, tmp_path):
     assert [(point["run"], point["step"]) for point in points] == [("base", n) for n in (0, 3, 6)]
     assert outcome["loss_before"] == points[0]["loss"] > outcome["final_loss"] == points[-1]["loss"]
     assert outcome["variables"] == "DEVICE=cpu" and outcome["trained"] > 0
+
+
+def test_of_the_same_rows_the_newest_of_a_machine_count():
+    old = {"benchmark": "b", "machine": "m, 2 cores", "threads": 2, "device": "cpu"}
+    new = old | {"date": "2026-02-01", "rows": [{"method": "lora", "ms": 3.0}]}
+    old |= {"date": "2026-01-01"}
+    old["rows"] = [{"method": name, "ms": 1.0} for name in ("full", "lora", "lora")]
+    other = old | {"threads": 1, "rows": [{"method": "lora", "ms": 9.0}]}
+    one, two = report.newest([old, other, new])
+    assert one.rows == [{"method": "full", "ms": 1.0}, {"method": "lora", "ms": 3.0}]
+    assert one.files == [old, new] and one.place == "m, 2 cores"
+    assert two.rows == other["rows"] and two.place == "m, 2 cores, 1 thread"
+
+
+def test_tables_have_ranges_units_and_columns_by_a_name():
+    rows = [
+        {"size": size, "method": method, "kind": "x", "step_ms": ms, "step_ms_low": 1.0,
+         "step_ms_high": 300.0, "loss": 1.0, "loss_sd": 0.25}
+        for size in ("s", "m") for method, ms in (("full", 2.0), ("lora", 0.005))
+    ]  # fmt: skip
+    assert results.table(rows[:1]).splitlines() == [
+        "| size | method | kind | step, ms | loss |",
+        "| --- | --- | --- | --- | --- |",
+        "| s | full | x | 2.00 (1.00 to 300) | 1.0000 +- 0.2500 |",
+    ]
+    words, heading, table = report.tables(report.Section("", "", None, "size", ("step_ms",)), rows)
+    assert (words, heading) == ("With kind x:", "Step, ms:")
+    assert table.splitlines()[0] == "| method | s | m |" and "| lora | 5.0e-03 (" in table
+    losses = report.tables(report.Section("", "", "method", None, ("loss",)), rows)
+    assert losses[0] == "With method full, kind x:" and "1.0000 +- 0.2500" in losses[1]
+
+
+def test_a_file_of_results_is_written_again_by_the_same_run(tmp_path):
+    args = argparse.Namespace(results=tmp_path / "r", commit="abc")
+    for ms in (1.0, 2.0 / 3):
+        path = results.write("b", [{"method": "full", "ms": ms}], torch.device("cpu"), args)
+    (found,) = results.read(tmp_path / "r")
+    assert found["rows"] == [{"method": "full", "ms": 0.666667}] and found["commit"] == "abc"
+    assert path.name.startswith("b_") and found["threads"] == torch.get_num_threads()
+    command = ["/x/b.py", "--results", "/y", "A=1 B=2", "--commit=z"]
+    assert results.command_line(command) == "python benchmarks/b.py 'A=1 B=2'"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import ROOT, TEXT, needs_posix, start_group, start_script, succeeded
 
-from benchmarks.parameters import table
+from benchmarks import parameters, report, results
 from data import load_records
 from data.forms import LAYOUTS
 from trainer.settings import Config, GenerateConfig, help_table
@@ -157,9 +157,20 @@ def test_the_guides_parameter_counts_are_those_of_the_script(tmp_path):
     assert statistics in log
 
 
-@pytest.mark.parametrize("train_embeddings", [True, False])
-def test_the_guides_tables_of_parameters_are_those_of_the_models(train_embeddings):
-    assert f"\n\n{table(train_embeddings)}\n\n" in (ROOT / "LORA_USAGE.md").read_text()
+def test_the_reports_parameters_are_those_of_the_models():
+    found = next(f for f in report.newest(results.read()) if f.benchmark == "parameters")
+    assert found.rows == parameters.rows(True) + parameters.rows(False)
+
+
+def test_the_documents_hold_what_the_results_say():
+    """`python benchmarks/report.py` makes it so."""
+    for path, text in report.documents().items():
+        assert path.read_text() == text, path.name
+    found = report.newest(results.read())
+    for name, (benchmark, _) in report.PICTURES.items():
+        places = [place for place in found if place.benchmark == benchmark]
+        if places:
+            assert report.digest(places) in (report.PLOTS / name).read_text(), name
 
 
 def test_every_linked_file_exists():
