@@ -2,25 +2,39 @@
 
     python benchmarks/families.py
     python benchmarks/families.py --models Llama-3.2-1B --batches 1x512 --dtypes bfloat16
-    python benchmarks/families.py --device cuda --batches 8x1024 --grad-checkpoint
     python benchmarks/families.py --methods ours-nf4,ours     a base in NF4, over one in bfloat16
     python benchmarks/families.py --methods ours-nf4,peft-nf4     and over PEFT on bitsandbytes'
+    python benchmarks/families.py --device cuda --models Llama-3.1-8B --batches 1x2048,2x2048
+        --methods ours-nf4,ours,peft --grad-checkpoint off,on
 
-Writes a model as a Hugging Face folder in bfloat16 and trains adapters of rank 8 on all linears of
-its blocks, embeddings and head frozen: with this project as training.py does it, and with PEFT as
-its users do: from_pretrained in the dtype of the run, get_peft_model with its defaults, labels
-to the model, and autocast where the dtype is bfloat16. A step is forward, loss, backward and fused
-AdamW. Both get the same tokens, and both keep freed memory (`hardware.keep_freed_memory`). PEFT's
-base in NF4 is what `transformers` loads through bitsandbytes in 4 bits, its scales quantized too.
+Trains adapters of rank 8 on all linears of a model's blocks, embeddings and head frozen: with this
+project as training.py does it, and with PEFT as its users do: a model of `transformers` in the
+dtype of the run, get_peft_model with its defaults, labels to the model, and autocast where the
+dtype is bfloat16. A step is forward, loss, backward and fused AdamW. All methods get the same
+weights and tokens, and keep freed memory (`hardware.keep_freed_memory`). PEFT's base in NF4 is
+bitsandbytes', its scales quantized too. Two methods say what is possible, with this project's
+model: `full` trains every weight, in float32; `floor` has no adapters and trains one norm, the
+first, so that gradients go through all blocks.
 
-Each method is a process of its own, and the two take turns, so that ratios pair steps that ran
-beside each other. Memory is the peak of the whole process, imports and loading included; on CUDA it
-is the most that torch allocated there.
+On a CPU each method is a process of its own, which loads the model from a Hugging Face folder in
+bfloat16. The methods take turns, so that ratios pair steps that ran beside each other, and memory
+is the peak of the whole process, imports and loading included. On CUDA one method comes after the
+other in one process, with weights that are drawn on the GPU; memory is the most that torch
+allocated there in a step.
+
+Utilisation is the model's operations over those that a product of two large matrices of the same
+dtype reaches here, which is measured first. With N weights in the linears of the blocks and in the
+head, a step takes 6 N operations a token where they train and 4 N where they are frozen, plus 6 for
+each number of the adapters. Attention adds 6 T for each number of a query, in each block: half the
+keys of T tokens, in two products forward and four backward. What is computed again, with gradient
+checkpointing, does not count.
 """
 
 import argparse
 import contextlib
+import gc
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -28,14 +42,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,6 +57,8 @@ import hardware
 from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, names_of
 from lora import store_base
+from models import LLAMA
+from models.checkpoint import Checkpoint
 from models.huggingface import read_base
 from models.llama import layout, read_config
 from trainer.loading import LoraOptions, build_model
@@ -74,6 +90,16 @@ MODELS = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "Llama-3.1-8B": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072, "rope_theta": 500000, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "tiny": {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 96,
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -82,12 +108,19 @@ MODELS = {
     },
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("ours", "peft", "ours-nf4", "peft-nf4")
+METHODS = ("ours", "peft", "ours-nf4", "peft-nf4", "full", "floor")
+PACKAGES = {  # and the methods that need them
+    "transformers": ("peft", "peft-nf4"),
+    "peft": ("peft", "peft-nf4"),
+    "bitsandbytes": ("peft-nf4",),
+}
 DTYPES = ("float32", "bfloat16")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.02}  # of the first losses, which are about ln(vocab)
 NF4_TOLERANCE = 0.1  # where a base lies in NF4: bitsandbytes rounds differently on a CPU
 RANK, ALPHA, SEED, STD = 8, 16.0, 1337, 0.02
 ROWS = 2**11  # of a tensor that are made at a time
+SQUARE = {"cpu": 1024, "cuda": 8192}  # the matrices whose product measures what hardware can do
+WARMUP = 2  # steps beside the first, where methods take no turns
 
 
 @dataclass(frozen=True)
@@ -100,10 +133,11 @@ class Setting:
     block: int
     device: str
     grad_checkpoint: bool
+    compile: bool
     threads: int | None
     clock: str
     steps: int
-    methods: tuple[str, str] = METHODS[:2]
+    methods: tuple[str, ...] = METHODS[:2]
 
 
 # The models
@@ -136,52 +170,85 @@ def write_folder(folder: Path, model: str) -> None:
                 part.bfloat16().view(torch.int16).numpy().tofile(file)
 
 
-def our_step(folder: Path, setting: Setting, base_dtype: str) -> Callable[[], float]:
-    """A function that takes one step as training.py does and returns the loss."""
+class Drawn(Mapping[str, Tensor]):
+    """The weights of a folder of `write_folder`'s kind, each drawn on a device when it is asked
+    for, and again the next time."""
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        sizes = read_config(MODELS[model])
+        self.shapes = {stored.name: stored.shape for stored in layout(sizes)}
+        self.seeds = {name: SEED + i for i, name in enumerate(self.shapes)}
+        self.device = device
+        if sizes.tied_head:
+            for known in (self.shapes, self.seeds):
+                known["lm_head.weight"] = known["model.embed_tokens.weight"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        made = torch.ones(self.shapes[name], dtype=torch.bfloat16, device=self.device)
+        if not name.endswith("norm.weight"):
+            generator = torch.Generator(self.device).manual_seed(self.seeds[name])
+            made.normal_(std=STD, generator=generator)
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+Step = Callable[[], Tensor]  # takes one step and returns the loss
+
+
+def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str) -> Step:
+    """A step as training.py takes it, on the model of a folder or on drawn weights."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-    base = read_base(folder)
-    options = LoraOptions(RANK, ALPHA, 0.0, TARGETS, train_embeddings=False)
-    model = build_model(base.family, base.sizes, base, device, 0.0, options, base_dtype)
+    if folder is None:
+        sizes = read_config(MODELS[setting.model])
+        base = Checkpoint("drawn", LLAMA, sizes, Drawn(setting.model, device), {})
+    else:
+        base = read_base(folder)
+    lora = LoraOptions(RANK, ALPHA, 0.0, TARGETS, train_embeddings=False)
+    lora = lora if method == "ours" else None
+    model = build_model(base.family, base.sizes, base, device, 0.0, lora, base_dtype)
+    if method == "floor":
+        model.requires_grad_(False)
+        first = model.blocks[0].input_layernorm.weight
+        first.data = first.data.float()
+        first.requires_grad_(True)
     model.grad_checkpoint = setting.grad_checkpoint
     tokens = batch_of(setting)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and method != "full":
         store_base(model, dtype, tokens.numel())
     del base
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # as transformers shifts labels
     optimizer = make_optimizer(Config(lora_plus_ratio=1.0), model.train())
     operations = 6 * model.get_parameter_info()["total"] * tokens.numel()
     launch_bound = device.type == "cuda" and operations <= LAUNCH_BOUND_OPERATIONS
-    if launch_bound and not setting.grad_checkpoint:
+    launch_bound = launch_bound and not setting.grad_checkpoint
+    if setting.compile:
+        model = torch.compile(model, mode="reduce-overhead" if launch_bound else "default")
+    elif launch_bound:
         model = hardware.in_cuda_graphs(model, (tokens, targets), dtype)
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def step() -> float:
+    def step() -> Tensor:
         loss = accumulate(model, [(tokens, targets)], [1.0], autocast)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
     return step
 
 
-def peft_step(folder: Path, setting: Setting, base_dtype: str) -> Callable[[], float]:
+def peft_step(folder: Path | None, setting: Setting, method: str, base_dtype: str) -> Step:
     """The same with PEFT on transformers' model."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-    options: dict[str, Any] = {"dtype": dtype}
-    if base_dtype == "nf4":
-        options["device_map"] = setting.device
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    base = AutoModelForCausalLM.from_pretrained(folder, **options)
+    base = peft_base(folder, setting, base_dtype == "nf4")
     if setting.grad_checkpoint:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -189,16 +256,59 @@ def peft_step(folder: Path, setting: Setting, base_dtype: str) -> Callable[[], f
     tokens = batch_of(setting)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    if setting.compile:
+        model = torch.compile(model)
 
-    def step() -> float:
+    def step() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
     return step
+
+
+def peft_base(folder: Path | None, setting: Setting, in_nf4: bool) -> nn.Module:
+    """The model of `transformers`, of a folder or on drawn weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
+    if folder is not None:
+        options: dict[str, Any] = {"dtype": dtype}
+        if in_nf4:
+            options["device_map"] = setting.device
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.device(device):
+        config = AutoConfig.for_model(**MODELS[setting.model])
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = base.state_dict()
+    for name, tensor in Drawn(setting.model, device).items():
+        weights[name].copy_(tensor)
+    if in_nf4:  # as from_pretrained has it
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        base.is_loaded_in_4bit = True
+        for name, linear in list(base.named_modules()):
+            if name.rpartition(".")[2] not in TARGETS:
+                continue
+            options = {"compress_statistics": True, "quant_type": "nf4"}
+            bias = linear.bias is not None
+            with torch.device("meta"):
+                layer = Linear4bit(
+                    linear.in_features, linear.out_features, bias, compute_dtype=dtype, **options
+                )
+            layer.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, **options)
+            layer.bias = linear.bias
+            base.set_submodule(name, layer.to(device))
+    return base
 
 
 def batch_of(setting: Setting) -> torch.Tensor:
@@ -212,8 +322,50 @@ def batch_of(setting: Setting) -> torch.Tensor:
 # The measurements
 
 
+class Runner:
+    """What trains with one method in this process, and takes steps when it is asked."""
+
+    def __init__(self, method: str, folder: Path | None, setting: Setting) -> None:
+        self.setting, self.device = setting, torch.device(setting.device)
+        self.free()
+        kind, _, base_dtype = method.partition("-")
+        make = peft_step if kind == "peft" else our_step
+        self.step: Step | None = make(folder, setting, kind, base_dtype or "auto")
+        self.free()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def ask(self, word: str) -> float:
+        """`loss`: that of a step; `time`: the seconds of a step; `peak`: the memory in MiB."""
+        if word == "loss":
+            return self.step().item()
+        if word == "time":
+            clock = time.process_time if self.setting.clock == "cpu" else time.perf_counter
+            started = clock()
+            for _ in range(self.setting.steps):
+                self.step()
+            hardware.synchronize(self.device)
+            return (clock() - started) / self.setting.steps
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return hardware.peak_memory(self.device)
+
+    def close(self) -> None:
+        """Free the model, for the next one."""
+        self.step = None
+        if self.setting.compile:
+            torch._dynamo.reset()
+        self.free()
+
+    def free(self) -> None:
+        """Free what nothing refers to any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 class Worker:
-    """A process that trains with one method, and takes steps when it is asked."""
+    """A Runner in a process of its own."""
 
     def __init__(self, method: str, folder: Path, setting: Setting) -> None:
         self.what = f"{method}, {setting.model}, {setting.dtype}, {setting.batch}x{setting.block}"
@@ -246,113 +398,155 @@ class Worker:
 
 
 def work(method: str, folder: Path, setting: Setting) -> None:
-    """What the process of a Worker does: answer `loss` with that of a step, `time` with the seconds
-    of a step, and `peak` with its memory in MiB."""
+    """What the process of a Worker does: answer what it is asked."""
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    device = torch.device(setting.device)
     hardware.keep_freed_memory()
-    hardware.allow_tf32(device)
-    method, _, base_dtype = method.partition("-")
-    step = {"ours": our_step, "peft": peft_step}[method](folder, setting, base_dtype or "auto")
-    clock = time.process_time if setting.clock == "cpu" else time.perf_counter
+    runner = Runner(method, folder, setting)
     for line in sys.stdin:
-        if line.strip() == "loss":
-            answer = step()
-        elif line.strip() == "time":
-            started = clock()
-            for _ in range(setting.steps):
-                step()
-            answer = (clock() - started) / setting.steps
-        elif device.type == "cuda":
-            answer = torch.cuda.max_memory_allocated(device) / 2**20
-        else:
-            answer = hardware.peak_memory(device)
-        print("answer", answer, flush=True)
+        print("answer", runner.ask(line.strip()), flush=True)
 
 
-def measured(folder: Path, setting: Setting, rounds: int) -> dict[str, tuple[list[float], float]]:
-    """Of each method the seconds of a step in each round, and the peak in MiB.
+# Of a method the seconds of a step in each round, and the peak in MiB; no seconds where the memory
+# of the device does not suffice.
+Found = dict[str, tuple[list[float], float]]
+
+
+def measured(folder: Path | None, setting: Setting, rounds: int) -> Found:
+    """Steps and peaks of each method: in processes that take turns with the model of a folder, or
+    without one in this process, one after the other.
 
     Exits with a message where the first losses differ by more than rounding.
     """
-    methods = setting.methods
-    workers = {method: Worker(method, folder, setting) for method in methods}
-    try:
-        losses = {method: worker.ask("loss") for method, worker in workers.items()}
-        in_nf4 = any(method.endswith("nf4") for method in methods)
-        tolerance = NF4_TOLERANCE if in_nf4 else TOLERANCES[setting.dtype]
-        if not abs(losses[methods[0]] - losses[methods[1]]) <= tolerance:
-            sys.exit(f"error: the first losses differ by more than {tolerance}: {losses}")
-        times: dict[str, list[float]] = {method: [] for method in methods}
-        for i in range(rounds):
-            for method in methods if i % 2 == 0 else reversed(methods):
-                times[method].append(workers[method].ask("time"))
-        return {method: (times[method], workers[method].ask("peak")) for method in methods}
-    finally:
-        for worker in workers.values():
-            worker.close()
+    methods, kind = setting.methods, Runner if folder is None else Worker
+    losses: dict[str, float] = {}
+    found: Found = {method: ([], float("nan")) for method in methods}
+    for together in [methods] if folder is not None else [[method] for method in methods]:
+        runners: dict[str, Runner | Worker] = {}
+        try:
+            for method in together:
+                runners[method] = kind(method, folder, setting)
+            losses |= {method: runner.ask("loss") for method, runner in runners.items()}
+            for _ in range(WARMUP if folder is None else 0):
+                runners[together[0]].ask("loss")
+            times: dict[str, list[float]] = {method: [] for method in together}
+            for i in range(rounds):
+                for method in together if i % 2 == 0 else reversed(together):
+                    times[method].append(runners[method].ask("time"))
+            found |= {method: (times[method], runners[method].ask("peak")) for method in together}
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            for runner in runners.values():
+                runner.close()
+    in_nf4 = any(method.endswith("nf4") for method in methods)
+    tolerance = NF4_TOLERANCE if in_nf4 else TOLERANCES[setting.dtype]
+    if losses and not max(losses.values()) - min(losses.values()) <= tolerance:
+        sys.exit(f"error: the first losses differ by more than {tolerance}: {losses}")
+    return found
+
+
+def most_operations(device: torch.device, dtype: torch.dtype) -> float:
+    """The operations a second that a product of two large matrices reaches."""
+    n = SQUARE.get(device.type, SQUARE["cpu"])
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        hardware.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        hardware.synchronize(device)
+        times.append((time.perf_counter() - started) / 3)
+    return 2 * n**3 / min(times)
+
+
+def step_operations(setting: Setting, method: str) -> float:
+    """The operations of the model in a step, as this file's first lines count them."""
+    s = read_config(MODELS[setting.model])
+    linears = [stored.shape for stored in layout(s) if stored.module.rpartition(".")[2] in TARGETS]
+    matrices = [shape for shape in linears if len(shape) == 2]
+    n = sum(rows * columns for rows, columns in matrices) + s.vocab_size * s.n_embd
+    each = (
+        6 if method == "full" else 4
+    ) * n + 6 * setting.block * s.n_layer * s.n_head * s.head_dim
+    if method not in ("full", "floor"):
+        each += 6 * RANK * sum(rows + columns for rows, columns in matrices)
+    return each * setting.batch * setting.block
 
 
 # The report
 
-
-def head(first: str, second: str) -> str:
-    """The names of the columns, where these two methods are compared."""
-    return (
-        f"{'batch':7}  {'dtype':8}  {first + ', ms':>22}  {second + ', ms':>22}  ratio  "
-        f"{first + ', MiB':>13}  {second + ', MiB':>13}  ratio"
-    )
+HEAD = (
+    f"{'batch':7}  {'dtype':8}  {'checkpoint':10}  {'method':8}  {'ms (lowest to highest)':>22}  "
+    f"{'tokens/s':>8}  {'used':>5}  {'MiB':>6}  {'ms ratio':>8}  {'MiB ratio':>9}"
+)
 
 
-def row(setting: Setting, found: dict[str, tuple[list[float], float]]) -> str:
-    """A line of the table: medians with the lowest and highest, and ratios of the first method's
-    to the second's."""
-    cells = [f"{setting.batch}x{setting.block:<5}", f"{setting.dtype:8}"]
-    for times, _ in found.values():
-        low, middle, high = (1000 * f(times) for f in (min, statistics.median, max))
+def rows(setting: Setting, found: Found, most: float) -> Iterator[tuple[str, results.Row]]:
+    """The lines of a table, one a method, each with its row for the file of results. Ratios are to
+    the last method."""
+    last_times, last_peak = list(found.values())[-1]
+    for method, (times, peak) in found.items():
+        checkpoint = "on" if setting.grad_checkpoint else "off"
+        row = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
+        row |= {"dtype": setting.dtype, "clock": setting.clock, "grad_checkpoint": checkpoint}
+        row |= {"compile": "on" if setting.compile else "off", "method": method}
+        cells = [f"{row['batch']:7}", f"{setting.dtype:8}", f"{checkpoint:10}", f"{method:8}"]
+        if not times:
+            yield "  ".join([*cells, "out of memory"]), row | {"step": "out of memory"}
+            continue
+        row |= results.ranged("step_ms", [1e3 * t for t in times])
+        seconds = row["step_ms"] / 1e3
+        row["tokens_per_second"] = setting.batch * setting.block / seconds
+        row["used_percent"] = 100 * step_operations(setting, method) / seconds / most
+        row["peak_mib"] = peak
+        low, middle, high = row["step_ms_low"], row["step_ms"], row["step_ms_high"]
         cells.append(f"{f'{middle:.0f} ({low:.0f} to {high:.0f})':>22}")
-    (first, first_peak), (second, second_peak) = found.values()
-    cells.append(f"{statistics.median(first) / statistics.median(second):5.2f}")
-    cells += [f"{first_peak:13.0f}", f"{second_peak:13.0f}", f"{first_peak / second_peak:5.2f}"]
-    return "  ".join(cells)
-
-
-def as_row(setting: Setting, found: dict[str, tuple[list[float], float]]) -> results.Row:
-    """What the line of the table says, for the file of results."""
-    first, second = setting.methods
-    kept = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
-    kept |= {"dtype": setting.dtype, "clock": setting.clock, "method": first, "beside": second}
-    kept["grad_checkpoint"] = "on" if setting.grad_checkpoint else "off"
-    (times, peak), (second_times, second_peak) = found.values()
-    kept |= results.ranged("step_ms", [1000 * t for t in times])
-    kept |= results.ranged("beside_ms", [1000 * t for t in second_times])
-    kept["step_ratio"] = kept["step_ms"] / kept["beside_ms"]
-    kept |= {"peak_mib": peak, "beside_mib": second_peak, "peak_ratio": peak / second_peak}
-    return kept
+        cells.append(f"{row['tokens_per_second']:8.0f}")
+        cells.append(f"{row['used_percent']:4.1f}%")
+        cells.append(f"{peak:6.0f}")
+        if last_times:
+            row["step_ratio"] = seconds / statistics.median(last_times)
+            row["peak_ratio"] = peak / last_peak
+            cells += [f"{row['step_ratio']:8.2f}", f"{row['peak_ratio']:9.2f}"]
+        yield "  ".join(cells), row
 
 
 def report(args: argparse.Namespace) -> Iterator[str]:
     """The lines of the report, each as soon as it is known; the file of results grows with them."""
     name = hardware.device_name(args.device)
     yield f"{name}, torch {torch.__version__}, rounds {args.rounds} of {args.steps} steps"
-    yield f"clock {args.clock}, gradient checkpointing {'on' if args.grad_checkpoint else 'off'}"
+    yield f"clock {args.clock}, torch.compile {'on' if args.compile else 'off'}"
+    yield from args.notes
+    most: dict[str, float] = {}
     kept: list[results.Row] = []
+    for dtype in args.dtypes:
+        most[dtype] = most_operations(args.device, getattr(torch, dtype))
+        yield f"A product of large matrices in {dtype}: {most[dtype] / 1e12:.4g}e12 operations/s"
     for model in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), model)
-            yield f"\n{model}\n{head(*args.methods)}"
-            setting = Setting(
-                model, "", 0, 0, str(args.device), args.grad_checkpoint, args.threads, args.clock,
-                args.steps, tuple(args.methods),
-            )  # fmt: skip
-            for dtype in args.dtypes:
-                for batch, block in args.batches:
-                    one = replace(setting, dtype=dtype, batch=batch, block=block)
-                    found = measured(Path(folder), one, args.rounds)
-                    kept.append(as_row(one, found))
-                    results.write("families", kept, args.device, args)
-                    yield row(one, found)
+        yield f"\n{model}\n{HEAD}"
+        setting = Setting(
+            model, "", 0, 0, str(args.device), False, args.compile, args.threads, args.clock,
+            args.steps, tuple(args.methods),
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if args.processes:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write_folder(folder, model)
+            for dtype, (batch, block), checkpoint in itertools.product(
+                args.dtypes, args.batches, args.grad_checkpoint
+            ):
+                one = replace(
+                    setting, dtype=dtype, batch=batch, block=block,
+                    grad_checkpoint=checkpoint == "on",
+                )  # fmt: skip
+                found = measured(folder, one, args.rounds)
+                for line, row in rows(one, found, most[dtype]):
+                    kept.append(row)
+                    yield line
+                results.write("families", kept, args.device, args)
 
 
 # The command line
@@ -375,10 +569,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that what is wrong stands alone
     )
-    real = [name for name in MODELS if name != "tiny"]
+    real = list(MODELS)[:3]
     parser.add_argument(
         "--models", type=names_of(list(MODELS)), default=real, metavar="NAMES",
-        help=f"some of {', '.join(MODELS)}, separated by commas (default: all but tiny)",
+        help=f"some of {', '.join(MODELS)}, separated by commas (default: {','.join(real)})",
     )  # fmt: skip
     parser.add_argument(
         "--batches", type=batches_of, default=[(1, 512), (4, 256)], metavar="SHAPES",
@@ -390,10 +584,19 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--methods", type=names_of(METHODS), default=METHODS[:2], metavar="NAMES",
-        help=f"two of {', '.join(METHODS)}, separated by a comma (default: ours,peft)",
+        help=f"some of {', '.join(METHODS)}, separated by commas; ratios are to the last (default: "
+        "ours,peft)",
     )  # fmt: skip
     parser.add_argument("--device", type=device_of, default="cpu", help="(default: cpu)")
-    parser.add_argument("--grad-checkpoint", action="store_true", help="compute activations twice")
+    parser.add_argument(
+        "--grad-checkpoint", type=names_of(["off", "on"]), default=["off"], metavar="WORDS",
+        help="off, on, or both: compute activations twice (default: off)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="all models through torch.compile")
+    parser.add_argument(
+        "--processes", action=argparse.BooleanOptionalAction,
+        help="each method in a process of its own, all of them in turns (default: on a CPU)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=at_least_one, default=5, help="(default: 5)")
     parser.add_argument(
         "--steps", type=at_least_one, default=1, help="of each method in a round (default: 1)"
@@ -409,13 +612,16 @@ def parse_arguments() -> argparse.Namespace:
     if args.dtypes is None:
         native = hardware.choose_dtype("auto", args.device)[0] == torch.bfloat16
         args.dtypes = list(DTYPES if native else DTYPES[:1])
-    if len(args.methods) != 2:
-        parser.error(f"--methods {','.join(args.methods)} is not two methods")
-    packages = ["transformers", "peft"]
-    packages += ["bitsandbytes"] if "peft-nf4" in args.methods else []
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"the package {package} is missing: pip install -r requirements-dev.txt")
+    if args.processes is None:
+        args.processes = args.device.type == "cpu"
+    args.notes = []
+    for package, methods in PACKAGES.items():
+        missing = importlib.util.find_spec(package) is None
+        for method in [method for method in args.methods if missing and method in methods]:
+            args.notes.append(f"{method} is left out: {package} is not installed")
+            args.methods = [other for other in args.methods if other != method]
+    if not args.methods:
+        parser.error(f"{args.notes[0]}: pip install -r requirements-dev.txt")
     for model in args.models:
         context = MODELS[model]["max_position_embeddings"]
         for batch, block in args.batches:
@@ -423,6 +629,7 @@ def parse_arguments() -> argparse.Namespace:
                 parser.error(f"--batches {batch}x{block} is more than {model}'s context, {context}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    hardware.allow_tf32(args.device)
     return args
 
 

@@ -148,7 +148,7 @@ def check_tensors(
 
     All numbers must be finite, unless `finite` is False, which reads none of them.
     """
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         raise FileError(f"{path} holds no table of tensors")
     for what, names in (
         ("lacks", expected.keys() - found.keys()),

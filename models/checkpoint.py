@@ -126,13 +126,19 @@ def meta_model(family: Family, sizes: Any, dropout: float = 0.0) -> LanguageMode
         return family.model(**dataclasses.asdict(sizes), device="meta", dropout=dropout)
 
 
-def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto") -> None:
+def load_base(
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+) -> None:
     """Make a checkpoint's weights those of a model of its sizes, with or without adapters.
 
     What trains is a copy in float32. What is frozen keeps the checkpoint's dtype and, on a CPU, its
     memory, such as that of a mapped file. With another `dtype` than "auto" the weights of frozen
     linears are converted, one by one: with "float32" or "bfloat16" of all of them, with "nf4" of
-    those in the blocks. A model on the meta device is on the CPU afterwards.
+    those in the blocks, on the device where they will be. A model on the meta device is on `device`
+    afterwards.
 
     Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
     """
@@ -161,15 +167,15 @@ def load_base(model: LanguageModel, checkpoint: Checkpoint, dtype: str = "auto")
             if id(parameter) not in loaded:
                 trains = parameter.requires_grad
                 form = dtype if id(parameter) in converted else "auto"
-                tensor = _loaded(found[full_name], parameter, trains, form)
+                place = device if parameter.is_meta else parameter.device
+                tensor = _loaded(found[full_name], place, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)
             module._parameters[name] = loaded[id(parameter)]
 
 
-def _loaded(tensor: Tensor, parameter: Tensor, trains: bool, form: str) -> Tensor:
-    """A checkpoint's tensor on the parameter's device: in float32 or above where it trains, else in
-    the dtype `form`, in NF4, or with "auto" as it is."""
-    device = "cpu" if parameter.is_meta else parameter.device
+def _loaded(tensor: Tensor, device: str | torch.device, trains: bool, form: str) -> Tensor:
+    """A checkpoint's tensor on a device: in float32 or above where it trains, else in the dtype
+    `form`, in NF4, or with "auto" as it is."""
     if trains:
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

@@ -148,34 +148,51 @@ def test_step_time_compares_the_methods_on_a_llama_too(dtype):
 
 def test_families_compares_steps_and_memory_with_pefts(tmp_path):
     start = functools.partial(start_benchmark, tmp_path, "families.py")
-    few = ("--models", "tiny", "--rounds", "1", "--threads", "1")
-    output = succeeded(start(*few, "--batches", "2x16", "--dtypes", "bfloat16"))
-    number = r"(\d+) \(\d+ to \d+\)"
-    rows = re.findall(
-        rf"^2x16 +(\w+) +{number} +{number} +(\d+\.\d\d) +(\d+) +(\d+) +(\d+\.\d\d)$", output, re.M
-    )
-    assert [dtype for dtype, *_ in rows] == ["bfloat16"]
-    (kept,) = rows_in(tmp_path, "families")
-    assert (kept["method"], kept["beside"]) == ("ours", "peft") and kept["batch"] == "2x16"
-    assert f"{kept['step_ratio']:.2f}" == rows[0][3] and f"{kept['peak_mib']:.0f}" == rows[0][4]
-    for _, ours, peft, ratio, our_peak, peft_peak, peak_ratio in rows:
-        assert float(ratio) > 0 and int(ours) > 0 and int(peft) > 0
-        assert float(peak_ratio) == pytest.approx(int(our_peak) / int(peft_peak), abs=0.01)
-    output = succeeded(start(*few, "--batches", "2x16", "--methods", "ours-nf4,ours"))
-    assert re.search(rf"^2x16 +float32 +{number} +{number} ", output, re.M)
+    few = ("--models", "tiny", "--rounds", "1", "--threads", "1", "--batches", "2x16")
+    row = r"^2x16 +(\w+) +(\w+) +(\S+) +(\d+) \(\d+ to \d+\) +(\d+) +\S+% +(\d+) +(\S+) +(\S+)$"
+    rows = re.findall(row, succeeded(start(*few, "--dtypes", "bfloat16")), re.M)
+    assert [tuple(cells[:3]) for cells in rows] == [
+        ("bfloat16", "off", "ours"), ("bfloat16", "off", "peft"),
+    ]  # fmt: skip
+    (*_, our_peak, ratio, peak_ratio), (*_, their_peak, one, also_one) = rows
+    assert float(ratio) > 0 and (one, also_one) == ("1.00", "1.00")
+    assert float(peak_ratio) == pytest.approx(int(our_peak) / int(their_peak), abs=0.01)
+    methods = ["ours", "full", "floor", "ours-nf4", "peft-nf4", "peft"]
+    kept = rows_in(tmp_path, "families")
+    assert [row["method"] for row in kept] == ["ours", "peft"] and kept[0]["batch"] == "2x16"
+    assert f"{kept[0]['step_ratio']:.2f}" == ratio and f"{kept[0]['peak_mib']:.0f}" == our_peak
+    options = ("--no-processes", "--methods", ",".join(methods), "--grad-checkpoint", "off,on")
+    rows = re.findall(row, succeeded(start(*few, *options, "--dtypes", "float32")), re.M)
+    assert [(cells[1], cells[2]) for cells in rows] == [
+        (word, method) for word in ("off", "on") for method in methods
+    ]
     for arguments, words in (
         (("--models", "huge"), "SmolLM2-135M"),
-        ((*few, "--methods", "ours"), "--methods ours is not two methods"),
+        ((*few, "--methods", "theirs"), "unknown: 'theirs'; accepted: ours, peft"),
         ((*few, "--batches", "1x512"), "more than tiny's context, 64"),
-        (("--batches", "1x0"), "'1x0' is not sequences x tokens"),
+        ((*few, "--batches", "1x0"), "'1x0' is not sequences x tokens"),
     ):
         wrong = start(*arguments)
         assert wrong.returncode == 2 and words in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+def test_families_counts_the_operations_of_a_model():
+    """Of tiny, 2 blocks: q and o, k and v, and three matrices of the MLP in each; and a head."""
+    setting = families.Setting("tiny", "float32", 1, 8, "cpu", False, False, None, "wall", 1)
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) + 96 * 32
+    adapters = 2 * 8 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (64 + 32))
+    attention = 2 * 6 * 8 * 32
+    counts = {m: families.step_operations(setting, m) for m in ("full", "floor", "ours")}
+    assert counts == {
+        "full": 8 * (6 * weights + attention),
+        "floor": 8 * (4 * weights + attention),
+        "ours": 8 * (4 * weights + 6 * adapters + attention),
+    }
+
+
 def test_families_refuses_models_whose_first_losses_differ(tmp_path, monkeypatch):
-    setting = families.Setting("tiny", "float32", 1, 8, "cpu", False, None, "wall", 1)
-    losses = iter([4.5, 4.6])
+    setting = families.Setting("tiny", "float32", 1, 8, "cpu", False, False, None, "wall", 1)
+    losses = iter([4.5, 4.6, 1.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(families.Worker, "__init__", lambda *_: None)
     monkeypatch.setattr(families.Worker, "ask", lambda *_: next(losses))
     monkeypatch.setattr(families.Worker, "close", lambda *_: None)
@@ -192,7 +209,8 @@ def test_families_writes_folders_that_transformers_takes_for_the_model(model):
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
     shapes = {stored.name: stored.shape for stored in families.layout(families.read_config(config))}
-    theirs.pop("lm_head.weight")  # tied
+    if config["tie_word_embeddings"]:
+        theirs.pop("lm_head.weight")
     assert shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 

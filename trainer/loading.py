@@ -125,7 +125,7 @@ def build_model(
         return model
     model = meta_model(family, sizes, dropout)
     model.requires_grad_(lora is None and base_dtype == "auto")
-    load_base(model, base, base_dtype)
+    load_base(model, base, base_dtype, device)
     if lora is not None:
         put_lora(model, lora)
     return model.to(device)
