@@ -3,8 +3,8 @@
     python benchmarks/report.py
 
 Of rows that say the same in words, those of a machine's newest file count. In other documents the
-text between `<!-- results: NAME -->` and `<!-- end -->` is filled by the function of BLOCKS with
-that name.
+text between `<!-- made: NAME -->` and `<!-- end -->` is made by the function of BLOCKS with that
+name: tables of results, and tables of variables from trainer/settings.py.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from benchmarks.curves import RUNS
 from benchmarks.results import ROOT, Row
 from compare import dress, look, new_figure, picture
 from files.writing import replacing
+from trainer.settings import Config, GenerateConfig, Settings, help_table
 
 REPORT = ROOT / "benchmarks" / "RESULTS.md"
 PLOTS = ROOT / "benchmarks" / "plots"
 DOCUMENTS = (ROOT / "README.md", ROOT / "LORA_USAGE.md")
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass
@@ -417,26 +418,97 @@ def finished(figure: Any, panels: Sequence[tuple[Found, Any]]) -> bytes:
 
 # What other documents have of it
 
+# The variables that people change, and those of LoRA alone; `--help` has them all.
+DOZEN = (
+    "USE_LORA", "LORA_RANK", "RESUME", "DATA", "OUT_DIR", "BASE_CHECKPOINT", "ADAPTERS",
+    "BASE_DTYPE", "BLOCK_SIZE", "BATCH_SIZE", "MAX_STEPS", "LEARNING_RATE",
+)  # fmt: skip
+OF_LORA = (
+    "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_PLUS_RATIO", "LORA_TARGETS",
+    "TRAIN_EMBEDDINGS",
+)  # fmt: skip
 
-def minutes(place: Found, run: str) -> str:
-    """How long a run took on a machine and the loss that it reached."""
-    (row,) = (row for row in place.rows if row["run"] == run)
-    seconds = row["time_s"]
-    taken = f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds / 60:.1f} min"
-    return f"{f'{seconds:.0f} s' if seconds < 100 else taken}, {row['final_loss']:.2f}"
+
+def variables_table(kind: type[Settings], names: Sequence[str] = ()) -> str:
+    """The variables of a script with these names, or all, as `--help` has them."""
+    rows = [
+        f"| `{name}` | {f'`{default}`' if default else ''} | {text} |"
+        for name, default, text in help_table(kind)
+        if not names or name in names
+    ]
+    return "\n".join(["| Variable | Default | |", "|---|---|---|", *rows])
 
 
 def runs_table(found: Sequence[Found]) -> str:
     """The commands of curves.py, and on each machine how long they take and what they reach."""
     places = [place for place in found if place.benchmark == "runs"]
     rows = [
-        {"command": f"`{command}`"} | {place.place: minutes(place, run) for place in places}
+        {"command": f"`{command}`"} | {place.place: reached(place, run) for place in places}
         for run, command in RUNS.items()
     ]
     return results.table(rows)
 
 
-BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {"runs": runs_table}
+def reached(place: Found, run: str) -> str:
+    """How long a run took on a machine and the loss that it reached; empty without such a run."""
+    for row in place.rows:
+        if row["run"] == run:
+            minutes = row["time_s"] / 60
+            words = f"{minutes:.1f} min" if minutes > 1.5 else f"{row['time_s']:.0f} s"
+            return f"{words}, {row['final_loss']:.2f}"
+    return ""
+
+
+def row_of(found: Sequence[Found], benchmark: str, **words: str) -> tuple[Found, Row]:
+    """The row that says this, of the machine with the newest file."""
+    places = [place for place in found if place.benchmark == benchmark]
+    for place in sorted(places, key=lambda p: max(f["date"] for f in p.files), reverse=True):
+        for row in place.rows:
+            if words.items() <= row.items():
+                return place, row
+    raise LookupError(f"no row of {benchmark} with {words}")
+
+
+def outcomes_table(found: Sequence[Found]) -> str:
+    """Five things that were reached, each with its machine."""
+    rows = []
+
+    def add(what: str, figures: str, place: Found) -> None:
+        rows.append({"what was reached": what, "figure": figures, "on": place.place})
+
+    size = {"size": "11M, 16x256"}
+    place, lora = row_of(found, "step_time", method="lora", **size)
+    _, peft = row_of([place], "step_time", method="peft", dtype=lora["dtype"], **size)
+    figures = f"{lora['step_to_full']:.2f}; PEFT {peft['step_to_full']:.2f}"
+    add(f"step of LoRA over full fine-tuning, 11M, {lora['dtype']}", figures, place)
+    corpus = {"corpus": "python-docs, 100 steps"}
+    place, row = row_of(found, "quality", method="rank 32", **corpus)
+    figures = f"{row['loss_above_full']:+.3f} +- {row['loss_above_full_sd']:.3f} nats per byte"
+    add("loss of LoRA, rank 32, above full fine-tuning at equal tokens", figures, place)
+    place, row = row_of(found, "quality", method="rank 16, at weight 0.7", **corpus)
+    _, full = row_of([place], "quality", method="full", **corpus)
+    figures = f"{row['loss_forgotten']:.2f} nats per byte; full {full['loss_forgotten']:.2f}"
+    add("forgotten of the base's text by LoRA at weight 0.7", figures, place)
+    shape = {"model": "Llama-3.2-1B", "batch": "1x512", "dtype": "bfloat16"}
+    place, row = row_of(found, "families", method="ours-nf4", beside="peft-nf4", **shape)
+    figures = f"{row['step_ratio']:.2f} of the step, {row['peak_ratio']:.2f} of the memory"
+    add("a 1B Llama on 4 bits, over PEFT with bitsandbytes", figures, place)
+    method = {"method": "ours, LoRA", "dtype": "float32"}
+    sizes = [r["size"] for p in found if p.benchmark == "loop_speed" for r in p.rows]
+    default = next(size for size in sizes if size.startswith("3.3M"))
+    place, row = row_of(found, "loop_speed", size=default, **method)
+    figures = f"{results.cell(row, 'speed_to_plain')} times the tokens per second"
+    add("the whole loop over a plain one of nanoGPT's kind, float32", figures, place)
+    return results.table(rows)
+
+
+BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
+    "runs": runs_table,
+    "outcomes": outcomes_table,
+    "variables": lambda _: variables_table(Config, DOZEN),
+    "lora_variables": lambda _: variables_table(Config, OF_LORA),
+    "generate_variables": lambda _: variables_table(GenerateConfig),
+}
 
 
 def filled(text: str, found: Sequence[Found]) -> str:

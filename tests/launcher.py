@@ -16,7 +16,7 @@ import traceback
 
 # Optimizers import the second one, which takes as long as the first.
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 SECONDS = 120  # which no script may take, but one that compiles: C++ compilers are slow
 
