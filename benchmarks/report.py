@@ -302,7 +302,8 @@ def draw_curves(found: Sequence[Found]) -> bytes:
         # The first losses, of random weights, would press what matters into a flat line.
         late = [row["loss"] for row in place.rows if row["step"] > 0 or row["run"] != "base"]
         panel.set_ylim(min(late) - 0.05, max(late) + 0.05)
-        panel.set(title=place.place, xlabel=unit, ylabel="validation loss, nats per byte")
+        panel.set(title=place.place, xlabel=unit)
+    panels[0][1].set_ylabel("validation loss, nats per byte")
     return finished(figure, panels)
 
 
@@ -361,13 +362,14 @@ def draw_quality(found: Sequence[Found]) -> bytes:
             errors = {"xerr": row.get("loss_forgotten_sd"), "yerr": row.get("loss_sd")}
             x, y = row["loss_forgotten"], row["loss"]
             panel.errorbar(x, y, **errors, **looks, elinewidth=0.6, linestyle="none")
-            if all(abs(x - a) > 0.03 or abs(y - b) > 0.008 for a, b in named):
+            if all(abs(x - a) > 0.06 or abs(y - b) > 0.008 for a, b in named):
                 named.append((x, y))
                 place_of_name = {"textcoords": "offset points", "fontsize": "x-small"}
                 panel.annotate(row["method"], (x, y), (4, 3), **place_of_name)
         title = f"{place.place}\n{place.rows[0]['corpus']}"
         panel.set(title=title, xlabel="forgotten: rise of the loss on the base's text, nats")
         panel.set_ylabel("loss on the new text, nats per byte")
+        panel.margins(x=0.15)
     return finished(figure, panels)
 
 
