@@ -492,6 +492,7 @@ def rows(setting: Setting, found: Found, most: float) -> Iterator[tuple[str, res
         row = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
         row |= {"dtype": setting.dtype, "clock": setting.clock, "grad_checkpoint": checkpoint}
         row |= {"compile": "on" if setting.compile else "off", "method": method}
+        row["beside"] = list(found)[-1]
         cells = [f"{row['batch']:7}", f"{setting.dtype:8}", f"{checkpoint:10}", f"{method:8}"]
         if not times:
             yield "  ".join([*cells, "out of memory"]), row | {"step": "out of memory"}
