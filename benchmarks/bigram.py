@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import results
 from data import DataError, load_corpus
 
 DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
@@ -32,13 +34,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", nargs="?", help="a built-in text, a file or a folder")
+    results.add_results_options(parser)
+    args = parser.parse_args()
     try:
-        corpus = load_corpus(parser.parse_args().data, DEFAULT_INPUT)
+        corpus = load_corpus(args.data, DEFAULT_INPUT)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*corpus.describe(), sep="\n")
-    print(f"bigram loss: {bigram_loss(corpus.train, corpus.validation):.4f} nats per byte")
+    loss = bigram_loss(corpus.train, corpus.validation)
+    print(f"bigram loss: {loss:.4f} nats per byte")
+    row = {"data": corpus.name, "loss": loss}
+    results.write("bigram", [row], torch.device("cpu"), args)
     return 0
 
 

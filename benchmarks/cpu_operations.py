@@ -27,7 +27,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, interleaved, names_of
 from lora import LoRALinear, grouped_linear
 from lora import linear as lora_linear
@@ -65,6 +66,10 @@ HEADS = [(256, (256, 1024, 4096, 8192, 16384)), (576, (4096, 8192, 16384, 32000)
 
 # Heads of queries and of keys in attention, and whether its weights are computed again in backward.
 ATTENTIONS = [(4, 4, False), (9, 3, True)]
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -109,7 +114,7 @@ def error_of_norm(dtype: torch.dtype) -> float:
     return ((found(dtype, torch.float32) - exact).norm() / exact.norm()).item()
 
 
-def operations(repeats: int) -> None:
+def operations(repeats: int) -> Iterator[results.Row]:
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(32, 128, 1024, dtype=dtype)
         residual = torch.randn(32, 128, 256, dtype=dtype)
@@ -131,17 +136,25 @@ def operations(repeats: int) -> None:
                 lambda t: plain_attention(*t.unbind(2), 0.2), qkv
             ),
         }
-        print(f"{str(dtype).removeprefix('torch.')}, forward and backward, ms:")
+        print(f"{short(dtype)}, forward and backward, ms:")
         for name, function in rows.items():
-            print(f"   {name:44} {milliseconds(function, repeats):7.2f}")
-        print(f"   error of LayerNorm's gradient: {error_of_norm(dtype):.1e}")
+            taken = milliseconds(function, repeats)
+            print(f"   {name:44} {taken:7.2f}")
+            yield {"section": "operations", "case": name, "form": short(dtype), "time_ms": taken}
+        error = error_of_norm(dtype)
+        print(f"   error of LayerNorm's gradient: {error:.1e}")
+        yield {"section": "operations", "case": "LayerNorm", "form": short(dtype), "error": error}
 
 
-def compare(title: str, forms: Mapping[str, Callable[[], object]], repeats: int) -> None:
-    """Print a line with the time of each form, measured in turn."""
+def compare(
+    section: str, case: str, forms: Mapping[str, Callable[[], object]], repeats: int
+) -> list[results.Row]:
+    """Print a line with the time of each form, measured in turn, and return a row for each."""
     times = interleaved(forms, repeats, WARMUP)
-    medians = [f"{name} {statistics.median(t) * 1000:.2f}" for name, t in times.items()]
-    print(f"   {title:44} {', '.join(medians)}")
+    medians = {form: statistics.median(t) * 1000 for form, t in times.items()}
+    print(f"   {case:44} {', '.join(f'{form} {ms:.2f}' for form, ms in medians.items())}")
+    row = {"section": section, "case": case}
+    return [row | {"form": form, "time_ms": ms} for form, ms in medians.items()]
 
 
 def adapters(n_in: int, widths: Sequence[int], dtype: torch.dtype, p: float) -> list[LoRALinear]:
@@ -171,8 +184,8 @@ def one_by_one(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
-def parts(repeats: int) -> None:
-    print("parts, float32, 256 to 256:")
+def parts(repeats: int) -> Iterator[results.Row]:
+    print(section := "parts, float32, 256 to 256")
     layers = adapters(256, [256], torch.float32, 0.0)
     for tokens in (256, 512, 1024, 4096):
         x = torch.randn(tokens, 256)
@@ -180,11 +193,11 @@ def parts(repeats: int) -> None:
             str(n): layer_step(x, layers, one_by_one, PARTS=n, ENOUGH_TOKENS=0 if n > 1 else 2**62)
             for n in (1, 4, 8, 16)
         }
-        compare(f"{tokens} tokens", forms, repeats)
+        yield from compare(section, f"{tokens} tokens", forms, repeats)
 
 
-def slices(repeats: int) -> None:
-    print("slices, dropout 0.1:")
+def slices(repeats: int) -> Iterator[results.Row]:
+    print(section := "slices, dropout 0.1")
     for dtype in (torch.float32, torch.bfloat16):
         for width in (256, 1024):
             layers = adapters(width, [width], dtype, 0.1)
@@ -192,15 +205,16 @@ def slices(repeats: int) -> None:
             forms = {
                 str(n): layer_step(x, layers, one_by_one, SLICE=n) for n in (256, 512, 1024, 4096)
             }
-            compare(f"{width} to {width}, {dtype}, 4096 tokens", forms, repeats)
+            case = f"{width} to {width}, {short(dtype)}, 4096 tokens"
+            yield from compare(section, case, forms, repeats)
 
 
-def groups(repeats: int) -> None:
+def groups(repeats: int) -> Iterator[results.Row]:
     always = {"FEW_TOKENS": 0, "WIDE_GROUP": 2**62, "OUTPUTS_PER_TOKEN": 2**62}
     always["PLAIN_GROUP"] = 2**62
     for kind in ("LoRA", "plain, frozen", "plain, trained"):
         for dtype in (torch.float32, torch.bfloat16):
-            print(f"groups, {kind}, {str(dtype).removeprefix('torch.')}:")
+            print(section := f"groups, {kind}, {short(dtype)}")
             for n_in, widths in GROUPS:
                 layers = adapters(n_in, widths, dtype, 0.0)
                 if kind != "LoRA":
@@ -214,12 +228,12 @@ def groups(repeats: int) -> None:
                         "one product": layer_step(x, layers, grouped_linear, **always),
                         "one by one": layer_step(x, layers, one_by_one, **always),
                     }
-                    name = f"{n_in} to {'/'.join(map(str, widths))}, {tokens} tokens"
-                    compare(name, forms, repeats)
+                    case = f"{n_in} to {'/'.join(map(str, widths))}, {tokens} tokens"
+                    yield from compare(section, case, forms, repeats)
 
 
-def kept_weights(repeats: int) -> None:
-    print("kept weights, float32, merged:")
+def kept_weights(repeats: int) -> Iterator[results.Row]:
+    print(section := "kept weights, float32, merged")
     with patch.object(lora_linear, "merging_pays", lambda *_: True):
         for width in (128, 256, 512):
             layers = adapters(width, [width], torch.float32, 0.0)
@@ -231,12 +245,13 @@ def kept_weights(repeats: int) -> None:
                     ),
                     "made again": layer_step(x, layers, one_by_one, SMALL_WEIGHT=0),
                 }
-                compare(f"{width} to {width}, {tokens} tokens", forms, repeats)
+                case = f"{width} to {width}, {tokens} tokens"
+                yield from compare(section, case, forms, repeats)
 
 
-def loss(repeats: int) -> None:
+def loss(repeats: int) -> Iterator[results.Row]:
     for kind in ("frozen", "trained", "adapted"):
-        print(f"loss, float32, 1024 tokens, {kind} head:")
+        print(section := f"loss, float32, 1024 tokens, {kind} head")
         for width, vocabularies in HEADS:
             for vocabulary in vocabularies:
                 head: nn.Module = nn.Linear(width, vocabulary, bias=False)
@@ -247,7 +262,7 @@ def loss(repeats: int) -> None:
                 forms = {"plain": loss_step(head, 1024, plain_loss)}
                 for n in (2**23, 2**24, 2**25):
                     forms[f"{n}"] = loss_step(head, 1024, chunked_loss, LOGITS=n)
-                compare(f"{width} to {vocabulary}", forms, repeats)
+                yield from compare(section, f"{width} to {vocabulary}", forms, repeats)
 
 
 def plain_loss(x: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -275,12 +290,13 @@ def loss_step(
     return step
 
 
-def segments(repeats: int) -> None:
+def segments(repeats: int) -> Iterator[results.Row]:
     for H, K, saves_memory in ATTENTIONS:
         for p in (0.0, 0.2):
-            print(f"segments, float32, {H} heads of queries and {K} of keys, dropout {p}:")
+            words = f"segments, float32, {H} heads of queries and {K} of keys, dropout {p}"
+            print(section := words)
             for T in (128, 256, 512, 1024, 2048):
-                for length in (32, 96, 384):
+                for length in sorted({min(T, n) for n in (32, 96, 384)}):
                     in_row = torch.arange(T) // length
                     rows = in_row.expand(2048 // T, T)
                     q, k, v = (torch.randn(*rows.shape, heads, 64) for heads in (H, K, K))
@@ -296,7 +312,8 @@ def segments(repeats: int) -> None:
                             ("segments", segments_lengths(rows)),
                         )
                     }  # fmt: skip
-                    compare(f"{T} tokens, segments of {min(length, T)}", forms, repeats)
+                    case = f"{T} tokens, segments of {length}"
+                    yield from compare(section, case, forms, repeats)
 
 
 SECTIONS = {
@@ -321,11 +338,14 @@ def main() -> None:
         default=list(SECTIONS),
         help=f"of {', '.join(SECTIONS)} (default: all)",
     )
+    results.add_results_options(parser)
     args = parser.parse_args()
     hardware.keep_freed_memory()
     print(f"device: {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    found: list[results.Row] = []
     for name in args.sections:
-        SECTIONS[name](args.repeats)
+        found += SECTIONS[name](args.repeats)
+    results.write("cpu_operations", found, torch.device("cpu"), args)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, names_of
 from lora import store_base
 from models import LLAMA
@@ -482,33 +483,44 @@ HEAD = (
 )
 
 
-def rows(setting: Setting, found: Found, most: float) -> Iterator[str]:
-    """The lines of a table, one a method. Ratios are to the last method."""
+def rows(setting: Setting, found: Found, most: float) -> Iterator[tuple[str, results.Row]]:
+    """The lines of a table, one a method, each with its row for the file of results. Ratios are to
+    the last method."""
     last_times, last_peak = list(found.values())[-1]
     for method, (times, peak) in found.items():
-        cells = [f"{setting.batch}x{setting.block:<5}", f"{setting.dtype:8}"]
-        cells += [f"{'on' if setting.grad_checkpoint else 'off':10}", f"{method:8}"]
+        checkpoint = "on" if setting.grad_checkpoint else "off"
+        row = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
+        row |= {"dtype": setting.dtype, "clock": setting.clock, "grad_checkpoint": checkpoint}
+        row |= {"compile": "on" if setting.compile else "off", "method": method}
+        cells = [f"{row['batch']:7}", f"{setting.dtype:8}", f"{checkpoint:10}", f"{method:8}"]
         if not times:
-            yield "  ".join([*cells, "out of memory"])
+            yield "  ".join([*cells, "out of memory"]), row | {"step": "out of memory"}
             continue
-        low, middle, high = (f(times) for f in (min, statistics.median, max))
-        cells.append(f"{f'{1e3 * middle:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})':>22}")
-        cells.append(f"{setting.batch * setting.block / middle:8.0f}")
-        cells.append(f"{step_operations(setting, method) / middle / most:5.1%}")
+        row |= results.ranged("step_ms", [1e3 * t for t in times])
+        seconds = row["step_ms"] / 1e3
+        row["tokens_per_second"] = setting.batch * setting.block / seconds
+        row["used_percent"] = 100 * step_operations(setting, method) / seconds / most
+        row["peak_mib"] = peak
+        low, middle, high = row["step_ms_low"], row["step_ms"], row["step_ms_high"]
+        cells.append(f"{f'{middle:.0f} ({low:.0f} to {high:.0f})':>22}")
+        cells.append(f"{row['tokens_per_second']:8.0f}")
+        cells.append(f"{row['used_percent']:4.1f}%")
         cells.append(f"{peak:6.0f}")
         if last_times:
-            cells.append(f"{middle / statistics.median(last_times):8.2f}")
-            cells.append(f"{peak / last_peak:9.2f}")
-        yield "  ".join(cells)
+            row["step_ratio"] = seconds / statistics.median(last_times)
+            row["peak_ratio"] = peak / last_peak
+            cells += [f"{row['step_ratio']:8.2f}", f"{row['peak_ratio']:9.2f}"]
+        yield "  ".join(cells), row
 
 
 def report(args: argparse.Namespace) -> Iterator[str]:
-    """The lines of the report, each as soon as it is known."""
+    """The lines of the report, each as soon as it is known; the file of results grows with them."""
     name = hardware.device_name(args.device)
     yield f"{name}, torch {torch.__version__}, rounds {args.rounds} of {args.steps} steps"
     yield f"clock {args.clock}, torch.compile {'on' if args.compile else 'off'}"
     yield from args.notes
-    most = {}
+    most: dict[str, float] = {}
+    kept: list[results.Row] = []
     for dtype in args.dtypes:
         most[dtype] = most_operations(args.device, getattr(torch, dtype))
         yield f"A product of large matrices in {dtype}: {most[dtype] / 1e12:.4g}e12 operations/s"
@@ -530,7 +542,11 @@ def report(args: argparse.Namespace) -> Iterator[str]:
                     setting, dtype=dtype, batch=batch, block=block,
                     grad_checkpoint=checkpoint == "on",
                 )  # fmt: skip
-                yield from rows(one, measured(folder, one, args.rounds), most[dtype])
+                found = measured(folder, one, args.rounds)
+                for line, row in rows(one, found, most[dtype]):
+                    kept.append(row)
+                    yield line
+                results.write("families", kept, args.device, args)
 
 
 # The command line
@@ -591,6 +607,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what a step takes: time, or the processor's time, for a busy machine "
         "(default: wall)",
     )  # fmt: skip
+    results.add_results_options(parser)
     args = parser.parse_args()
     if args.dtypes is None:
         native = hardware.choose_dtype("auto", args.device)[0] == torch.bfloat16

@@ -26,6 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, interleaved, number_printed_by
 from lora import base_state, save_adapter, store_base
 from models import GPT2
@@ -131,6 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    results.add_results_options(parser)
     args = parser.parse_args()
     if args.block > SIZES["block_size"]:
         parser.error(f"--block {args.block} is more than GPT-2's context, {GPT2['block_size']}")
@@ -163,15 +165,15 @@ def main() -> None:
     name = hardware.device_name(args.device)
     print(f"GPT-2 124M, batch {args.batch} x {args.block}, {args.dtype}, {name}")
     print(f"torch {torch.__version__}, {json.dumps(losses)} first losses")
-    print("       " + "  ".join(("     trained", "step, ms", "ratio", "peak, MiB", "adapter, MiB")))
+    found = []
     for method in METHODS:
-        timed = times[method]
-        ratio = statistics.median(t / full for t, full in zip(timed, times["full"], strict=True))
-        print(
-            f"{method:6} {trained[method]:12,}"
-            f"  {1000 * statistics.median(timed):8.0f}  {ratio:5.2f}"
-            f"  {memory[method]:9.0f}  {sizes.get(method, 0):12.1f}"
-        )
+        ratios = [t / full for t, full in zip(times[method], times["full"], strict=True)]
+        row = {"method": method, "batch": f"{args.batch}x{args.block}", "dtype": args.dtype}
+        row |= {"trained": trained[method], "step_ms": 1000 * statistics.median(times[method])}
+        row |= results.ranged("ratio_to_full", ratios) | {"peak_mib": memory[method]}
+        found.append(row | {"adapter_mib": sizes.get(method)})
+    print(results.table(found))
+    results.write("gpt2", found, args.device, args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, interleaved, names_of, number_printed_by
 from lora import LoRALinear
 from lora.linear import apply_linear, factors_of
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least_one, default=5, help="(default: 5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
+    results.add_results_options(parser)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     if args.memory_of is not None:
@@ -91,6 +93,7 @@ def main() -> None:
     hardware.keep_freed_memory()
     name = hardware.device_name(torch.device("cpu"))
     print(f"{args.tokens} tokens, {args.dtype}, {name}, torch {torch.__version__}")
+    found = []
     for size in args.sizes:
         for kind in args.kinds:
             head = Head(kind, size, args.tokens, dtype)
@@ -107,6 +110,12 @@ def main() -> None:
                 + f"time {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 flush=True,
             )
+            row = {"head": size, "kind": kind, "tokens": f"{args.tokens:,}", "dtype": args.dtype}
+            for form in FORMS:
+                row[f"{form}_ms"] = statistics.median(times[form]) * 1000
+                row[f"{form}_added_mib"] = memory[size, kind, form]
+            found.append(row | results.ranged("time_ratio", ratios))
+    results.write("head", found, torch.device("cpu"), args)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import (
     add_memory_option,
     at_least_one,
@@ -296,8 +297,8 @@ def processes_of(rows: list[Row]) -> Iterator[dict[Row, ProcessPoolExecutor]]:
         yield {row: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for row in rows}
 
 
-def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
-    """Run the rounds of one size, and print its table."""
+def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> list[results.Row]:
+    """Run the rounds of one size, print its table, and return its rows."""
     config = Config.from_environment(SIZES[size])
     steps = args.steps or STRETCH[size]
     share = steps / config.eval_interval  # of a whole run's evaluations and files
@@ -328,6 +329,7 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
     measured = {row: found[1:] for row, found in records.items()}  # the first is warm-up
     loops = {row: [r.seconds(evaluation, share) for r in found] for row, found in measured.items()}
     steps_alone = {row: [r.median_step for r in found] for row, found in measured.items()}
+    kept = []
     for row in rows:
         speed = statistics.median(tokens / seconds for seconds in loops[row])
         peak = f"{memory[row]:.0f}" if row in memory else ""
@@ -336,17 +338,29 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> None:
             f"{ratios(loops, row):19} {ratios(steps_alone, row):19} "
             f"{1000 * statistics.median(steps_alone[row]):8.1f}  {peak:>9}"
         )
+        kept.append(
+            {"size": describe(size, config), "method": NAMES[row[0]], "dtype": row[1]}
+            | {"tokens_per_second": speed}
+            | results.ranged("speed_to_plain", speeds(loops, row))
+            | results.ranged("steps_alone_to_plain", speeds(steps_alone, row))
+            | {"step_ms": 1000 * statistics.median(steps_alone[row]), "peak_mib": memory.get(row)}
+        )
+    return kept
+
+
+def speeds(seconds: dict[Row, list[float]], row: Row) -> list[float]:
+    """How many times as fast as the plain trainer `row` was in each round."""
+    return [plain / own for plain, own in zip(seconds[PLAIN], seconds[row], strict=True)]
 
 
 def ratios(seconds: dict[Row, list[float]], row: Row) -> str:
-    """How many times as fast as the plain trainer `row` was: the median of the rounds, and their
-    range."""
-    found = [plain / own for plain, own in zip(seconds[PLAIN], seconds[row], strict=True)]
+    """The median of the rounds' speeds, and their range."""
+    found = speeds(seconds, row)
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def compare_to_the_end(size: str, args: argparse.Namespace) -> None:
-    """Run both trainers once over the whole schedule, and print their losses and seconds."""
+def compare_to_the_end(size: str, args: argparse.Namespace) -> list[results.Row]:
+    """Run both trainers once over the whole schedule; print and return their losses and seconds."""
     settings = SIZES[size] | ({"MAX_STEPS": str(args.steps)} if args.steps else {})
     config = Config.from_environment(settings)
     rows = [PLAIN, FULL]
@@ -368,6 +382,12 @@ def compare_to_the_end(size: str, args: argparse.Namespace) -> None:
             f"   {label(row):22} {record.trained:10,} {record.val_loss:9.4f}  "
             f"{record.with_files:7.1f}  {ratio:9.2f}"
         )
+    return [
+        {"size": describe(size, config), "method": NAMES[row[0]], "dtype": row[1]}
+        | {"steps": f"{config.max_steps:,}", "trained": record.trained, "loss": record.val_loss}
+        | {"time_s": record.with_files}
+        for row, record in records.items()
+    ]
 
 
 def label(row: Row) -> str:
@@ -408,6 +428,7 @@ def parse_arguments() -> argparse.Namespace:
         "--to-the-end", choices=SIZES, help="run one size's whole schedule once, in float32"
     )
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    results.add_results_options(parser)
     return parser.parse_args()
 
 
@@ -425,14 +446,16 @@ def main() -> None:
         f"{DATA}, {hardware.device_name(cpu)}, torch {torch.__version__}",
     )
     if args.to_the_end is not None:
-        compare_to_the_end(args.to_the_end, args)
+        results.write("whole_runs", compare_to_the_end(args.to_the_end, args), cpu, args)
         return
     native, _ = hardware.choose_dtype("auto", cpu)
     dtypes = args.dtypes or [
         name for name, dtype in DTYPES.items() if dtype in (torch.float32, native)
     ]
+    found: list[results.Row] = []
     for size in args.sizes:
-        measure(size, dtypes, args)
+        found += measure(size, dtypes, args)
+        results.write("loop_speed", found, cpu, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What benchmarks share: times of things in turn, memory in a process of its own, options."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -57,6 +58,14 @@ def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return names
+
+
+def variables_of(text: str) -> dict[str, str]:
+    """An argparse type: variables as in 'A=1 B=2'."""
+    words = shlex.split(text)
+    if not all("=" in word for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
+    return dict(word.split("=", 1) for word in words)
 
 
 def at_least_one(text: str) -> int:

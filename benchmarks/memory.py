@@ -22,6 +22,8 @@ import tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hardware
+from benchmarks import results
 from benchmarks.families import MODELS, batches_of, write_folder
 from benchmarks.measure import names_of
 
@@ -66,10 +68,8 @@ def measured(folder: Path, variables: dict[str, str]) -> tuple[int, int]:
     return announced, peak
 
 
-def rows(args: argparse.Namespace) -> Iterator[str]:
-    """The table, a line at a time."""
-    yield "| model | method | dtype | batch | announced | peak | ratio |"
-    yield "|---|---|---|---|---|---|---|"
+def rows(args: argparse.Namespace) -> Iterator[results.Row]:
+    """The rows, each as soon as it is measured."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4000)
@@ -90,10 +90,9 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
                         out = {"OUT_DIR": f"out-{model}-{method}"}
                         found = measured(folder, variables | METHODS[method] | more | out)
                         announced, peak = found
-                        yield (
-                            f"| {model} | {method} | {dtype} | {batch}x{block} | {announced:,} | "
-                            f"{peak:,} | {announced / peak:.2f} |"
-                        )
+                        row = {"model": model, "method": method, "dtype": dtype}
+                        row |= {"batch": f"{batch}x{block}", "announced_mib": announced}
+                        yield row | {"peak_mib": peak, "announced_ratio": announced / peak}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,13 +107,20 @@ def parse_arguments() -> argparse.Namespace:
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtypes", type=names_of(dtypes), default=["float32"])
     parser.add_argument("--batches", type=batches_of, default=[(16, 128), (4, 512)])
+    results.add_results_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Print the table as it is measured."""
-    for row in rows(parse_arguments()):
-        print(row, flush=True)
+    """Print each row as it is measured, and write them."""
+    args = parse_arguments()
+    found: list[results.Row] = []
+    device, _ = hardware.choose_device("auto")
+    for row in rows(args):
+        found.append(row)
+        lines = results.table(found).splitlines()
+        print(*(lines if len(found) == 1 else lines[-1:]), sep="\n", flush=True)
+        results.write("memory", found, device, args)
 
 
 if __name__ == "__main__":

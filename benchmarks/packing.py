@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import at_least_one, interleaved, number_printed_by
 from data import load_corpus, load_records
 from models import language_model
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="(default: 32)")
     parser.add_argument("--block-size", type=at_least_one, default=128, help="(default: 128)")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    results.add_results_options(parser)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     shape = (args.batch_size, args.block_size)
@@ -104,18 +106,24 @@ def main() -> None:
         for kind in KINDS
         for use_lora in (False, True)
     }
+    found = []
     for use_lora in (False, True):
         steps = {kind: make_step(kind, use_lora, dtype, *shape) for kind in KINDS}
         times = interleaved(steps, args.steps, warmup=2)
         print(f"{'LoRA' if use_lora else 'full'}:")
         for kind in KINDS:
             pairs = zip(times[kind], times["text"], strict=True)
-            ratio = statistics.median(one / text for one, text in pairs)
+            ratios = [one / text for one, text in pairs]
             milliseconds = statistics.median(times[kind]) * 1000
             print(
-                f"   {kind:8} {milliseconds:6.0f} ms, {ratio:.3f} of the step time on text; "
-                f"peak {memory[kind, use_lora]:.0f} MiB"
+                f"   {kind:8} {milliseconds:6.0f} ms, {statistics.median(ratios):.3f} of the step "
+                f"time on text; peak {memory[kind, use_lora]:.0f} MiB"
             )
+            row = {"batch": f"{args.batch_size}x{args.block_size}", "dtype": args.dtype}
+            row |= {"method": "LoRA" if use_lora else "full", "data": kind}
+            row |= {"step_ms": milliseconds} | results.ranged("ratio_to_text", ratios)
+            found.append(row | {"peak_mib": memory[kind, use_lora]})
+    results.write("packing", found, torch.device("cpu"), args)
 
 
 if __name__ == "__main__":

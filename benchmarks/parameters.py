@@ -2,9 +2,9 @@
 
     python benchmarks/parameters.py
 
-Prints two tables in Markdown, with the embeddings training and with TRAIN_EMBEDDINGS=False. The
-sizes are step_time.py's, over bytes, and GPT-2's smallest. A cell has the adapters' parameters and
-what trains in percent of all parameters, adapters included, as a run's record has it.
+With the embeddings training, and with TRAIN_EMBEDDINGS=False. The sizes are step_time.py's, over
+bytes, and GPT-2's smallest. What trains is in percent of all parameters, adapters included, as the
+log of a run has it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import results
 from benchmarks.step_time import SIZES
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -36,30 +37,35 @@ def shapes() -> dict[str, dict[str, int | str | bool]]:
     } | {"GPT-2 124M": GPT2}  # fmt: skip
 
 
-def table(train_embeddings: bool) -> str:
-    """Parameters of each model, and with adapters of each rank, as a table in Markdown."""
-    head = ["model", "parameters", "embeddings", *(f"rank {rank}" for rank in RANKS)]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+def rows(train_embeddings: bool) -> list[results.Row]:
+    """The parameters of each model, and with adapters of each rank what they have and what trains
+    in percent."""
+    found = []
     for name, shape in shapes().items():
         with torch.device("meta"):  # which holds no numbers
             options = {"dropout": 0.0, "device": "meta"}
             full = BigramLanguageModelLoRA(**shape, **options).get_parameter_info()
+            row = {"embeddings": "train" if train_embeddings else "frozen", "model": name}
+            row |= {"parameters": full["total"], "of_embeddings": full["embedding"]}
             options |= {"use_lora": True, "train_embeddings": train_embeddings}
-            adapted = [
-                BigramLanguageModelLoRA(**shape, **options, lora_rank=rank).get_parameter_info()
-                for rank in RANKS
-            ]
-        cells = [f"{info['lora']:,} ({info['lora_percentage']:.2f}%)" for info in adapted]
-        rows.append([name, f"{full['total']:,}", f"{full['embedding']:,}", *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            for rank in RANKS:
+                model = BigramLanguageModelLoRA(**shape, **options, lora_rank=rank)
+                info = model.get_parameter_info()
+                row[f"rank_{rank}"] = info["lora"]
+                row[f"rank_{rank}_trains_percent"] = round(info["lora_percentage"], 2)
+        found.append(row)
+    return found
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    for title, train_embeddings in (("Embeddings train", True), ("Embeddings frozen", False)):
-        print(f"{title}:", "", table(train_embeddings), "", sep="\n")
+    )
+    results.add_results_options(parser)
+    args = parser.parse_args()
+    found = rows(train_embeddings=True) + rows(train_embeddings=False)
+    print(results.table(found))
+    results.write("parameters", found, torch.device("cpu"), args)
 
 
 if __name__ == "__main__":

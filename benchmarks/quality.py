@@ -11,13 +11,12 @@ One more method is full fine-tuning in the time that LoRA takes, by fewer steps.
 
 Each run is training.py's own code in a process of its own with one thread, as many runs at once as
 there are cores. What they find is added to results.jsonl in the output folder, which a later start
-reads; report.md and, with matplotlib, report.png are made of it.
+reads; report.md is made of it.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from data import Corpus, load_corpus
 from trainer.evaluation import evaluate
 from trainer.settings import Config, option_fields
@@ -366,7 +366,7 @@ def report(study: Study) -> str:
             f"## {corpus}: {variables['MAX_STEPS']} steps of {variables['BATCH_SIZE']}",
             "",
         ]
-        lines += corpus_table(study, corpus)
+        lines += [results.table(corpus_rows(study, corpus))]
         lines += ["", "Loss of the first seed by learning rate:", ""]
         lines += rates_table(study, corpus)
     return "\n".join(lines) + "\n"
@@ -382,15 +382,12 @@ def found_at_best(study: Study, corpus: str) -> dict[str, dict[Task, dict[str, f
     return found
 
 
-def corpus_table(study: Study, corpus: str) -> list[str]:
+def corpus_rows(study: Study, corpus: str) -> list[results.Row]:
+    """The base, and each method at its best learning rate: means over the seeds, the losses with
+    their standard deviation, and what a run took."""
     base, found = study.base_loss(corpus), found_at_best(study, corpus)
-    head = (
-        "method", "trainable", "rate", "seeds", "loss", "to full", "forgotten", "steps",
-        "step ms", "time s", "peak MiB", "file MiB",
-    )  # fmt: skip
-    rows = [head, ("---",) * len(head)]
-    if base is not None:
-        rows.append(("base", "0", "", "", f"{base['loss']:.4f}", *[""] * (len(head) - 5)))
+    text = {"corpus": f"{corpus}, {study.budget.runs[corpus]['MAX_STEPS']} steps"}
+    rows = [] if base is None else [text | {"method": "base", "loss": base["loss"]}]
     for name, runs in found.items():
         task = next(iter(runs))
 
@@ -403,32 +400,23 @@ def corpus_table(study: Study, corpus: str) -> list[str]:
             for other, full in found.get(FULL, {}).items()
             if task.seed == other.seed
         ]
-        rows.append(
-            (
-                name,
-                f"{column('trainable')[0]:,.0f}",
-                f"{task.rate:g}",
-                str(len(runs)),
-                spread(column("loss"), ".4f"),
-                spread(differences, "+.4f"),
-                spread(column("old_loss", base["old_loss"]), "+.4f") if base else "",
-                str(task.steps),
-                f"{statistics.median(column('step_time')) * 1000:.0f}",
-                spread(column("time"), ".0f"),
-                f"{statistics.median(column('peak')):.0f}",
-                f"{column('file')[0]:.2f}",
-            )
-        )
-    return [f"| {' | '.join(row)} |" for row in rows]
+        row = text | {"method": name, "trained": int(column("trainable")[0])}
+        row |= {"learning_rate": task.rate, "seeds": len(runs)}
+        row |= spread("loss", column("loss")) | spread("loss_above_full", differences)
+        row |= spread("loss_forgotten", column("old_loss", base["old_loss"])) if base else {}
+        row |= {"steps": task.steps, "step_ms": statistics.median(column("step_time")) * 1000}
+        row |= {"time_s": statistics.mean(column("time"))}
+        row |= {"peak_mib": statistics.median(column("peak")), "file_mib": column("file")[0]}
+        rows.append(row)
+    return rows
 
 
-def spread(values: list[float], form: str) -> str:
+def spread(name: str, values: list[float]) -> results.Row:
     """The mean of the values, and with several of them their standard deviation."""
     if not values:
-        return ""
-    mean = format(statistics.mean(values), form)
-    deviation = f" +- {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return mean + deviation
+        return {}
+    deviation = {f"{name}_sd": statistics.stdev(values)} if len(values) > 1 else {}
+    return {name: statistics.mean(values)} | deviation
 
 
 def rates_table(study: Study, corpus: str) -> list[str]:
@@ -450,31 +438,6 @@ def losses_by_rate(study: Study, name: str, corpus: str) -> dict[float, float]:
     return {t.rate: study.results[t]["loss"] for t in tasks if t in study.results}
 
 
-def draw(study: Study, path: Path) -> None:
-    """Loss by learning rate, and what was learned beside what was forgotten, for each corpus."""
-    from matplotlib.figure import Figure
-
-    corpora = study.budget.runs
-    figure = Figure(figsize=(12, 5 * len(corpora)), layout="constrained")
-    axes = figure.subplots(len(corpora), 2, squeeze=False)
-    for (left, right), corpus in zip(axes, corpora, strict=True):
-        base = study.base_loss(corpus)
-        colours = {}
-        for name in study.methods_on(corpus):
-            losses = losses_by_rate(study, name, corpus)
-            (line,) = left.plot(list(losses), list(losses.values()), "o-", label=name)
-            colours[name] = line.get_color()
-        left.set(title=corpus, xscale="log", xlabel="learning rate", ylabel="nats per byte")
-        left.legend(fontsize="small")
-        for name, runs in found_at_best(study, corpus).items():
-            x = [result["old_loss"] - base["old_loss"] for result in runs.values()]
-            y = [result["loss"] for result in runs.values()]
-            right.scatter(x, y, label=name, color=colours.get(name, "black"))
-        right.set(xlabel=f"forgotten: rise of the loss on {OLD}", ylabel=f"loss on {corpus}")
-        right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> int:
     """Run what is missing and write the report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -483,6 +446,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("quality"), help="its folder (default: quality)"
     )
+    results.add_results_options(parser)
     args = parser.parse_args()
     methods, budget = METHODS | (GRID if args.grid else {}), STUDY
     folder = args.output.absolute()
@@ -502,8 +466,9 @@ def main() -> int:
     text = report(study)
     (folder / "report.md").write_text(text)
     print(text)
-    if importlib.util.find_spec("matplotlib") is not None:
-        draw(study, folder / "report.png")
+    torch.set_num_threads(1)  # as the runs had it
+    rows = [row for corpus in budget.runs for row in corpus_rows(study, corpus)]
+    results.write("quality", rows, torch.device("cpu"), args)
     return 0
 
 

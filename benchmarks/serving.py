@@ -15,10 +15,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from step_time import SEED, SIZES, VOCAB_SIZE, Size, hardware
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hardware
+from benchmarks import results
+from benchmarks.step_time import SEED, SIZES, VOCAB_SIZE, Size
 from lora import (
     adapter_state,
     combine_adapters,
@@ -52,7 +57,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare_generation(size: str, rounds: int) -> None:
+def compare_generation(size: str, rounds: int) -> list[results.Row]:
     model = build(SIZES[size], use_lora=False)
     start = torch.zeros(1, 1, dtype=torch.long)
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -77,9 +82,12 @@ def compare_generation(size: str, rounds: int) -> None:
         steps = [model(tokens[:, i : i + 1], caches=caches)[0] for i in range(CONTEXT)]
     difference = (torch.cat(steps, 1) - whole).abs().max() / whole.abs().max()
     print(f"   largest difference of a logit, relative to the largest logit: {difference:.1e}")
+    speed = (CONTEXT - 1) / statistics.median(times[True])
+    row = {"operation": f"generate {CONTEXT - 1} tokens with the cache", "model": size}
+    return [row | {"tokens_per_second": speed} | results.ranged("times_as_fast", ratios)]
 
 
-def time_adapters(size: str, rounds: int) -> None:
+def time_adapters(size: str, rounds: int) -> list[results.Row]:
     model = build(SIZES[size], use_lora=True)
     bare = take_adapter(model, "base")
     adapters = []
@@ -97,10 +105,13 @@ def time_adapters(size: str, rounds: int) -> None:
         "merge and unmerge": lambda: unmerge_adapter(model, merge_adapter(model)),
     }
     print(f"Adapters of the {size} model, rank 8, float32, medians of {rounds}:")
+    found = []
     for name, operation in operations.items():
         operation()
         taken = statistics.median(seconds(operation) for _ in range(rounds))
         print(f"   {name:32} {1000 * taken:7.1f} ms")
+        found.append({"operation": name, "model": size, "time_ms": 1000 * taken})
+    return found
 
 
 def main() -> int:
@@ -108,11 +119,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="see that it works")
-    quick = parser.parse_args().quick
-    rounds, small, large = (1, "0.8M", "0.8M") if quick else (7, "3.3M", "25M")
+    results.add_results_options(parser)
+    args = parser.parse_args()
+    rounds, small, large = (1, "0.8M", "0.8M") if args.quick else (7, "3.3M", "25M")
     print(f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}")
-    compare_generation(small, rounds)
-    time_adapters(large, rounds)
+    found = compare_generation(small, rounds) + time_adapters(large, rounds)
+    results.write("serving", found, torch.device("cpu"), args)
     return 0
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py                                    # every size, both dtypes
     python benchmarks/step_time.py --sizes nano,0.8M --dtypes float32
-    python benchmarks/step_time.py --methods full,floor,lora --no-memory --output results/lora
+    python benchmarks/step_time.py --methods full,floor,lora --no-memory
 
 Every method trains the project's own BigramLanguageModelLoRA, or at a size llama-* a Llama of
 transformers, with the same attention, dropout, optimizer and batch; only the linears differ. Times
@@ -14,17 +14,10 @@ small steps. The record goes to stdout, progress to stderr.
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
-import json
 import math
-import os
-import platform
-import shlex
 import statistics
 import sys
-import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
+from benchmarks import results
 from benchmarks.measure import (
     add_memory_option,
     at_least_one,
@@ -88,14 +82,6 @@ LEARNING_RATE = 3e-4
 WARMUP_ROUNDS = 3
 MEMORY_STEPS = 4
 SEED = 1337
-
-LIMIT = """\
-The limit. With N parameters in the linears, full fine-tuning computes per token 2N floating-point
-operations forward, 2N for the gradients of the inputs and 2N for the gradients of the weights.
-LoRA needs no gradient of a frozen weight, and its own products are small: at best 4N of the 6N,
-hence a ratio of 0.67, plus what does not scale with N: attention, normalization, activations,
-dropout, the embeddings. Where a step has few tokens for the model's width, the optimizer's pass
-over all N parameters, which only full fine-tuning pays, counts too and can push the ratio lower."""
 
 
 @dataclass(frozen=True)
@@ -293,12 +279,12 @@ def measure_times(
     """
     size, dtype = SIZES[size_name], DTYPES[dtype_name]
     steps: dict[str, Callable[[], Tensor]] = {}
-    results = {}
+    found = {}
     for method in methods:
         model = build_model(method, size, dtype, settings)
         steps[method] = training_step(model, size, dtype, settings.device)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        results[method] = Result(size_name, dtype_name, method, trainable)
+        found[method] = Result(size_name, dtype_name, method, trainable)
     losses = {}
     for i in range(WARMUP_ROUNDS + settings.steps):
         first = i % len(methods)
@@ -309,22 +295,20 @@ def measure_times(
             hardware.synchronize(settings.device)
             elapsed = time.perf_counter() - start
             if i >= WARMUP_ROUNDS:
-                results[method].step_ms.append(1000.0 * elapsed)
+                found[method].step_ms.append(1000.0 * elapsed)
             elif i == 0:
                 losses[method] = loss.item()
         if i == 0:
-            check_same_model(list(results.values()), losses, settings)
-    return list(results.values())
+            check_same_model(list(found.values()), losses, settings)
+    return list(found.values())
 
 
-def check_same_model(
-    results: Sequence[Result], losses: dict[str, float], settings: Settings
-) -> None:
+def check_same_model(found: Sequence[Result], losses: dict[str, float], settings: Settings) -> None:
     """Raise RuntimeError unless adapters are of one size and the first losses finite and alike.
 
     Adapters start at zero, so that without dropout the first loss is the base's, whatever trains.
     """
-    adapted = {r.method: r.trainable for r in results if r.method not in ("full", "floor")}
+    adapted = {r.method: r.trainable for r in found if r.method not in ("full", "floor")}
     if len(set(adapted.values())) > 1:
         raise RuntimeError(f"the LoRA methods train different numbers of parameters: {adapted}")
     if not all(math.isfinite(loss) for loss in losses.values()):
@@ -365,205 +349,47 @@ def free_memory(device: torch.device) -> None:
 # The report
 
 
-def describe_cpu() -> str:
-    """The CPU's model, and whether it multiplies bfloat16 natively where /proc/cpuinfo tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    info: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        info.setdefault(key.strip(), value.strip())
-    flags = info.get("flags", "").split()
-    features = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
-    found = [f"{name} {'yes' if flag in flags else 'no'}" for name, flag in features.items()]
-    return ", ".join([info.get("model name") or platform.machine(), *found])
-
-
-def package_version(name: str) -> str:
-    """The installed version of a package, or 'not installed'."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What a reader needs to compare these figures with others, as label -> text."""
-    device = str(settings.device)
-    if settings.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(settings.device)}, float32 multiplied in TF32)"
-    packages = [*PACKAGES.values(), "transformers"]
-    versions = [f"{name} {package_version(name)}" for name in packages]
-    return {
-        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
-        "device": device,
-        "CPU": f"{describe_cpu()}, {torch.get_num_threads()} threads",
-        "versions": ", ".join(
-            [f"torch {torch.__version__}", *versions, f"Python {platform.python_version()}"]
-        ),
-        "LoRA": f"rank {settings.rank}, alpha {ALPHA:g}, dropout {settings.lora_dropout:g}, "
-        "on every linear; the embeddings train too",
-        "model dropout": f"{settings.dropout:g}",
-        "optimizer": f"AdamW, fused, learning rate {LEARNING_RATE:g}",
-    }
-
-
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The lower quartile, the median and the upper quartile."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return float(low), float(median), float(high)
 
 
-def time_ratios(results: Results, result: Result, other: str) -> list[float]:
+def time_ratios(found: Results, result: Result, other: str) -> list[float]:
     """Step time over that of method `other` in the same round; empty where one is missing."""
-    reference = results.get((result.size, result.dtype, other))
+    reference = found.get((result.size, result.dtype, other))
     if reference is None or not reference.step_ms:
         return []
     return [a / b for a, b in zip(result.step_ms, reference.step_ms, strict=True)]
 
 
-def memory_ratio(results: Results, result: Result) -> float | None:
+def memory_ratio(found: Results, result: Result) -> float | None:
     """Peak memory over that of full fine-tuning; None where one is missing."""
-    full = results.get((result.size, result.dtype, "full"))
+    full = found.get((result.size, result.dtype, "full"))
     if full is None or full.peak_mib is None or result.peak_mib is None:
         return None
     return result.peak_mib / full.peak_mib
 
 
-def ratio_cell(results: Results, result: Result, other: str) -> str:
-    """Median and quartiles of the pairwise ratios to `other`, such as '0.79 (0.78-0.81)'."""
-    if result.method == other and result.step_ms:
-        return "1.00"
-    ratios = time_ratios(results, result, other)
-    if not ratios:
-        return "-"
-    low, median, high = quartiles(ratios)
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
-
-
-def time_cell(result: Result) -> str:
-    """Median step time in ms, to about three digits."""
-    if not result.step_ms:
-        return "-"
-    median = statistics.median(result.step_ms)
-    return f"{median:.{2 if median < 10 else 1 if median < 100 else 0}f}"
-
-
-def memory_cell(results: Results, result: Result) -> str:
-    """Peak MiB and its ratio to full fine-tuning, such as '1180 (0.91)'."""
-    if result.peak_mib is None:
-        return "-"
-    ratio = memory_ratio(results, result)
-    return f"{result.peak_mib:.0f}" + ("" if ratio is None else f" ({ratio:.2f})")
-
-
-def table(title: str, dtype: str, results: Results, cell: Callable[[Result], str]) -> str:
-    """A Markdown table of one dtype: a row per method, a column per size."""
-    of_dtype = [r for r in results.values() if r.dtype == dtype]
-    methods = dict.fromkeys(r.method for r in of_dtype)
-    sizes = dict.fromkeys(r.size for r in of_dtype)
-    rows = [
-        ["method", *(f"{s}, {SIZES[s].batch}x{SIZES[s].block}" for s in sizes)],
-        ["---", *("---:" for _ in sizes)],
-        *([m, *(cell(results[size, dtype, m]) for size in sizes)] for m in methods),
-    ]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{title}:\n\n{lines}"
-
-
-def markdown(
-    results: Results, settings: Settings, env: dict[str, str], notes: Sequence[str], memory: bool
-) -> str:
-    """The whole record in Markdown, ASCII only."""
-    methods = dict.fromkeys(r.method for r in results.values())
-    parts = [
-        "# Step time and memory beside full fine-tuning",
-        textwrap.fill(
-            "One step is forward, backward, optimizer step and zero_grad of "
-            "BigramLanguageModelLoRA, or at llama-* of transformers' Llama, on a fixed random "
-            "batch; bfloat16 is autocast over float32 trained weights. Columns are model sizes and "
-            f"batch x tokens. Times are medians of {settings.steps} rounds after {WARMUP_ROUNDS} "
-            "of warm-up, all methods interleaved in one process; ratios are medians of the "
-            "pairwise ratios within a round, with their interquartile range.",
-            width=100,
-        ),
-        "\n".join(f"- {label}: {text}" for label, text in env.items()),
-        "\n".join(f"- `{method}`: {METHODS[method]}" for method in methods),
-        *notes,
-    ]
-    for dtype in dict.fromkeys(r.dtype for r in results.values()):
-        parts.append(f"## {dtype}")
-        frozen = [m for m in methods if m not in ("full", "lora")]
-        if dtype == "bfloat16" and frozen:
-            parts.append(f"Frozen linears are stored in bfloat16 in: {', '.join(frozen)}.")
+def rows(found: Results, settings: Settings) -> list[results.Row]:
+    """What was measured, a row for each method at each size in each dtype."""
+    kept = []
+    for result in found.values():
+        size = SIZES[result.size]
+        row: results.Row = {"size": f"{result.size}, {size.batch}x{size.block}"}
+        row |= {"dtype": result.dtype, "method": result.method, "rank": str(settings.rank)}
+        row |= {"dropout": f"{settings.dropout:g}", "lora_dropout": f"{settings.lora_dropout:g}"}
+        if result.step_ms:
+            row |= {"trained": result.trainable, "step_ms": statistics.median(result.step_ms)}
         for other in ("full", "floor"):
-            if other in methods:
-
-                def cell(result: Result, other: str = other) -> str:
-                    return ratio_cell(results, result, other)
-
-                parts.append(table(f"Step time over that of `{other}`", dtype, results, cell))
-        parts.append(table("Step time in ms", dtype, results, time_cell))
-        if memory:
-            what = "held on the GPU" if settings.device.type == "cuda" else "imports included"
-            title = f"Peak memory in MiB of a process of its own, {what} (ratio to `full`)"
-            parts.append(table(title, dtype, results, lambda r: memory_cell(results, r)))
-    parts.append(LIMIT)
-    return "\n\n".join(parts).encode("ascii", "replace").decode() + "\n"
-
-
-def as_json(results: Results, settings: Settings, env: dict[str, str], notes: Sequence[str]) -> str:
-    """The whole record in JSON, with the time of every step."""
-    rows = []
-    for result in results.values():
-        row = {
-            "size": result.size,
-            "dtype": result.dtype,
-            "method": result.method,
-            "trainable_parameters": result.trainable,
-            "median_step_ms": statistics.median(result.step_ms) if result.step_ms else None,
-        }
-        for other in ("full", "floor"):
-            ratios = time_ratios(results, result, other)
-            row[f"step_ratio_to_{other}"] = None
-            if ratios:
+            if ratios := time_ratios(found, result, other):
                 low, median, high = quartiles(ratios)
-                row[f"step_ratio_to_{other}"] = {"median": median, "quartiles": [low, high]}
-        row["peak_mib"] = result.peak_mib
-        row["peak_ratio_to_full"] = memory_ratio(results, result)
-        row["step_ms"] = [round(ms, 4) for ms in result.step_ms]
-        rows.append(row)
-    record = {
-        "environment": env,
-        "rank": settings.rank,
-        "alpha": ALPHA,
-        "dropout": settings.dropout,
-        "lora_dropout": settings.lora_dropout,
-        "steps": settings.steps,
-        "warmup_rounds": WARMUP_ROUNDS,
-        "threads": torch.get_num_threads(),
-        "notes": list(notes),
-        "sizes": {r.size: vars(SIZES[r.size]) for r in results.values()},
-        "results": rows,
-    }
-    return json.dumps(record, indent=1) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it into place."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with open(handle, "w", encoding="ascii") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+                name = f"step_to_{other}"
+                row |= {name: median, f"{name}_low": low, f"{name}_high": high}
+        if result.peak_mib is not None:
+            row |= {"peak_mib": result.peak_mib, "peak_to_full": memory_ratio(found, result)}
+        kept.append(row)
+    return kept
 
 
 # The command line
@@ -578,18 +404,6 @@ def probability(text: str) -> float:
     if not 0.0 <= number < 1.0:
         raise argparse.ArgumentTypeError(f"{text!a} is not a number in [0, 1)")
     return number
-
-
-def output_prefix(text: str) -> str:
-    """An argparse type: the start of a file's path, in a folder that can be written."""
-    folder, name = os.path.split(text)
-    if not name or os.path.isdir(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!a} is no start of a file's name, as in results/step_time"
-        )
-    if not os.path.isdir(folder or ".") or not os.access(folder or ".", os.W_OK):
-        raise argparse.ArgumentTypeError(f"{folder!a} is not a folder that can be written")
-    return text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -619,9 +433,7 @@ def parse_arguments() -> argparse.Namespace:
         "--device", type=device_of, default="auto", help="auto, cpu, cuda or mps (default: auto)"
     )
     add_memory_option(parser)
-    parser.add_argument(
-        "--output", type=output_prefix, metavar="PREFIX", help="write PREFIX.json and PREFIX.md"
-    )
+    results.add_results_options(parser)
     parser.add_argument(
         "--memory-of", nargs=3, metavar=("SIZE", "DTYPE", "METHOD"), help=argparse.SUPPRESS
     )
@@ -673,7 +485,7 @@ def main() -> None:
     if args.memory_of is not None:
         print_own_memory(*args.memory_of, settings)
         return
-    results: Results = {
+    found: Results = {
         (size, dtype, method): Result(size, dtype, method)
         for dtype in args.dtypes
         for size in args.sizes
@@ -682,24 +494,19 @@ def main() -> None:
     # Memory comes first, while this process is small: Linux counts the memory that a process had
     # between fork and exec, which is its parent's, into its peak.
     if args.memory:
-        for (size, dtype, method), result in results.items():
+        for (size, dtype, method), result in found.items():
             result.peak_mib = measure_memory(size, dtype, method, settings)
             progress(f"memory of {method}, {size}, {dtype}: {result.peak_mib:.0f} MiB")
-    env = environment(settings)
     for dtype in args.dtypes:
         for size in args.sizes:
             progress(f"times, {size}, {dtype} ...")
             for timed in measure_times(size, dtype, args.methods, settings):
-                timed.peak_mib = results[size, dtype, timed.method].peak_mib
-                results[size, dtype, timed.method] = timed
+                timed.peak_mib = found[size, dtype, timed.method].peak_mib
+                found[size, dtype, timed.method] = timed
             free_memory(settings.device)
-            if args.output is not None:  # after every size, so that a long run leaves what it has
-                record = markdown(results, settings, env, args.notes, args.memory)
-                write_text(Path(f"{args.output}.md"), record)
-                write_text(Path(f"{args.output}.json"), as_json(results, settings, env, args.notes))
-    print(markdown(results, settings, env, args.notes, args.memory), end="", flush=True)
-    if args.output is not None:
-        progress(f"written: {args.output}.json, {args.output}.md")
+            # After every size, so that a long run leaves what it has.
+            results.write("step_time", rows(found, settings), settings.device, args)
+    print(*args.notes, results.table(rows(found, settings)), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ this run and one of a single step. Nothing else may use it meanwhile.
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import at_least_one
+import hardware
+from benchmarks import results
+from benchmarks.measure import at_least_one, variables_of
 from trainer.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,8 @@ def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, 
         if metrics is None:
             sys.exit("error: a run of these variables trains nothing or has an OUT_DIR of its own")
         first, *_, last = map(json.loads, metrics.read_text().splitlines())
-        return last["summary"] | {"sent": sent, "device": first["run"]["device"]}
+        facts = {name: first["run"][name] for name in ("device", "dtype")}
+        return last["summary"] | facts | {"sent": sent}
 
 
 def of_round(variables: dict[str, str], number: int) -> dict[str, str]:
@@ -95,10 +97,7 @@ def bytes_sent() -> int:
 
 def parse(text: str) -> dict[str, str]:
     """The variables of a set. Raises ArgumentTypeError for what is none."""
-    words = shlex.split(text)
-    if not all("=" in word for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
-    variables = dict(word.split("=", 1) for word in words)
+    variables = variables_of(text)
     for name in variables.keys() & set(NOT_IN_SETS):
         raise argparse.ArgumentTypeError(f"{name} is not for a set; --steps is the steps of a run")
     try:
@@ -122,6 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--emulate-bfloat16", action="store_true", help="make its products by way of float32"
     )
+    results.add_results_options(parser)
     args = parser.parse_args()
     script = "benchmarks/emulated_bfloat16.py" if args.emulate_bfloat16 else "training.py"
     sets = [args.common | variables for variables in args.sets]
@@ -133,13 +133,25 @@ def main() -> None:
         [summary_of(script, of_round(variables, i), args.steps) for variables in sets]
         for i in range(args.rounds)
     ]
+    found = []
     for i, variables in enumerate(args.sets):
         times = [r[i]["median_step_time"] for r in rounds]
         ratios = [r[i]["median_step_time"] / r[0]["median_step_time"] for r in rounds]
         losses = [(r[i]["final_val_loss"], r[0]["final_val_loss"]) for r in rounds]
         last = rounds[-1][i]
+        words = " ".join(f"{n}={v}" for n, v in variables.items()) or "(none)"
+        emulated = " (emulated)" if args.emulate_bfloat16 else ""
+        row = {"runs": f"{args.steps} steps, {common}", "variables": words}
+        row |= {"dtype": last["dtype"] + emulated}
+        row["step_ms"] = statistics.median(times) * 1000
+        row |= results.ranged("step_ratio", ratios) | {"peak_mib": last["peak_memory"]}
+        row["loss"] = statistics.mean(loss for loss, _ in losses)
+        differences = [loss - first for loss, first in losses]
+        row |= results.ranged("loss_minus_first", differences)
+        row["loss_minus_first"] = statistics.mean(differences)
+        found.append(row)
         line = (
-            f"{' '.join(f'{n}={v}' for n, v in variables.items()) or '(none)'}: "
+            f"{words}: "
             f"step {statistics.median(times) * 1000:.1f} ms, {statistics.median(ratios):.2f} of "
             f"the first ({min(ratios):.2f} to {max(ratios):.2f}), peak {last['peak_memory']:.0f} "
             f"MiB, validation loss {compared(losses)}, {last['device']}"
@@ -150,7 +162,10 @@ def main() -> None:
         if "PROCESSES" in sets[i] and args.steps > 1:
             sent = (last["sent"] - summary_of(script, sets[i], 1)["sent"]) / (args.steps - 1)
             line += f", {sent / 1e6:.2f} MB sent a step"
+            row["sent_mb"] = sent / 1e6
         print(line, flush=True)
+    device, _ = hardware.choose_device(sets[0].get("DEVICE", "auto"))
+    results.write("variables", found, device, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cpu_operations
+import curves
 import families
 import quality
 from bigram import bigram_loss
@@ -28,6 +30,7 @@ from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
 from variables import compared, of_round
 
+from benchmarks import results
 from data import load_corpus
 from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -38,6 +41,22 @@ SCRIPTS = sorted(
     for path in (ROOT / "benchmarks").glob("*.py")
     if "__main__" in path.read_text(encoding="utf-8")
 )
+
+
+def start_benchmark(
+    folder: Path, script: str, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a script of benchmarks/, its file of results in the folder `results`."""
+    script, arguments = f"benchmarks/{script}", (*arguments, "--results", "results")
+    return start_script(folder, *arguments, script=script, **variables)
+
+
+def rows_in(folder: Path, name: str) -> list[results.Row]:
+    """The rows of the one file of results that a benchmark has left."""
+    (found,) = (r for r in results.read(folder / "results") if r["benchmark"] == name)
+    assert found["machine"] and found["date"] and found["versions"]["torch"] == torch.__version__
+    assert found["command"].startswith("python benchmarks/") and "--results" not in found["command"]
+    return found["rows"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -60,19 +79,22 @@ def test_bigram_loss_is_that_of_the_smoothed_counts():
 
 def test_bigram_names_its_corpus(tmp_path):
     (tmp_path / "text.txt").write_text("a rose is a rose is a rose\n" * 20)
-    output = succeeded(start_script(tmp_path, "text.txt", script="benchmarks/bigram.py"))
+    output = succeeded(start_benchmark(tmp_path, "bigram.py", "text.txt"))
     assert "text.txt" in output and "nats per byte" in output
-    missing = start_script(tmp_path, "nowhere", script="benchmarks/bigram.py")
+    (row,) = rows_in(tmp_path, "bigram")
+    assert row["data"] == "text.txt" and f"bigram loss: {row['loss']:.4f}" in output
+    missing = start_benchmark(tmp_path, "bigram.py", "nowhere")
     assert missing.returncode == 2 and "nowhere" in missing.stderr
 
 
 def test_cpu_operations_prints_both_forms(tmp_path):
-    start = functools.partial(start_script, tmp_path, script="benchmarks/cpu_operations.py")
+    start = functools.partial(start_benchmark, tmp_path, "cpu_operations.py")
     output = succeeded(start("--repeats", "1", "--sections", "operations"))
     for row in ("GELU, exact", "dropout 0.2, ours", "attention, plain"):
         assert output.count(row) == 2  # float32 and bfloat16
     exact, rounded = map(float, re.findall(r"error of LayerNorm's gradient: (\S+)", output))
     assert exact < 1e-5 < rounded
+    assert len(rows_in(tmp_path, "cpu_operations")) == 2 * (9 + 1)
     wrong = start("--sections", "nothing")
     assert wrong.returncode == 2 and "kept weights" in wrong.stderr
 
@@ -83,7 +105,8 @@ def test_cpu_operations_compares_the_constants(monkeypatch, capsys):
     monkeypatch.setattr(cpu_operations, "HEADS", [(8, (16, 32))])
     monkeypatch.setattr(cpu_operations, "ATTENTIONS", [(2, 1, True)])
     for section in ("parts", "slices", "groups", "kept weights", "loss", "segments"):
-        cpu_operations.SECTIONS[section](1)
+        rows = list(cpu_operations.SECTIONS[section](1))
+        assert rows and all(row["section"].startswith(section) for row in rows)
     output, number = capsys.readouterr().out, r"\d+\.\d\d"
     assert len(re.findall(rf"\d tokens +1 {number}, 4 {number}, 8 {number}, 16 ", output)) == 4
     assert len(re.findall(rf"4096 tokens +256 {number}, 512 {number}, 1024 ", output)) == 4
@@ -96,23 +119,16 @@ def test_cpu_operations_compares_the_constants(monkeypatch, capsys):
     )
 
 
-def test_step_time_compares_methods_and_writes_its_tables(tmp_path):
-    output = succeeded(
-        start_script(
-            tmp_path, "--sizes", "nano", "--steps", "1", "--dtypes", "float32", "--no-memory",
-            "--output", "table", script="benchmarks/step_time.py",
-        )
-    )  # fmt: skip
-    rows = {
-        row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["results"]
-    }
+def test_step_time_compares_methods(tmp_path):
+    few = ("--sizes", "nano", "--steps", "1", "--dtypes", "float32", "--no-memory")
+    output = succeeded(start_benchmark(tmp_path, "step_time.py", *few))
+    rows = {row["method"]: row for row in rows_in(tmp_path, "step_time")}
     assert list(rows) == ["full", "floor", "lora", "peft", "loralib", "autograd"]
     # The adapters of every method are of the same size.
-    assert len({rows[m]["trainable_parameters"] for m in list(rows)[2:]}) == 1
-    assert rows["lora"]["step_ratio_to_full"]["median"] > 0
-    table = (tmp_path / "table.md").read_text()
-    assert "| lora |" in table and "float32" in output and "AdamW" in output
-    wrong = start_script(tmp_path, "--sizes", "huge", script="benchmarks/step_time.py")
+    assert len({rows[m]["trained"] for m in list(rows)[2:]}) == 1
+    assert rows["full"]["step_to_full"] == 1 and rows["lora"]["step_to_full"] > 0
+    assert "| nano, 12x64 | float32 | lora |" in output
+    wrong = start_benchmark(tmp_path, "step_time.py", "--sizes", "huge")
     assert wrong.returncode == 2 and "nano" in wrong.stderr
 
 
@@ -130,7 +146,7 @@ def test_step_time_compares_the_methods_on_a_llama_too(dtype):
 
 
 def test_families_compares_steps_and_memory_with_pefts(tmp_path):
-    start = functools.partial(start_script, tmp_path, script="benchmarks/families.py")
+    start = functools.partial(start_benchmark, tmp_path, "families.py")
     few = ("--models", "tiny", "--rounds", "1", "--threads", "1", "--batches", "2x16")
     row = r"^2x16 +(\w+) +(\w+) +(\S+) +(\d+) \(\d+ to \d+\) +(\d+) +\S+% +(\d+) +(\S+) +(\S+)$"
     rows = re.findall(row, succeeded(start(*few, "--dtypes", "bfloat16")), re.M)
@@ -141,6 +157,9 @@ def test_families_compares_steps_and_memory_with_pefts(tmp_path):
     assert float(ratio) > 0 and (one, also_one) == ("1.00", "1.00")
     assert float(peak_ratio) == pytest.approx(int(our_peak) / int(their_peak), abs=0.01)
     methods = ["ours", "full", "floor", "ours-nf4", "peft-nf4", "peft"]
+    kept = rows_in(tmp_path, "families")
+    assert [row["method"] for row in kept] == ["ours", "peft"] and kept[0]["batch"] == "2x16"
+    assert f"{kept[0]['step_ratio']:.2f}" == ratio and f"{kept[0]['peak_mib']:.0f}" == our_peak
     options = ("--no-processes", "--methods", ",".join(methods), "--grad-checkpoint", "off,on")
     rows = re.findall(row, succeeded(start(*few, *options, "--dtypes", "float32")), re.M)
     assert [(cells[1], cells[2]) for cells in rows] == [
@@ -195,19 +214,18 @@ def test_families_writes_folders_that_transformers_takes_for_the_model(model):
 
 
 def test_serving_prints_its_ratios(tmp_path):
-    output = succeeded(start_script(tmp_path, "--quick", script="benchmarks/serving.py"))
+    output = succeeded(start_benchmark(tmp_path, "serving.py", "--quick"))
     ratio = re.search(r"recompute / cache: (\S+)", output).group(1)
     assert float(ratio) > 1
     for row in ("switch to another adapter", "combine two, reduced to rank 8", "merge and unmerge"):
         assert re.search(rf"{row} +\d+\.\d ms", output)
+    assert len(rows_in(tmp_path, "serving")) == 1 + 5
 
 
 def test_loop_speed_compares_the_loops_and_their_losses(tmp_path):
     # A variable that needs a new process: in the launcher's, the processes that the script starts
     # would return what they found to the launcher's __main__.
-    start = functools.partial(
-        start_script, tmp_path, script="benchmarks/loop_speed.py", OMP_NUM_THREADS="2"
-    )
+    start = functools.partial(start_benchmark, tmp_path, "loop_speed.py", OMP_NUM_THREADS="2")
     few = ("--steps", "2", "--dtypes", "float32", "--rounds", "1", "--no-memory")
     output = succeeded(start("--sizes", "nano", *few))
     number = r"\d+\.\d\d"
@@ -215,6 +233,7 @@ def test_loop_speed_compares_the_loops_and_their_losses(tmp_path):
     assert list(ratios) == ["plain trainer", "ours, full", "ours, LoRA"]
     assert float(ratios["plain trainer"]) == 1 and float(min(ratios.values())) > 0
     assert "torch" in output and "threads" in output and "batch 12 x 64" in output
+    assert [row["method"] for row in rows_in(tmp_path, "loop_speed")] == list(ratios)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("nano", 0.83), ("3.3M", 3.25), ("11M", 10.82)])
@@ -245,7 +264,7 @@ def test_variables_compares_sets_of_them(tmp_path):
     common = "N_EMBD=32 N_LAYER=1 BATCH_SIZE=2 EVAL_BATCHES=1 BLOCK_SIZE=16 DATA=text.txt DROPOUT=0"
     few = ("--common", f"{common} DEVICE=cpu", "--rounds", "1", "--steps", "2")
     sets = ("", "PROCESSES=2 USE_LORA=True")
-    output = succeeded(start_script(tmp_path, *few, *sets, script="benchmarks/variables.py"))
+    output = succeeded(start_benchmark(tmp_path, "variables.py", *few, *sets))
     lines = re.findall(
         r"^(.*): step .* ms, (\S+) of the first .* validation loss (.*)", output, re.M
     )
@@ -253,6 +272,8 @@ def test_variables_compares_sets_of_them(tmp_path):
     assert lines[0][1] == "1.00" and "+0.0000 from the first's (+0.0000 to +0.0000)" in lines[0][2]
     # Of the loopback, which other tests use at the same time: any number.
     assert float(re.search(r", (\S+) MB sent a step", lines[1][2])[1]) != 0
+    first, second = rows_in(tmp_path, "variables")
+    assert first["step_ratio"] == 1 and second["variables"] == sets[1] and second["sent_mb"] != 0
 
 
 @pytest.mark.parametrize(
@@ -265,7 +286,7 @@ def test_variables_compares_sets_of_them(tmp_path):
     ],
 )
 def test_variables_refuses_what_it_cannot_use(tmp_path, arguments, words):
-    process = start_script(tmp_path, *arguments, script="benchmarks/variables.py")
+    process = start_benchmark(tmp_path, "variables.py", *arguments)
     assert process.returncode == 2
     assert words in process.stderr.splitlines()[-1]
 
@@ -368,19 +389,16 @@ def test_a_part_of_an_adapters_change_is_its_weight_in_adapters():
 
 
 def test_the_study_runs_goes_on_and_reports(tmp_path):
-    start = functools.partial(
-        start_script, tmp_path, "--quick", "--output", "study",
-        script="benchmarks/quality.py", OMP_NUM_THREADS="2",  # in a process of its own, as above
-    )  # fmt: skip
+    start = functools.partial(  # in a process of its own, as above
+        start_benchmark, tmp_path, "quality.py", "--quick", "--output", "study", OMP_NUM_THREADS="2"
+    )
     output = succeeded(start())
-    table = re.findall(r"^\| (full|rank 16.*?|base) \| ([\d,]+) \|.*? \| (\d\.\d{4})", output, re.M)
-    assert [name for name, *_ in table] == [
-        "base", "full", "rank 16", "rank 16, query and value", "base", "full", "rank 16"
-    ]  # fmt: skip
-    assert output.count("| full, in the time of rank 16 |") == 2 and "none missing" in output
+    rows = rows_in(tmp_path, "quality")
+    names = ["base", "full", quality.IN_TIME, "rank 16", "rank 16, query and value"]
+    assert [row["method"] for row in rows] == [*names, *names[:4]]
+    assert all(row["loss"] > 0 for row in rows) and "none missing" in output
     folder = tmp_path / "study-quick"
     assert (folder / "report.md").read_text() + "\n" == output
-    assert (folder / "report.png").stat().st_size > 10_000
 
     # Killed while it wrote: what is known stays, what was lost is run again, to the same losses.
     whole = quality.read_results(folder, quality.QUICK)
@@ -391,3 +409,12 @@ def test_the_study_runs_goes_on_and_reports(tmp_path):
     assert {t: r["loss"] for t, r in again.items()} == {t: r["loss"] for t, r in whole.items()}
     with pytest.raises(SystemExit, match="another study"):
         quality.read_results(folder, quality.STUDY)
+
+
+def test_a_curve_has_the_evaluations_of_its_run(training, tmp_path):
+    succeeded(training(DEVICE="cpu"))
+    lines = list(map(json.loads, (tmp_path / curves.METRICS["base"]).read_text().splitlines()))
+    points, outcome = curves.rows_of("base", lines, {"DEVICE": "cpu"})
+    assert [(point["run"], point["step"]) for point in points] == [("base", n) for n in (0, 3, 6)]
+    assert outcome["loss_before"] == points[0]["loss"] > outcome["final_loss"] == points[-1]["loss"]
+    assert outcome["variables"] == "DEVICE=cpu" and outcome["trained"] > 0
