@@ -222,7 +222,9 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
         store_base(model, dtype, tokens.numel())
     del base
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # as transformers shifts labels
-    optimizer = make_optimizer(Config(optimizer="adamw", lora_plus_ratio=1.0), model.train(), dtype)
+    optimizer = make_optimizer(
+        Config(optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0), model.train(), dtype
+    )
     operations = 6 * model.get_parameter_info()["total"] * tokens.numel()
     launch_bound = device.type == "cuda" and operations <= LAUNCH_BOUND_OPERATIONS
     launch_bound = launch_bound and not setting.grad_checkpoint

@@ -1,6 +1,7 @@
 """The machine: devices, dtypes and memory (device.py), and several processes (processes.py)."""
 
 from hardware.device import (
+    LARGEST_IN_HEAP,
     DeviceError,
     StepTimer,
     allow_tf32,
@@ -17,6 +18,7 @@ from hardware.device import (
 )
 
 __all__ = [
+    "LARGEST_IN_HEAP",
     "DeviceError",
     "StepTimer",
     "allow_tf32",

@@ -12,6 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+# Larger blocks of memory are mapped one by one: the largest that glibc accepts. See
+# keep_freed_memory.
+LARGEST_IN_HEAP = 32 * 2**20
+
 
 class DeviceError(ValueError):
     """A device that was asked for and is not there."""
@@ -140,7 +144,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl has none
         m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 32 * 2**20)  # the largest that glibc accepts
+        mallopt(m_mmap_threshold, LARGEST_IN_HEAP)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -249,7 +249,7 @@ def test_the_plain_trainers_loss_falls(tmp_path):
     corpus = load_corpus(str(tmp_path / "text.txt"), tmp_path)
     config = Config(
         n_embd=32, n_head=2, n_layer=1, block_size=16, batch_size=8, max_steps=40, warmup_steps=2,
-        eval_interval=20, eval_batches=2, learning_rate=1e-2,
+        eval_interval=20, eval_batches=2, learning_rate=1e-2, dropout=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = PlainGPT(config)

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import LanguageModel
 from trainer import estimate as module
-from trainer.estimate import _Held, estimate, memory_lines, shaped_model, step_bytes
+from trainer.estimate import _Held, estimate, held_in_step, memory_lines, shaped_model
 from trainer.settings import Config
 from trainer.setup import Plan, plan_run
 
@@ -70,14 +70,15 @@ def test_a_step_with_fake_tensors_holds_what_a_real_one_holds(folder, variables)
         with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32):
             loss = model(*batch)[1]
         loss.backward()
-    assert step_bytes(plan, shaped_model(plan, 2)) == pytest.approx(held.most, rel=0.12)
+    found = held_in_step(plan, shaped_model(plan, 2))
+    assert found.most == found.most_in_heap == pytest.approx(held.most, rel=0.12)
 
 
 @pytest.mark.parametrize("variables", CASES[:4])
 def test_each_further_block_adds_as_much_as_the_second(folder, variables):
     plan = plan_of(folder, **variables, N_LAYER="5")
     found = estimate(plan)
-    assert found.step == pytest.approx(step_bytes(plan, shaped_model(plan, 5)), rel=0.02)
+    assert found.step == pytest.approx(held_in_step(plan, shaped_model(plan, 5)).most, rel=0.02)
     model = shaped_model(plan, 5)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -100,7 +101,6 @@ def test_a_base_in_4_bits_takes_4_127_bits_a_number(folder):
 def test_what_would_fit_is_said(folder, monkeypatch):
     plan = plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base", BATCH_SIZE="64")
     assert len(memory_lines(plan)) == 1
-    monkeypatch.setattr(module, "FIRST_USE", 0)
     needed = estimate(plan)
     for free, fits in ((needed.total - needed.program - 1, True), (1000.0, False)):
         monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)

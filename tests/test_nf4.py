@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXT, TINY, refused, start_group, start_script, succeeded
 from safetensors.torch import save_file
-from test_docs import small_llama
+from test_llama_attacks import small_llama
 from test_resume import assert_same, files_of
 from test_training import losses as lines_of_losses
 from torch import Tensor, nn

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hardware import processes
+from hardware import LARGEST_IN_HEAP, processes
 from lora import LoRALinear, store_base
 from models import LanguageModel
 from models.checkpoint import Checkpoint, meta_model
@@ -33,9 +33,9 @@ from trainer.setup import Plan
 NF4_BYTES = 4.127 / 8  # for each number
 MIB = 2**20
 
-# What a CPU run takes beside its tensors once it computes: threads, buffers of products, and gaps
-# between tensors. `python benchmarks/memory.py` sets it.
-FIRST_USE = 45 * MIB
+# What a CPU run takes beside its tensors once it computes: threads and buffers of products. `python
+# benchmarks/memory.py` sets it.
+FIRST_USE = 30 * MIB
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ class Memory:
         trained: weights that train.
         optimizer: its state.
         step: gradients, activations and loss, at the largest moment of a step.
-        program: what the process takes beside its tensors.
+        gaps: beside the tensors, what products need, and the room between tensors.
+        program: what the process has before.
     """
 
     base: int
     trained: int
     optimizer: int
     step: int
+    gaps: int
     program: int
 
     @property
@@ -73,9 +75,13 @@ def estimate(plan: Plan) -> Memory:
         [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
     )
     base = of_all_blocks([sum(frozen_bytes(model, plan.config).values()) for model in models])
-    state = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
-    step = of_all_blocks([step_bytes(plan, model) for model in models])
-    return Memory(base, trained, state, step, program_bytes(plan.device))
+    steps = [held_in_step(plan, model) for model in models]
+    step = of_all_blocks([held.most for held in steps])
+    # Freed tensors leave room that is too small for the next, or not in one piece: about as much as
+    # one block holds at a time, in tensors that the C library takes from its heap.
+    gaps = FIRST_USE + steps[0].most_in_heap if plan.device.type == "cpu" else 0
+    optimizer = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
+    return Memory(base, trained, optimizer, step, gaps, program_bytes(plan.device))
 
 
 def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
@@ -153,8 +159,8 @@ def optimizer_bytes(config: Config, model: LanguageModel) -> int:
     return sum(p.nbytes * (1 if id(p) in by_muon else 2) for p in trained)
 
 
-def step_bytes(plan: Plan, model: LanguageModel) -> int:
-    """The bytes beside the weights at the largest moment of a step of the model."""
+def held_in_step(plan: Plan, model: LanguageModel) -> "_Held":
+    """What a step of the model holds beside the weights, at the largest moment."""
     shape = (plan.batch_size, plan.config.block_size)
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         if plan.config.grad_accum_steps > 1:  # then gradients are there before the batch is
@@ -165,15 +171,16 @@ def step_bytes(plan: Plan, model: LanguageModel) -> int:
         with torch.autocast(kind, plan.dtype, enabled=enabled):
             loss = model(*batch)[1]
         loss.backward()
-    return held.most
+    return held
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make: those held now, and the most so far."""
+    """Counts the bytes of the tensors that operations make: those held now, and the most so far,
+    of all and of those that the C library takes from its heap."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self.now_in_heap = self.most_in_heap = 0
         self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(
@@ -187,13 +194,16 @@ class _Held(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
                 storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
                 self.known[storage] = size
-                weakref.finalize(storage, self._release, size)
-                self.now += size
+                weakref.finalize(storage, self._add, -size)
+                self._add(size)
                 self.most = max(self.most, self.now)
+                self.most_in_heap = max(self.most_in_heap, self.now_in_heap)
         return made
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+    def _add(self, size: int) -> None:
+        self.now += size
+        if abs(size) < LARGEST_IN_HEAP:
+            self.now_in_heap += size
 
 
 # ---- what there is
@@ -208,7 +218,7 @@ def program_bytes(device: torch.device) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + FIRST_USE
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -246,7 +256,8 @@ def memory_lines(plan: Plan) -> list[str]:
     needed, n = estimate(plan), processes.local_world_size()
     free = free_bytes(plan.device) + needed.program
     parts = {"base": needed.base, "trained weights": needed.trained, "optimizer": needed.optimizer}
-    parts |= {"gradients and activations": needed.step, "program": needed.program}
+    parts |= {"gradients and activations": needed.step, "gaps": needed.gaps}
+    parts |= {"program": needed.program}
     listed = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
     each = f" for each of {n} processes" if n > 1 else ""
     available = "" if math.isinf(free) else f"; {free / MIB:,.0f} free"
