@@ -504,9 +504,25 @@ def outcomes_table(found: Sequence[Found]) -> str:
     return results.table(rows)
 
 
+def chat_steps(found: Sequence[Found]) -> str:
+    """How long a step of SmolLM2 takes on each machine, in a sentence."""
+    shape = {"model": "SmolLM2-135M", "method": "ours", "batch": "4x256", "grad_checkpoint": "off"}
+    times = {
+        place.place: row["step_ms"]
+        for place in found
+        for row in place.rows
+        if place.benchmark == "families" and shape.items() <= row.items() and "step_ms" in row
+    }
+    if not times:
+        return ""
+    words = (f"{ms / 1000:.{1 if ms > 500 else 3}f} s on {name}" for name, ms in times.items())
+    return f"A step of the second command, four blocks of 256 tokens, takes {'; '.join(words)}."
+
+
 BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
     "runs": runs_table,
     "outcomes": outcomes_table,
+    "chat_steps": chat_steps,
     "variables": lambda _: variables_table(Config, DOZEN),
     "lora_variables": lambda _: variables_table(Config, OF_LORA),
     "generate_variables": lambda _: variables_table(GenerateConfig),
