@@ -504,9 +504,17 @@ def outcomes_table(found: Sequence[Found]) -> str:
     return results.table(rows)
 
 
+def curves(found: Sequence[Found]) -> str:
+    """The picture of the three runs, where there are any."""
+    words = "Validation loss against time of the three runs below"
+    is_drawn = any(place.benchmark == "curves" for place in found)
+    return f"![{words}](benchmarks/plots/curves.svg)" if is_drawn else ""
+
+
 def chat_steps(found: Sequence[Found]) -> str:
     """How long a step of SmolLM2 takes on each machine, in a sentence."""
-    shape = {"model": "SmolLM2-135M", "method": "ours", "batch": "4x256", "grad_checkpoint": "off"}
+    shape = {"model": "SmolLM2-135M", "method": "ours", "batch": "4x256", "clock": "wall"}
+    shape |= {"grad_checkpoint": "off", "compile": "off"}
     times = {
         place.place: row["step_ms"]
         for place in found
@@ -520,6 +528,7 @@ def chat_steps(found: Sequence[Found]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
+    "curves": curves,
     "runs": runs_table,
     "outcomes": outcomes_table,
     "chat_steps": chat_steps,
@@ -531,7 +540,12 @@ BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
 
 def filled(text: str, found: Sequence[Found]) -> str:
     """A document with its blocks as the results have them."""
-    return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](found)}\n{m[3]}", text)
+
+    def made(match: re.Match) -> str:
+        content = BLOCKS[match[2]](found)
+        return match[1] + (f"{content}\n" if content else "") + match[3]
+
+    return BLOCK.sub(made, text)
 
 
 def documents(folder: Path = results.FOLDER) -> dict[Path, str]:
