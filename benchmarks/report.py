@@ -504,9 +504,34 @@ def outcomes_table(found: Sequence[Found]) -> str:
     return results.table(rows)
 
 
+def curves(found: Sequence[Found]) -> str:
+    """The picture of the three runs, where there are any."""
+    words = "Validation loss against time of the three runs below"
+    is_drawn = any(place.benchmark == "curves" for place in found)
+    return f"![{words}](benchmarks/plots/curves.svg)" if is_drawn else ""
+
+
+def chat_steps(found: Sequence[Found]) -> str:
+    """How long a step of SmolLM2 takes on each machine, in a sentence."""
+    shape = {"model": "SmolLM2-135M", "method": "ours", "batch": "4x256", "clock": "wall"}
+    shape |= {"grad_checkpoint": "off", "compile": "off"}
+    times = {
+        place.place: row["step_ms"]
+        for place in found
+        for row in place.rows
+        if place.benchmark == "families" and shape.items() <= row.items() and "step_ms" in row
+    }
+    if not times:
+        return ""
+    words = (f"{ms / 1000:.{1 if ms > 500 else 3}f} s on {name}" for name, ms in times.items())
+    return f"A step of the second command, four blocks of 256 tokens, takes {'; '.join(words)}."
+
+
 BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
+    "curves": curves,
     "runs": runs_table,
     "outcomes": outcomes_table,
+    "chat_steps": chat_steps,
     "variables": lambda _: variables_table(Config, DOZEN),
     "lora_variables": lambda _: variables_table(Config, OF_LORA),
     "generate_variables": lambda _: variables_table(GenerateConfig),
@@ -515,7 +540,12 @@ BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
 
 def filled(text: str, found: Sequence[Found]) -> str:
     """A document with its blocks as the results have them."""
-    return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](found)}\n{m[3]}", text)
+
+    def made(match: re.Match) -> str:
+        content = BLOCKS[match[2]](found)
+        return match[1] + (f"{content}\n" if content else "") + match[3]
+
+    return BLOCK.sub(made, text)
 
 
 def documents(folder: Path = results.FOLDER) -> dict[Path, str]:

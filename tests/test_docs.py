@@ -156,6 +156,15 @@ def test_the_installed_files_exist():
             assert (ROOT / requirements).is_file()
 
 
+def test_no_document_has_a_measured_figure_that_no_script_made():
+    for document in DOCUMENTS:
+        text = report.BLOCK.sub("", (ROOT / document).read_text())
+        text = re.sub(r"^```.*?^```$|`[^`]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+        assert not re.findall(
+            r"\d[\d.,]* ?(?:ms|s|min|minutes|MiB|GiB|nats|tokens/s|%|times)\b", text
+        )
+
+
 def test_documents_are_short_and_name_no_variable_that_there_is_not():
     known = {f.name.upper() for kind in (Config, GenerateConfig) for f in option_fields(kind)}
     others = {"PROCESSES", "HOST", "PYTHONPATH", "RESULTS", "README", "LICENSE", "CHANGELOG"}
