@@ -70,9 +70,9 @@ from trainer.setup import Run, header, identity, plan_run, preview, set_up
 from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
-# starts the next (`python benchmarks/families.py --device cuda`: on an H200 a step of 2**42.8 took
-# 132 ms, while one of half as many operations in a CUDA graph took 17).
-LAUNCH_BOUND_OPERATIONS = 2**43
+# starts the next. On an H200 a step of 2**44.8 operations took 138 ms without a graph, in which the
+# GPU did 22% of what it can (`python benchmarks/families.py --device cuda`).
+LAUNCH_BOUND_OPERATIONS = 2**45
 
 
 def main() -> int:

@@ -123,6 +123,14 @@ SECTIONS = {
         ),
         plot="quality.svg",
     ),
+    "recipe": Section(
+        "The defaults of training",
+        "`python benchmarks/recipe.py`. Short runs from random weights on python-code, and on "
+        "python-docs from bases trained there, which ask one question each. Losses are nats per "
+        "byte at the end, and `old_loss` that on python-code. Where nothing else is said, a run "
+        "has the defaults of `training.py` and `DROPOUT=0`.",
+        by="question",
+    ),
     "step_time": Section(
         "Step time and memory by method",
         "`python benchmarks/step_time.py`. Rank 8 on every linear, the embeddings train, fused "
