@@ -164,7 +164,7 @@ def passes() -> Iterator[Task]:
                 yield on_docs(words | {"method": "full"}, DEFAULT, **common)
 
 
-QUESTIONS = {f.__name__: f for f in (optimizer, muon, batch, dropout, tuning, lora, passes)}
+QUESTIONS = {f.__name__: f for f in (optimizer, muon, tuning, lora, passes, dropout, batch)}
 
 
 def from_nothing(

@@ -415,8 +415,8 @@ def test_the_study_runs_goes_on_and_reports(tmp_path):
     alone = {"OMP_NUM_THREADS": "2"}  # in a process of its own, as above
     output = succeeded(start_benchmark(tmp_path, "quality.py", *quick, **alone))
     rows = rows_in(tmp_path, "quality")
-    names = ["base", "full", quality.IN_TIME, "rank 16", "rank 16, query and value"]
-    assert [row["method"] for row in rows] == [*names, *names[:4]]
+    names = ["base", "full", quality.IN_TIME, "rank 16", quality.NF4, "rank 16, query and value"]
+    assert [row["method"] for row in rows] == [*names, *names[:5]]
     assert all(row["loss"] > 0 for row in rows) and "none missing" in output
     folder = tmp_path / "study-quick"
     assert (folder / "report.md").read_text() + "\n" == output
