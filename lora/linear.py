@@ -15,8 +15,9 @@ the step, or M where it and the batch are small. With dropout it is what is left
 element for the mask.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,7 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
+        self.computes = True  # see `without_output`
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         # Float32 whatever the base's dtype: small updates would be lost in bfloat16.
@@ -157,6 +159,23 @@ class LoRALinear(nn.Module):
             f"bias={self.bias is not None}, rank={self.rank}, alpha={self.alpha}, "
             f"dropout={self.dropout}"
         )
+
+
+@contextlib.contextmanager
+def without_output(layer: nn.Module) -> Iterator[None]:
+    """A context in which a LoRALinear keeps what backward needs, and its outputs have no values.
+
+    A block that is computed again in backward needs no more of its last product. torch stops there
+    too, but only after the product.
+    """
+    if not isinstance(layer, LoRALinear):
+        yield
+        return
+    layer.computes = False
+    try:
+        yield
+    finally:
+        layer.computes = True
 
 
 class Made(NamedTuple):
@@ -292,11 +311,12 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear], source: Made | None = None
     if any(t.requires_grad for t in W + b):
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):
-        return _Merged.apply(x, first.scaling, bias, *W, *A, *B)
+        return _Merged.apply(x, first.scaling, bias, first.computes, *W, *A, *B)
     numbers, lowest, keep_rate = draw_numbers(rows_of(x), p, bits=8) if p > 0.0 else (None, 0, 1.0)
     if numbers is not None or torch.compiler.is_compiling():
         source = None
-    return _TwoPaths.apply(x, first.scaling / keep_rate, bias, numbers, lowest, source, *W, *A, *B)
+    scaling, more = first.scaling / keep_rate, (numbers, lowest, source, first.computes)
+    return _TwoPaths.apply(x, scaling, bias, *more, *W, *A, *B)
 
 
 def lies_below_adapter(layer: LoRALinear) -> bool:
@@ -359,15 +379,17 @@ class _Merged(torch.autograd.Function):
     """n LoRA linears on one input, outputs side by side; `parameters` are n W, n A and n B."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scaling: float, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, scaling: float, bias: Tensor | None, computes: bool, *parameters: Tensor
+    ) -> Tensor:
         W, A, B = _in_three(parameters)
-        M = _merge(W, A, B, scaling).to(x.dtype)
         ctx.scaling = scaling
         # A large one that was not cast is made again in backward, as memory is dear.
         small = max(w.numel() for w in W) <= SMALL_WEIGHT and x.numel() <= SMALL_BATCH * x.shape[-1]
         keeps_M = small or x.dtype != W[0].dtype
+        M = _merge(W, A, B, scaling).to(x.dtype) if computes or keeps_M else None
         ctx.save_for_backward(x, M if keeps_M else None, *parameters)
-        return F.linear(x, M, bias)
+        return F.linear(x, M, bias) if computes else x.new_empty(*x.shape[:-1], sum(map(len, W)))
 
     @staticmethod
     @differentiable_once
@@ -379,7 +401,7 @@ class _Merged(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (g @ (_merge(W, A, B, ctx.scaling) if M is None else M)).view(x.shape)
         dA, dB, _ = _adapter_gradients(rows_of(x), g, A, B, ctx.scaling)
-        return dx, None, None, *(None for _ in W), *dA, *dB
+        return dx, None, None, None, *(None for _ in W), *dA, *dB
 
 
 class _TwoPaths(torch.autograd.Function):
@@ -399,6 +421,7 @@ class _TwoPaths(torch.autograd.Function):
         numbers: Tensor | None,
         lowest: int,
         source: Made | None,
+        computes: bool,
         *parameters: Tensor,
     ) -> Tensor:
         W, A, B = _in_three(parameters)
@@ -413,6 +436,8 @@ class _TwoPaths(torch.autograd.Function):
         for part in _slices(rows, numbers):
             if numbers is not None:
                 mask_of(numbers[part], lowest, out=adapter_input[part]).mul_(rows[part])
+            if not computes:
+                continue
             h = scaled_product(scaling, adapter_input[part], down.t())  # (tokens, n * rank)
             # The adapters first: where B is zero they are the bias, and the base adds onto it as
             # F.linear does, to the bit.
@@ -449,7 +474,7 @@ class _TwoPaths(torch.autograd.Function):
                 for some, weight in base_slices(W if cast is None else [cast], x.dtype):
                     dx[part].addmm_(g[part, some], weight)
             dx = dx.view(ctx.shape)
-        return dx, None, None, None, None, None, *(None for _ in W), *dA, *dB
+        return dx, *(None for _ in range(6)), *(None for _ in W), *dA, *dB
 
 
 def _slices(rows: Tensor, numbers: Tensor | None) -> list[slice]:

@@ -4,8 +4,11 @@ A family is one file beside this one: its sizes, its blocks, its names, and how 
 folders hold it. `models/__init__.py` lists the families.
 """
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import add_lora, count_parameters
-from lora.linear import apply_linear, factors_of
+from lora.linear import apply_linear, factors_of, without_output
 from ops.attention import GPU_MASK_MAX_CONTEXT, MASK_MAX_CONTEXT, KeyValueCache, Lengths
 from ops.loss import fusing_pays, linear_cross_entropy, linear_losses
 from ops.products import product_dtype
@@ -190,10 +193,14 @@ class LanguageModel(nn.Module):
         elif segments is not None:
             mask = segments_mask(segments, product_dtype(x))
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            options = {"cache": cache, "mask": mask}
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, *shared, cache=cache, mask=mask, use_reentrant=False)
+                options |= {"use_reentrant": False}
+                if not torch.compiler.is_compiling():
+                    options["context_fn"] = functools.partial(self._recomputing, block)
+                x = checkpoint(block, x, *shared, **options)
             else:
-                x = block(x, *shared, cache=cache, mask=mask)
+                x = block(x, *shared, **options)
         x = self.final_norm(x)
         factors = factors_of(self.lm_head)
         if targets is not None and factors is not None and fusing_pays(self.vocab_size):
@@ -207,6 +214,12 @@ class LanguageModel(nn.Module):
         wide = logits.float().flatten(0, -2)
         loss = F.cross_entropy(wide, targets.flatten(), reduction=reduction)
         return logits, loss.view(targets.shape) if reduction == "none" else loss
+
+    def _recomputing(self, block: nn.Module) -> tuple[AbstractContextManager, ...]:
+        """The contexts in which `checkpoint` computes a block first and again."""
+        *_, last, _ = self.linears  # before the head
+        layers = [m for name, m in block.named_modules() if name.rpartition(".")[2] == last]
+        return contextlib.nullcontext(), without_output(layers[0])
 
     @torch.no_grad()
     def generate(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import DEVICES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora import LoRALinear, lora_layers, store_base
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -374,3 +376,48 @@ def test_a_model_with_dropout_compiles_as_one_graph(options):
     _, loss = torch.compile(model, backend="aot_eager", fullgraph=True)(idx, idx)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+class ProductsWith(TorchDispatchMode):
+    """Counts the matrix products that have any of these weights as a factor."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights, self.n = {weight.data_ptr() for weight in weights}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        factors = [t.data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)]
+        self.n += "mm" in function.__name__ and not self.weights.isdisjoint(factors)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [8, 1100])  # in two paths, and merged
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointing_computes_all_but_a_blocks_last_product_again(family, tokens):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model, first, last = make((256, 32, 1100, 2, 2), use_lora=True), "proj", "fc_out"
+    else:
+        model = Llama(
+            vocab_size=64, n_embd=32, block_size=1100, n_head=2, n_layer=2, n_kv_head=1,
+            head_dim=16, n_inner=64, max_positions=1100, device="cpu",
+        )  # fmt: skip
+        model.adapt(8, 16.0, 0.0, None, train_embeddings=False)
+        first, last = "o_proj", "down_proj"
+    layers = lora_layers(model)
+    idx = torch.randint(64, (1, tokens))
+    found = {}
+    for model.grad_checkpoint in (False, True):
+        for name in (first, last):
+            chosen = [layer for full, layer in layers.items() if full.endswith(name)]
+            model.zero_grad()
+            # A merged weight is a new tensor, but made of the adapter.
+            with ProductsWith([t for m in chosen for t in (m.weight, m.lora_B)]) as products:
+                model(idx, idx)[1].backward()
+            found[model.grad_checkpoint, name] = products.n
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        found[model.grad_checkpoint, "gradients"] = gradients
+    assert found[True, last] == found[False, last] > 0
+    assert found[True, first] > found[False, first]
+    for ours, plain in zip(found[True, "gradients"], found[False, "gradients"], strict=True):
+        assert torch.equal(ours, plain)
