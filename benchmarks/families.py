@@ -348,8 +348,6 @@ class Runner:
                 self.step()
             hardware.synchronize(self.device)
             return (clock() - started) / self.setting.steps
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
         return hardware.peak_memory(self.device)
 
     def close(self) -> None:
