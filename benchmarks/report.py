@@ -308,7 +308,11 @@ def draw_curves(found: Sequence[Found]) -> bytes:
             label = f"{rows[0]['run']}, on {rows[0]['data']}"
             panel.plot([s / seconds for s in x], y, label=label, markersize=4, **look(i))
         # The first losses, of random weights, would press what matters into a flat line.
-        late = [row["loss"] for row in place.rows if row["step"] > 0 or row["run"] != "base"]
+        late = [
+            row["loss"]
+            for row in place.rows
+            if row["step"] > 0 or row["run"] not in ("base", "old")
+        ]
         panel.set_ylim(min(late) - 0.05, max(late) + 0.05)
         panel.set(title=place.place, xlabel=unit)
     panels[0][1].set_ylabel("validation loss, nats per byte")
