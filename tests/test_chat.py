@@ -300,7 +300,7 @@ def test_added_tokens_of_the_template_are_the_assistants_alone(tmp_path):
 
 def test_a_mark_that_a_tokenizer_cannot_keep_a_text_is_refused(tmp_path):
     """One that makes one piece of neighbouring characters that it does not know."""
-    base = base_of(tmp_path, "unigram", Published("", None, "<qq>", ends=("<qq>",)))
+    base = base_of(tmp_path, "unigram", Published(GREET, None, "<qq>", ends=("<qq>",)))
     format = TemplateFormat(GREET, base.format.tokenizer, base.format.files)
     assert format.ask([says("user", "<q>")])
     with pytest.raises(ValueError, match="a special token's text in it cannot be kept a text"):
