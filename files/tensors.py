@@ -76,6 +76,7 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         warnings.catch_warnings(action="ignore"),  # torch's, of old kinds of tensors
     ):
         refuse_pointer(path)
+        os.fspath(path).encode()  # mapping files takes no other names
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -108,7 +109,7 @@ def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
         raise FileError(f"{path} cannot be read: {error.strerror or error}{hint}") from error
     except (FileError, MemoryError):
         raise
-    except UnicodeEncodeError as error:  # safetensors takes no other names
+    except UnicodeEncodeError as error:
         raise FileError(f"{path} cannot be read: its name is not UTF-8") from error
     except Exception as error:
         raise otherwise from error

@@ -5,6 +5,7 @@ import re
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +133,9 @@ def test_each_device_has_its_words_for_too_little_memory():
     for words in ("MPS backend out of memory (MPS allocated: 1 GiB)", "DefaultCPUAllocator: can't "
                   "allocate memory: you tried to allocate 8 bytes"):  # fmt: skip
         assert hardware.is_out_of_memory(RuntimeError(words))
+    with pytest.raises(ValueError) as error:
+        np.random.default_rng(0).integers(9, size=2**62)
+    assert hardware.is_out_of_memory(error.value)
     assert not hardware.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -262,3 +262,8 @@ def test_bad_combinations_get_one_clear_line(folder, case):
 def test_help_lists_the_variables(folder):
     assert "TOP_P" in succeeded(start_script(folder, "--help", script="generate.py"))
     assert "PROMPT=" in refused(start_script(folder, "hello", script="generate.py"))
+
+
+def test_no_tokens_are_written_where_none_are_asked_for(folder):
+    process = generate(folder, PROMPT="the ", MAX_NEW_TOKENS="0")
+    assert succeeded(process) == "the \n" and "0 tokens in " in process.stderr

@@ -235,7 +235,8 @@ def test_float64_beside_others_is_refused_and_alone_trains(base):
     change_weights(base, lambda t, i: t.to(torch.float64) if i % 2 else t)
     assert "has weights in float64 beside others" in refusals(base.parent)
     change_weights(base, lambda t, i: t.to(torch.float64))
-    succeeded(start_script(base.parent, **TUNING | {"USE_LORA": "False"}))
+    for use_lora in ("False", "True"):
+        succeeded(start_script(base.parent, **TUNING | {"USE_LORA": use_lora}))
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

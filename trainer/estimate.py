@@ -103,8 +103,10 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
                 if p is None:
                     continue
                 if id(p) not in made:
-                    frozen = frozen_dtype(plan, f"{module_name}.{name}".removeprefix("."))
-                    dtype = torch.float32 if p.requires_grad else frozen
+                    own = "weight" if name.startswith("lora_") else name  # what an adapter is on
+                    dtype = frozen_dtype(plan, f"{module_name}.{own}".removeprefix("."))
+                    if p.requires_grad:
+                        dtype = torch.promote_types(dtype, torch.float32)
                     fake = torch.empty(p.shape, dtype=dtype, device=plan.device)
                     made[id(p)] = nn.Parameter(fake, requires_grad=p.requires_grad)
                 module._parameters[name] = made[id(p)]
