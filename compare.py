@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from files import FileError
-from files.streams import exit_on_sigterm, reason_of, set_stdout, write_err, write_out
+from files.streams import exit_on_signals, reason_of, set_stdout, write_err, write_out
 from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
@@ -307,5 +307,5 @@ def fail(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
+    exit_on_signals()
     sys.exit(main(sys.argv[1:]))

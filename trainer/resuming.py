@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from files import FileError
+from files.streams import ending_signals
 from files.tensors import check_tensors, read_file, write_file
 from hardware import processes
 from trainer.console import TrainingError
@@ -23,13 +24,13 @@ VERSION = 2
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
 FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
-FIXED += (*SIZES, "columns", "text")
+FIXED += (*SIZES, "columns", "text", "loss_on_prompt")
 # And these say where and how it runs, not what it computes.
 FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
 
 
 class StopSignals:
-    """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once.
+    """Keeps Ctrl-C, SIGTERM and SIGHUP until the loop asks for them; a second one ends at once.
 
     Under torchrun a second one is ignored. torchrun hands on each signal that it gets, so one
     Ctrl-C comes twice. It also ends the other processes when one fails, which must not cut off
@@ -38,7 +39,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self.received = 0
-        kinds = (signal.SIGINT, signal.SIGTERM)
+        kinds = (signal.SIGINT, *ending_signals())
         self.former = {kind: signal.signal(kind, self._keep) for kind in kinds}
         return self
 

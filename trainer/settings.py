@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from files.streams import did_you_mean
+
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
@@ -95,10 +97,9 @@ class ColumnNames:
         for part in text.split(","):
             ours, colon, theirs = (word.strip() for word in part.partition(":"))
             if ours not in COLUMNS:
-                near = difflib.get_close_matches(ours.lower(), COLUMNS, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ConfigError(
-                    f"COLUMNS={text!r}: {ours!r} is no column of a layout{hint}; accepted, as in "
+                    f"COLUMNS={text!r}: {ours!r} is no column of a layout"
+                    f"{did_you_mean(ours, COLUMNS)}; accepted, as in "
                     f"prompt:frage,completion:antwort: {', '.join(COLUMNS)}"
                 )
             if colon and not theirs:
@@ -487,7 +488,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     if kind is bool:
         if text.lower() in TRUE_WORDS + FALSE_WORDS:
             return text.lower() in TRUE_WORDS
-        raise ConfigError(f"{name}={text!r} is neither True nor False")
+        raise ConfigError(f"{name}={text[:80]!r} is neither True nor False")
     if kind is WeightedAdapters and text:
         return WeightedAdapters.parse(text)
     if kind is ColumnNames and text:
@@ -495,7 +496,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     if kind in (str, WeightedAdapters, ColumnNames):
         choices = field.metadata["choices"]
         if choices and text.lower() not in choices:
-            raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
+            raise ConfigError(f"{name}={text[:80]!r} is not one of {', '.join(choices)}")
         if not text:
             raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
         if name in PATHS:

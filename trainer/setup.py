@@ -1,7 +1,6 @@
 """Setting up a run: what its variables mean for its base and adapters, and what it works with."""
 
 import dataclasses
-import difflib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 import hardware
 from data import Corpus, chat_format, open_corpus, preview_lines
+from files.streams import did_you_mean
 from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
@@ -27,6 +27,7 @@ from trainer.loading import (
     base_fingerprint,
     build_model,
     dtype_below,
+    metadata_of_asking,
     parts_of,
     put_on_adapters,
     read_adapters,
@@ -204,11 +205,8 @@ def set_up(plan: Plan) -> Run:
 def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -> Corpus:
     """The corpus of a run, in the tokens of its base; chats in the format that the adapters or the
     base were trained in, or as CHAT_TEMPLATE says."""
-    tokenizer, files, stated = None, {}, {}
-    if base is not None:
-        tokenizer, files, stated = base.tokenizer, base.files, base.metadata
-    if adapters:
-        stated = adapters[0][1].metadata
+    tokenizer, files = (None, {}) if base is None else (base.tokenizer, base.files)
+    stated = metadata_of_asking(base, adapters)
     return open_corpus(
         config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
         Path(config.output_folder), processes.local_main_process_first(),
@@ -246,7 +244,7 @@ def trains(config: Config) -> bool:
 def output_files(config: Config) -> OutputFiles:
     """The files that a run writes. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
-    writes = not (config.eval_only or config.estimate)
+    writes = not (config.eval_only or config.estimate or config.preview)
     if writes and processes.is_main_process():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -403,11 +401,9 @@ def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
     targets = [part.strip() for part in text.split(",")]
     for target in targets:
         if target not in linears:
-            near = difflib.get_close_matches(target.lower(), linears, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model{hint}; accepted: all, "
-                f"or some of {','.join(linears)}"
+                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model"
+                f"{did_you_mean(target, linears)}; accepted: all, or some of {','.join(linears)}"
             )
     return list(dict.fromkeys(targets))
 
