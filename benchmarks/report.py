@@ -494,7 +494,7 @@ def outcomes_table(found: Sequence[Found]) -> str:
     place, lora = row_of(found, "step_time", method="lora", **size)
     _, peft = row_of([place], "step_time", method="peft", dtype=lora["dtype"], **size)
     figures = f"{lora['step_to_full']:.2f}; PEFT {peft['step_to_full']:.2f}"
-    add(f"step of LoRA over full fine-tuning, 11M, {lora['dtype']}", figures, place)
+    add(f"time of a LoRA step, 11M, {lora['dtype']}; full fine-tuning's is 1", figures, place)
     corpus = {"corpus": "python-docs, 100 steps"}
     place, row = row_of(found, "quality", method="rank 32", **corpus)
     figures = f"{row['loss_above_full']:+.3f} +- {row['loss_above_full_sd']:.3f} nats per byte"
@@ -502,17 +502,17 @@ def outcomes_table(found: Sequence[Found]) -> str:
     place, row = row_of(found, "quality", method="rank 16, at weight 0.7", **corpus)
     _, full = row_of([place], "quality", method="full", **corpus)
     figures = f"{row['loss_forgotten']:.2f} nats per byte; full {full['loss_forgotten']:.2f}"
-    add("forgotten of the base's text by LoRA at weight 0.7", figures, place)
+    add("loss on the base's own text, risen by LoRA at weight 0.7 of the adapter", figures, place)
     shape = {"model": "Llama-3.2-1B", "batch": "1x512", "dtype": "bfloat16"}
     place, row = row_of(found, "families", method="ours-nf4", beside="peft-nf4", **shape)
     figures = f"{row['step_ratio']:.2f} of the step, {row['peak_ratio']:.2f} of the memory"
-    add("a 1B Llama on 4 bits, over PEFT with bitsandbytes", figures, place)
-    method = {"method": "ours, LoRA", "dtype": "float32"}
-    sizes = [r["size"] for p in found if p.benchmark == "loop_speed" for r in p.rows]
-    default = next(size for size in sizes if size.startswith("3.3M"))
-    place, row = row_of(found, "loop_speed", size=default, **method)
-    figures = f"{results.cell(row, 'speed_to_plain')} times the tokens per second"
-    add("the whole loop over a plain one of nanoGPT's kind, float32", figures, place)
+    add("a 1B Llama in 4 bits on a CPU; PEFT with bitsandbytes is 1", figures, place)
+    place, row = row_of(found, "whole_runs", method="ours, full")
+    _, plain = row_of([place], "whole_runs", method="plain trainer", size=row["size"])
+    figures = (
+        f"{row['time_to_plain']:.2f} of its time; loss {row['loss']:.3f}, its {plain['loss']:.3f}"
+    )
+    add("a new model of 0.8M, beside a plain trainer of nanoGPT's kind", figures, place)
     return results.table(rows)
 
 

@@ -145,7 +145,7 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
     columns = W.shape[1]
     scales = _table(_scale_levels, W.device)[W.scales.int()]
     scales = scales * W.reaches.repeat_interleave(GROUP)[: len(scales)] + W.mean
-    kernel = _kernel() if W.device.type == "cuda" else None
+    kernel = _kernel() if has_kernel(W.device) else None
     pairs = _table(_pairs, W.device)
     together = BLOCKS_ON_CPU if W.device.type == "cpu" else BLOCKS_ON_GPU
     whole = BLOCK // math.gcd(BLOCK, columns)  # so many rows end with a block
@@ -167,6 +167,11 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
             found = pairs.expand(len(codes), -1).gather(1, codes.long())
             torch.mul(found.view(torch.float32), scale, out=part)
         yield values.view(-1)[: n * columns].view(n, columns)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether bitsandbytes' kernel for this device is the faster way, where it is installed."""
+    return device.type == "cuda"
 
 
 @functools.cache

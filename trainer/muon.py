@@ -42,9 +42,10 @@ class Muon(torch.optim.Optimizer):
         betas: AdamW's.
         dtype: of the products that make a matrix orthogonal; float32 or bfloat16.
 
-    torch.optim.Muon does the same matrix by matrix in bfloat16. Matrices of one shape in one batch
-    take less time, and on a CPU that has to emulate bfloat16 so does float32
-    (`python benchmarks/cpu_operations.py`). Here sharded matrices are made orthogonal as a whole.
+    torch.optim.Muon, in torch from 2.9 on, does the same matrix by matrix in bfloat16, and takes
+    about as long on a CPU that multiplies it (`python benchmarks/cpu_operations.py`). Here sharded
+    matrices are made orthogonal as a whole, a CPU that would have to emulate bfloat16 has float32,
+    and a GPU has few kernels to start, as matrices of one shape are one batch.
     """
 
     def __init__(

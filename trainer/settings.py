@@ -212,7 +212,9 @@ class Config(Settings):
     """The settings of one run of training.py."""
 
     # What to train
-    use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
+    use_lora: bool = option(
+        False, "train LoRA adapters, and embeddings where tokens are bytes; freeze the rest"
+    )
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(
         16.0,
