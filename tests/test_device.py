@@ -248,7 +248,7 @@ def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
 
     assert waits()
     assert not waits("cpu") and not waits("mps")
-    assert not waits(parameters=10**9) and waits(parameters=10**9, BATCH_SIZE="2")
+    assert not waits(parameters=10**10) and waits(parameters=10**10, BATCH_SIZE="2")
     assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
     monkeypatch.setattr("hardware.processes.world_size", lambda: 2)
     assert not waits()
