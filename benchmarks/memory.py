@@ -5,8 +5,9 @@
 
 Each row is a run of training.py of three steps and an evaluation, in a process of its own: models
 trained from random weights, full or with LoRA, and published shapes with random weights and LoRA.
-`announced` is the log's line before the first weight is read; `peak` is the process's largest
-resident set, or on CUDA the most that torch reserved.
+`announced` is the log's line before the first weight is read. Its parts stand before it: weights,
+the optimizer, what a step holds at its largest moment, gaps between tensors, and the program.
+`peak` is the process's largest resident set, or on CUDA the most that torch reserved.
 """
 
 import argparse
@@ -39,7 +40,7 @@ METHODS = {
     "lora-nf4": {"USE_LORA": "True", "BASE_DTYPE": "nf4"},
 }
 RUN = {"MAX_STEPS": "3", "EVAL_INTERVAL": "3", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0"}
-FIGURES = (r"^Memory: about ([\d,]+) MiB", r"^Peak memory: ([\d,]+) MiB")
+FIGURES = (r"^Memory: about ([\d,]+) MiB \((.*?)\)", r"^Peak memory: ([\d,]+) MiB")
 
 
 def write_base(folder: Path, model: str) -> None:
@@ -52,8 +53,8 @@ def write_base(folder: Path, model: str) -> None:
     words.save(str(folder / "tokenizer.json"))
 
 
-def measured(folder: Path, variables: dict[str, str]) -> tuple[int, int]:
-    """What the log of a run announces and what its peak was, in MiB."""
+def measured(folder: Path, variables: dict[str, str]) -> results.Row:
+    """What the log of a run announces, in its parts, and what its peak was, in MiB."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "training.py")],
         env=os.environ | RUN | variables,
@@ -63,9 +64,18 @@ def measured(folder: Path, variables: dict[str, str]) -> tuple[int, int]:
     )
     if run.returncode != 0:
         sys.exit(f"training.py failed: {run.stderr.strip()}")
-    found = [re.search(pattern, run.stdout, re.MULTILINE) for pattern in FIGURES]
-    announced, peak = (int(match[1].replace(",", "")) for match in found)
-    return announced, peak
+    announced, peak = (re.search(pattern, run.stdout, re.MULTILINE) for pattern in FIGURES)
+    row = {}
+    for part in announced[2].split(", "):
+        name, size = part.replace(" ", "_").rsplit("_", 1)
+        row[f"{name}_mib"] = whole(size)
+    row |= {"announced_mib": whole(announced[1]), "peak_mib": whole(peak[1])}
+    return row | {"announced_ratio": row["announced_mib"] / row["peak_mib"]}
+
+
+def whole(text: str) -> int:
+    """The number of a text such as 1,234."""
+    return int(text.replace(",", ""))
 
 
 def rows(args: argparse.Namespace) -> Iterator[results.Row]:
@@ -89,10 +99,8 @@ def rows(args: argparse.Namespace) -> Iterator[results.Row]:
                         more = {"BATCH_SIZE": str(batch), "BLOCK_SIZE": str(block), "DTYPE": dtype}
                         out = {"OUT_DIR": f"out-{model}-{method}"}
                         found = measured(folder, variables | METHODS[method] | more | out)
-                        announced, peak = found
                         row = {"model": model, "method": method, "dtype": dtype}
-                        row |= {"batch": f"{batch}x{block}", "announced_mib": announced}
-                        yield row | {"peak_mib": peak, "announced_ratio": announced / peak}
+                        yield row | {"batch": f"{batch}x{block}"} | found
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,9 +26,13 @@ from ops.products import (
 )
 from ops.shapes import may_depend_on_values
 
-# Logits that exist at one time: 120 MiB in float32, and half as much beside it in bfloat16. With
-# half of them a vocabulary of 151,936 takes longer than the plain form.
-LOGITS = 30 * 2**20
+# Logits that exist at one time: 112 MiB in float32. With half of them a vocabulary of 151,936 takes
+# longer than the plain form.
+LOGITS = 28 * 2**20
+
+# The logits of which a CPU computes the loss at a time, in float32: the next operation finds them
+# in the cache.
+IN_CACHE = 2**20
 
 # Up to this vocabulary the plain form, logits and then their loss, is as fast or faster. `python
 # benchmarks/cpu_operations.py --sections loss` compares values of both constants.
@@ -87,7 +91,7 @@ def linear_losses(
     """
     rows, counted = _counted(targets), targets[:, None] >= 0
     x, known = _taken(x, rows), _taken(targets, rows).clamp(min=0)[:, None]
-    found = [losses for *_, losses in _chunks(x, known, W, A, B, scaling)]
+    found = [losses for *_, losses in _chunks(x, known, None, W, A, B, scaling)]
     losses = torch.cat(found) if found else x.new_zeros(0, 1)
     if rows is not None:
         losses = losses.new_zeros(counted.shape).index_copy_(0, rows, losses)
@@ -118,13 +122,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
         known = targets.clamp(min=0)
-        for part, logits, exponentials, total, losses in _chunks(x, known, W, A, B, scaling):
-            count = counts[part]
-            loss += (losses * count).sum()
+        weights = counts if any(needed) else None
+        for part, g, losses in _chunks(x, known, weights, W, A, B, scaling):
+            loss += (losses * counts[part]).sum()
             if not any(needed):
                 continue
-            exponentials.mul_(count / total).scatter_add_(-1, known[part], -count)
-            g, inputs = logits.copy_(exponentials), x[part].to(dtype)
+            inputs = x[part].to(dtype)
             for outputs, weight in _slices(W, dtype):
                 if dx is not None:
                     _add_product(dx[part], g[:, outputs], weight)
@@ -175,19 +178,25 @@ def _taken(t: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _chunks(
-    x: Tensor, targets: Tensor, W: Tensor, A: Tensor | None, B: Tensor | None, scaling: float
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Some tokens at a time: which; their logits, (tokens, vocab_size); the exponentials of these
-    less the largest, in float32 or above; the sums of those and the losses, (tokens, 1).
+    x: Tensor,
+    targets: Tensor,
+    counts: Tensor | None,
+    W: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some tokens at a time: which, the gradient of the sum of their losses times `counts` to their
+    logits, (tokens, vocab_size), and the losses, (tokens, 1), in float32 or above.
 
-    Logits that are in float32 or above are the same tensor as the exponentials. Both may be written
-    over: all chunks are computed in the same memory. `targets` are (tokens, 1) and not negative.
+    All gradients lie in the same memory, that of the logits. Without `counts` it holds something
+    else. `targets` are (tokens, 1) and not negative, `counts` (tokens, 1).
     """
     tokens, vocabulary, dtype = len(x), len(W), product_dtype(x)
     most = max(1, LOGITS // vocabulary)
     size = -(-tokens // max(1, -(-tokens // most)))  # chunks of about equal sizes, of at most that
     logits = x.new_empty(size, vocabulary, dtype=dtype)
-    wide = logits if logits.itemsize >= 4 else torch.empty_like(logits, dtype=torch.float32)
+    together = size if x.is_cuda else max(1, IN_CACHE // vocabulary)
     down, up = (None, None) if A is None else (A.to(dtype), B.to(dtype))
     for start in range(0, tokens, max(1, size)):
         part = slice(start, min(start + size, tokens))
@@ -197,11 +206,19 @@ def _chunks(
             torch.mm(inputs, weight.t(), out=found[:, outputs])
         if down is not None:
             found.addmm_(scaled_product(scaling, inputs, down.t()), up.t())
-        exponentials = found if wide is logits else wide[: len(inputs)].copy_(found)
-        exponentials.sub_(exponentials.amax(-1, keepdim=True))
-        of_target = exponentials.gather(-1, targets[part])
-        total = exponentials.exp_().sum(-1, keepdim=True)
-        yield part, found, exponentials, total, total.log() - of_target
+        losses = []
+        for i in range(0, len(found), together):
+            rows = slice(start + i, min(start + i + together, part.stop))
+            some = found[i : i + together]
+            wide = some.to(torch.promote_types(dtype, torch.float32))
+            wide.sub_(wide.amax(-1, keepdim=True))
+            of_target = wide.gather(-1, targets[rows])
+            total = wide.exp_().sum(-1, keepdim=True)
+            losses.append(total.log() - of_target)
+            if counts is not None:
+                wide.mul_(counts[rows] / total).scatter_add_(-1, targets[rows], -counts[rows])
+                some.copy_(wide)
+        yield part, found, torch.cat(losses)
 
 
 def _slices(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -37,6 +37,8 @@ MIB = 2**20
 # benchmarks/memory.py` sets it.
 FIRST_USE = 30 * MIB
 
+STEP = ("gradients", "activations", "loss")  # what a step holds
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -46,7 +48,8 @@ class Memory:
         base: weights that are frozen.
         trained: weights that train.
         optimizer: its state.
-        step: gradients, activations and loss, at the largest moment of a step.
+        gradients, activations, loss: what a step holds at its largest moment; activations with
+            their own gradients, and of the loss what it computes with and keeps.
         gaps: beside the tensors, what products need, and the room between tensors.
         program: what the process has before.
     """
@@ -54,7 +57,9 @@ class Memory:
     base: int
     trained: int
     optimizer: int
-    step: int
+    gradients: int
+    activations: int
+    loss: int
     gaps: int
     program: int
 
@@ -76,12 +81,12 @@ def estimate(plan: Plan) -> Memory:
     )
     base = of_all_blocks([sum(frozen_bytes(model, plan.config).values()) for model in models])
     steps = [held_in_step(plan, model) for model in models]
-    step = of_all_blocks([held.most for held in steps])
+    parts = [of_all_blocks([held.at_most[part] for held in steps]) for part in STEP]
     # Freed tensors leave room that is too small for the next, or not in one piece: about as much as
     # one block holds at a time, in tensors that the C library takes from its heap.
     gaps = FIRST_USE + steps[0].most_in_heap if plan.device.type == "cpu" else 0
     optimizer = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
-    return Memory(base, trained, optimizer, step, gaps, program_bytes(plan.device))
+    return Memory(base, trained, optimizer, *parts, gaps, program_bytes(plan.device))
 
 
 def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
@@ -165,47 +170,74 @@ def held_in_step(plan: Plan, model: LanguageModel) -> "_Held":
     """What a step of the model holds beside the weights, at the largest moment."""
     shape = (plan.batch_size, plan.config.block_size)
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
-        if plan.config.grad_accum_steps > 1:  # then gradients are there before the batch is
-            for p in model.parameters():
-                p.grad = torch.empty_like(p) if p.requires_grad else None
+        model.final_norm.register_forward_hook(lambda *_: held.begin("loss"))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: held.move(p.grad, "gradients"))
+                if plan.config.grad_accum_steps > 1:  # gradients are there before the batch is
+                    p.grad = torch.empty_like(p)
+                    held.move(p.grad, "gradients")
         batch = [torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2)]
         kind, enabled = plan.device.type, plan.dtype != torch.float32
         with torch.autocast(kind, plan.dtype, enabled=enabled):
             loss = model(*batch)[1]
+        held.begin("activations")
         loss.backward()
     return held
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make: those held now, and the most so far,
-    of all and of those that the C library takes from its heap."""
+    """Counts the bytes of the tensors that operations make, by the part of a step that they are of.
+
+    `at_most` is what each part held when all of them held the most, and `most_in_heap` the most
+    that tensors held which the C library takes from its heap.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = self.now_in_heap = self.most_in_heap = 0
-        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.part = "activations"  # of tensors that are made
+        self.now, self.at_most = dict.fromkeys(STEP, 0), dict.fromkeys(STEP, 0)
+        self.in_heap = self.most_in_heap = 0
+        self.part_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of storages
+
+    def begin(self, part: str) -> None:
+        """Count what is made from now on for `part`."""
+        self.part = part
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor that was made here for `part`."""
+        held = self.part_of.get(tensor.untyped_storage())
+        if held is not None:
+            size = tensor.untyped_storage().nbytes()
+            self.now[held[0]] -= size
+            self.now[part] += size
+            held[0] = part
 
     def __torch_dispatch__(
         self, function: Any, types: Iterable, arguments: tuple = (), options: dict | None = None
     ) -> Any:
         for tensor in tree_leaves((arguments, options)):
             if isinstance(tensor, Tensor):  # it is there already
-                self.known.setdefault(tensor.untyped_storage(), 0)
+                self.part_of.setdefault(tensor.untyped_storage(), None)
         made = function(*arguments, **(options or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
-                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
-                self.known[storage] = size
-                weakref.finalize(storage, self._add, -size)
-                self._add(size)
-                self.most = max(self.most, self.now)
-                self.most_in_heap = max(self.most_in_heap, self.now_in_heap)
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.part_of:
+                self._hold(tensor.untyped_storage())
         return made
 
-    def _add(self, size: int) -> None:
-        self.now += size
-        if abs(size) < LARGEST_IN_HEAP:
-            self.now_in_heap += size
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        size, held = storage.nbytes(), [self.part]
+        self.part_of[storage] = held
+        self.now[self.part] += size
+        self.in_heap += size if size < LARGEST_IN_HEAP else 0
+        weakref.finalize(storage, self._release, size, held)
+        if sum(self.now.values()) > sum(self.at_most.values()):
+            self.at_most = dict(self.now)
+        self.most_in_heap = max(self.most_in_heap, self.in_heap)
+
+    def _release(self, size: int, held: list[str]) -> None:
+        self.now[held[0]] -= size
+        self.in_heap -= size if size < LARGEST_IN_HEAP else 0
 
 
 # ---- what there is
@@ -257,10 +289,10 @@ def memory_lines(plan: Plan) -> list[str]:
     """What a run that trains needs and what is free; where that is too little, what would help."""
     needed, n = estimate(plan), processes.local_world_size()
     free = free_bytes(plan.device) + needed.program
-    parts = {"base": needed.base, "trained weights": needed.trained, "optimizer": needed.optimizer}
-    parts |= {"gradients and activations": needed.step, "gaps": needed.gaps}
-    parts |= {"program": needed.program}
-    listed = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
+    words = {"trained": "trained weights"}
+    listed = ", ".join(
+        f"{words.get(part, part)} {size / MIB:,.0f}" for part, size in vars(needed).items()
+    )
     each = f" for each of {n} processes" if n > 1 else ""
     available = "" if math.isinf(free) else f"; {free / MIB:,.0f} free"
     lines = [f"Memory: about {needed.total / MIB:,.0f} MiB{each} ({listed}){available}"]
