@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -164,6 +165,8 @@ def test_families_compares_steps_and_memory_with_pefts(tmp_path):
     assert f"{kept[0]['step_ratio']:.2f}" == ratio and f"{kept[0]['peak_mib']:.0f}" == our_peak
     options = ("--no-processes", "--methods", ",".join(methods), "--grad-checkpoint", "off,on")
     rows = re.findall(row, succeeded(start(*few, *options, "--dtypes", "float32")), re.M)
+    if importlib.util.find_spec("bitsandbytes") is None:  # which the script says, and goes on
+        methods.remove("peft-nf4")
     assert [(cells[1], cells[2]) for cells in rows] == [
         (word, method) for word in ("off", "on") for method in methods
     ]
