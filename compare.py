@@ -17,10 +17,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from files import FileError
-from files.streams import exit_on_sigterm, reason_of, set_stdout, write_err, write_out
+from files.streams import exit_on_signals, reason_of, set_stdout, write_err, write_out
 from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
@@ -191,45 +191,71 @@ def plot(runs: list[RunLog], path: Path) -> int:
     Raises LogError, and writes nothing, without matplotlib or without an evaluation, and FileError
     when the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # which needs no display
-    except ImportError as error:
-        raise LogError("--plot needs matplotlib: pip install matplotlib") from error
     runs = [run for run in runs if run.evaluations]
     if not runs:
         raise LogError(f"--plot {path}: there is no evaluation to draw yet")
     names = [label(run) for run in runs]
     columns = 2 if len(runs) > 2 and max(map(len, names)) < 50 else 1
     height = 3.5 + 0.22 * math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = new_figure(9, height)
     panels = figure.subplots(1, 2, sharey=True)
     bottom, top, beyond = limits(runs)
     axes = (("step", "optimizer steps"), ("elapsed", "training time (s)"))
     for panel, (key, words) in zip(panels, axes, strict=True):
         right = 1.0
         for i, run in enumerate(runs):
-            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             x = [getattr(e, key) for e in run.evaluations]
             loss = [e.val_loss for e in run.evaluations]
             low = [e.val_loss - e.val_error for e in run.evaluations]
             high = [e.val_loss + e.val_error for e in run.evaluations]
-            panel.plot(x, loss, markersize=4, markevery=math.ceil(len(x) / 15), **look)
-            panel.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
+            panel.plot(x, loss, markersize=4, markevery=math.ceil(len(x) / 15), **look(i))
+            panel.fill_between(x, low, high, color=look(i)["color"], alpha=0.25, linewidth=0)
             right = max([right, *(position for position in x if math.isfinite(position))])
         panel.set(xlabel=words, xlim=(-0.02 * right, 1.02 * right), ylim=(bottom, top))
-        panel.grid(color="0.9", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        dress(panel)
         style = {"ha": "right", "va": "top", "fontsize": "small", "color": "0.4"}
         panel.text(0.98, 0.98, beyond, transform=panel.transAxes, **style)
     panels[0].set_ylabel("validation loss (nats per token)\nband: standard error")
     figure.suptitle(heading(runs), fontsize="medium")
     place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     figure.legend(panels[0].lines, names, **place)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower(), dpi=200)
+    content = picture(figure, path.suffix[1:].lower())
     with replacing(path) as file:
-        file.write(content.getvalue())
-    return len(content.getvalue())
+        file.write(content)
+    return len(content)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, in the look of this project's plots: white under all of
+    it, so that it reads on a dark page too. Raises LogError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # which needs no display
+    except ImportError as error:
+        raise LogError("--plot needs matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def look(i: int) -> dict[str, str]:
+    """The colour and the marker of the line number `i`."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def dress(panel: Any) -> None:
+    """The look of a panel: a light grid, and no frame."""
+    panel.grid(color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def picture(figure: Any, form: str) -> bytes:
+    """The figure as a png, pdf or svg; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    content = io.BytesIO()
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with rc_context({"svg.hashsalt": "lora"}):
+        figure.savefig(content, format=form, dpi=200, metadata=dates.get(form))
+    return content.getvalue()
 
 
 def label(run: RunLog) -> str:
@@ -281,5 +307,5 @@ def fail(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
+    exit_on_signals()
     sys.exit(main(sys.argv[1:]))

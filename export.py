@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import os
 
-from data import TEMPLATE_FILE, chat_format, continues_text, template_in, text_format
+from data import TEMPLATE_FILE, chat_format, continues_text, ends_of, template_in, text_format
 from files import OtherKind
 from lora import read_adapter, write_peft
 from models.huggingface import adapter_to_folder, family_of_adapter, read_base, write_model
@@ -48,9 +48,7 @@ def work(arguments: list[str]) -> None:
             format = chat_format(tokenizer, files, metadata)
         template = format.as_template()
         others = {} if template == template_in(files) else template_file(template)
-        ends = format.ends
-        if tokenizer is None and continues_text(files, metadata):
-            ends = []  # of bytes that are text, none is an end
+        ends = ends_of(format, files, metadata)
         size = write_model(folder, checkpoint, ends, others)
         what = f"a model of the family {checkpoint.family.name}"
     else:

@@ -35,6 +35,7 @@ from data import (
     chat_format,
     continues_text,
     decode,
+    ends_of,
     stream_decoder,
     text_format,
     vocabulary_size,
@@ -50,6 +51,7 @@ from trainer.loading import (
     base_fingerprint,
     build_model,
     describe_adapters,
+    metadata_of_asking,
     parts_of,
     put_on_adapters,
     read_adapters,
@@ -147,7 +149,7 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
     model = build_model(
         base.family, base.sizes, base, device, lora=lora, base_dtype=config.base_dtype
     )
-    lines, metadata = [f"Base: {base.path}"], base.metadata
+    lines = [f"Base: {base.path}"]
     if adapters:
         rank, any_base = config.lora_rank, config.any_base
         base_id = base_fingerprint(base, model)
@@ -159,7 +161,7 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
             merge_adapter(model)  # not in lower precision, which would round the sum
     for line in lines:
         write_err(line)
-    metadata = metadata or base.metadata  # of PEFT's adapters there is none
+    metadata = metadata_of_asking(base, adapters)
     answers = not config.raw_prompt
     if config.chat_template is None and continues_text(base.files, metadata):
         answers = False
@@ -171,8 +173,7 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
     format = text_format(base.tokenizer, base.files)
     if answers:
         format = chat_format(base.tokenizer, base.files, metadata, config.chat_template)
-    # A model of bytes that was trained on text has no end.
-    ends = format.ends if base.tokenizer is not None or "prompt_format" in metadata else []
+    ends = ends_of(format, base.files, metadata)
     return Writer(config, model.eval(), base, format, answers, ends, device)
 
 
@@ -194,7 +195,7 @@ def write_text(writer: Writer) -> None:
         )
     started = time.perf_counter()
     written = writer.write(prompt, config.max_new_tokens)
-    n_written = len(written) - (written[-1:] and written[-1] in writer.ends)
+    n_written = len(written) - any(token in writer.ends for token in written[-1:])
     write_err(f"{n_written} tokens in {time.perf_counter() - started:.2f} s")
 
 

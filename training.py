@@ -49,6 +49,7 @@ from trainer.description import describe, describe_costs, describe_outcome, desc
 from trainer.evaluation import (
     check_finite,
     evaluate_all,
+    evaluate_weights,
     evaluation_at,
     shows_progress,
     tokens_per_second,
@@ -69,9 +70,9 @@ from trainer.setup import Run, header, identity, plan_run, preview, set_up
 from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
-# starts the next (`python benchmarks/families.py --device cuda`: on an H200 a step of 2**42.8 took
-# 132 ms, while one of half as many operations in a CUDA graph took 17).
-LAUNCH_BOUND_OPERATIONS = 2**43
+# starts the next. On an H200 a step of 2**44.8 operations took 138 ms without a graph, in which the
+# GPU did 22% of what it can (`python benchmarks/families.py --device cuda`).
+LAUNCH_BOUND_OPERATIONS = 2**45
 
 
 def main() -> int:
@@ -91,8 +92,10 @@ def work() -> None:
     if config.estimate:
         return
     run = set_up(plan)
-    say(*describe(run))
-    if run.config.eval_only:
+    say(*describe(plan, run))
+    if run.old is not None:
+        print_weights(run)
+    elif run.config.eval_only:
         print_evaluation(run)
     elif run.config.merge:
         write_merged(run)
@@ -106,7 +109,7 @@ def train(run: Run) -> None:
     """Train: steps, evaluations, files, and the closing summary."""
     config, n_processes = run.config, processes.world_size()
     hardware.allow_tf32(run.device)
-    optimizer = make_optimizer(config, run.model)
+    optimizer = make_optimizer(config, run.model, run.dtype)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = make_scaler(run.device, run.dtype)
     progress, lines = resume(run, optimizer, scaler) if config.resume else (Progress(), [])
@@ -353,6 +356,16 @@ def print_sample(run: Run) -> None:
     text = decode(tokens, run.tokenizer)
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     say(f"{SAMPLE}{length} tokens, temperature 0.8, top_k 50):", *indent(text.split("\n")))
+
+
+def print_weights(run: Run) -> None:
+    """Print the losses on DATA and on OLD_DATA at several weights of the adapters."""
+    old, _ = run.old
+    say(
+        "Validation loss, nats per token:", f"   weight   {run.corpus.name}   {old.name} (OLD_DATA)"
+    )
+    for weight, *losses in evaluate_weights(run):
+        say(f"   {weight:<6.2f}" + "".join(f"   {loss:.4f} +- {e:.4f}" for loss, e in losses))
 
 
 def print_evaluation(run: Run) -> None:

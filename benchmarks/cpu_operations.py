@@ -18,12 +18,15 @@ All figures are milliseconds, forward and backward, medians of 30. The sections 
                    of one: PLAIN_VOCABULARY, LOGITS
     segments       attention in packed blocks of 2048 tokens in all, with a mask and by segments:
                    MASK_MAX_CONTEXT
+    muon           a step of Muon for the blocks of the project's own models, in float32 (and with
+                   the iteration on the matrices themselves, WIDE) and bfloat16, and torch's
 
-The names in capitals are constants of lora/linear.py, ops/loss.py and ops/attention.py, which the
-sections set.
+The names in capitals are constants of lora/linear.py, ops/loss.py, ops/attention.py and
+trainer/muon.py, which the sections set.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -38,6 +41,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hardware
+import trainer.muon
 from benchmarks import results
 from benchmarks.measure import at_least_one, interleaved, names_of
 from lora import LoRALinear, grouped_linear
@@ -47,6 +51,7 @@ from models.language_model import segments_lengths, segments_mask
 from ops import loss as ops_loss
 from ops.attention import causal_attention, plain_attention
 from ops.dropout import dropout
+from trainer.muon import Muon
 
 WARMUP = 3
 
@@ -316,6 +321,32 @@ def segments(repeats: int) -> Iterator[results.Row]:
                     yield from compare(section, case, forms, repeats)
 
 
+def muon(repeats: int) -> Iterator[results.Row]:
+    print(section := "muon")
+    for width, blocks in ((128, 4), (256, 4), (384, 6)):
+        shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+        matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes * blocks]
+        for p in matrices:
+            p.grad = torch.randn_like(p)
+        groups = [{"params": matrices, "orthogonal": True}]
+
+        def narrow(step: Callable[[], object]) -> Callable[[], object]:
+            def run() -> None:
+                with patch.object(trainer.muon, "WIDE", math.inf):
+                    step()
+
+            return run
+
+        forms = {
+            "float32": Muon(groups).step,
+            "float32, on the matrices": narrow(Muon(groups).step),
+            "bfloat16": Muon(groups, dtype=torch.bfloat16).step,
+        }
+        if hasattr(torch.optim, "Muon"):
+            forms["torch's"] = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw").step
+        yield from compare(section, f"{blocks} blocks of width {width}", forms, repeats)
+
+
 SECTIONS = {
     "operations": operations,
     "parts": parts,
@@ -324,6 +355,7 @@ SECTIONS = {
     "kept weights": kept_weights,
     "loss": loss,
     "segments": segments,
+    "muon": muon,
 }
 
 

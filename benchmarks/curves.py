@@ -33,10 +33,16 @@ RUNS = {
     "LoRA": "DATA=python-docs USE_LORA=True python training.py",
     "full": "BASE_CHECKPOINT=out/full.pt DATA=python-docs OUT_DIR=out-tuned python training.py",
 }
+# What `python training.py` was before it had Muon, beside the runs of the README.
+OLD = {
+    "old": "OPTIMIZER=adamw SCHEDULE=cosine LEARNING_RATE=0.003 DROPOUT=0.2 MAX_STEPS=1000 "
+    "OUT_DIR=out-old python training.py"
+}
 METRICS = {
     "base": "out/full-metrics.jsonl",
     "LoRA": "out/lora-metrics.jsonl",
     "full": "out-tuned/full-metrics.jsonl",
+    "old": "out-old/full-metrics.jsonl",
 }
 
 
@@ -44,7 +50,7 @@ def lines_of(run: str, folder: Path, common: dict[str, str]) -> list[dict[str, A
     """Start a run in `folder`; the lines of its metrics.jsonl. Exits where the run fails."""
     ours = {field.name.upper() for field in option_fields(Config)}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    own = variables_of(RUNS[run].removesuffix("python training.py"))
+    own = variables_of((RUNS | OLD)[run].removesuffix("python training.py"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "training.py")],
         env=environment | {"SAMPLE_TOKENS": "0"} | common | own,
@@ -84,8 +90,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--runs", type=names_of(list(RUNS)), default=list(RUNS), metavar="NAMES",
-        help="some of base, LoRA and full; without base the others have none",
+        "--runs", type=names_of([*RUNS, *OLD]), default=list(RUNS), metavar="NAMES",
+        help="of base, LoRA and full, which need the base, and old, the former recipe of the base "
+        "(default: those three)",
     )  # fmt: skip
     parser.add_argument(
         "--common", type=variables_of, default={}, help="variables of all runs, as in 'A=1 B=2'"

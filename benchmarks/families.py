@@ -222,7 +222,9 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
         store_base(model, dtype, tokens.numel())
     del base
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # as transformers shifts labels
-    optimizer = make_optimizer(Config(lora_plus_ratio=1.0), model.train())
+    optimizer = make_optimizer(
+        Config(optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0), model.train(), dtype
+    )
     operations = 6 * model.get_parameter_info()["total"] * tokens.numel()
     launch_bound = device.type == "cuda" and operations <= LAUNCH_BOUND_OPERATIONS
     launch_bound = launch_bound and not setting.grad_checkpoint
@@ -346,8 +348,6 @@ class Runner:
                 self.step()
             hardware.synchronize(self.device)
             return (clock() - started) / self.setting.steps
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
         return hardware.peak_memory(self.device)
 
     def close(self) -> None:
@@ -492,6 +492,7 @@ def rows(setting: Setting, found: Found, most: float) -> Iterator[tuple[str, res
         row = {"model": setting.model, "batch": f"{setting.batch}x{setting.block}"}
         row |= {"dtype": setting.dtype, "clock": setting.clock, "grad_checkpoint": checkpoint}
         row |= {"compile": "on" if setting.compile else "off", "method": method}
+        row["beside"] = list(found)[-1]
         cells = [f"{row['batch']:7}", f"{setting.dtype:8}", f"{checkpoint:10}", f"{method:8}"]
         if not times:
             yield "  ".join([*cells, "out of memory"]), row | {"step": "out of memory"}

@@ -2,12 +2,13 @@
 
     python benchmarks/loop_speed.py
     python benchmarks/loop_speed.py --sizes nano,3.3M --rounds 9 --no-memory
-    python benchmarks/loop_speed.py --to-the-end nano      # loss and seconds of one whole run each
+    python benchmarks/loop_speed.py --to-the-end nano --steps 500   # loss and seconds of each
 
 The plain trainer, below, is what one would write or use otherwise, of nanoGPT's kind: float32, a
 GPT of torch's own modules, its attention, dropout and AdamW as torch chooses them on a CPU. As
 nanoGPT does, it evaluates as many batches of the training data as of the validation data. Ours is
-`training.train`, set up from environment variables as a user's run is. Both train on python-code.
+`training.train`, set up from environment variables as a user's run is. Both train on python-code,
+with the same optimizer and schedule; --to-the-end gives ours the defaults of training.py instead.
 
 Each row has a process of its own, for a run of ours changes how its process allocates memory. They
 take turns: a round runs a stretch of steps of every row, in an order that rotates, and ratios pair
@@ -59,19 +60,26 @@ from training import train
 VOCAB_SIZE = 256
 DATA = "python-code"
 
-# The variables that make a size; the others have their defaults, and the plain trainer takes the
-# same. nano is nanoGPT's setting for a CPU, 3.3M our default model.
-SIZES = {
-    "nano": {
-        "N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12", "DROPOUT": "0",
-        "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "100", "MAX_STEPS": "2000", "EVAL_INTERVAL": "250",
-    },
-    "3.3M": {"DROPOUT": "0.2"},
+# The variables that make a size. nano is nanoGPT's setting for a CPU, 3.3M our default model.
+SHAPES = {
+    "nano": {"N_EMBD": "128", "BLOCK_SIZE": "64", "BATCH_SIZE": "12"},
+    "3.3M": {},
     "11M": {
-        "N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256", "BATCH_SIZE": "16",
-        "DROPOUT": "0.2",
+        "N_LAYER": "6", "N_HEAD": "6", "N_EMBD": "384", "BLOCK_SIZE": "256", "BATCH_SIZE": "16"
     },
 }  # fmt: skip
+
+# What both trainers do with them, so that they compute the same: AdamW, as nanoGPT has it.
+ADAMW = {"OPTIMIZER": "adamw", "SCHEDULE": "cosine"}
+DEEP = ADAMW | {"DROPOUT": "0.2", "LEARNING_RATE": "3e-3", "MAX_STEPS": "1000"}
+DEEP |= {"EVAL_INTERVAL": "100"}
+SETTINGS = {
+    "nano": ADAMW | {"DROPOUT": "0", "LEARNING_RATE": "1e-3", "WARMUP_STEPS": "100"}
+    | {"MAX_STEPS": "2000", "EVAL_INTERVAL": "250"},
+    "3.3M": DEEP,
+    "11M": DEEP,
+}  # fmt: skip
+SIZES = {name: shape | SETTINGS[name] for name, shape in SHAPES.items()}
 STRETCH = {"nano": 125, "3.3M": 20, "11M": 10}  # steps
 
 NAMES = {"plain": "plain trainer", "full": "ours, full", "lora": "ours, LoRA"}
@@ -360,34 +368,36 @@ def ratios(seconds: dict[Row, list[float]], row: Row) -> str:
 
 
 def compare_to_the_end(size: str, args: argparse.Namespace) -> list[results.Row]:
-    """Run both trainers once over the whole schedule; print and return their losses and seconds."""
-    settings = SIZES[size] | ({"MAX_STEPS": str(args.steps)} if args.steps else {})
-    config = Config.from_environment(settings)
-    rows = [PLAIN, FULL]
-    with tempfile.TemporaryDirectory() as folder, processes_of(rows) as processes:
+    """Run the plain trainer over its schedule, and ours with the defaults of training.py in
+    `args.steps` steps; print and return their losses and seconds."""
+    settings = {PLAIN: SIZES[size]}
+    config = Config.from_environment(SIZES[size])
+    steps = args.steps or config.max_steps // 4
+    settings[FULL] = SHAPES[size] | {"MAX_STEPS": str(steps)}
+    with tempfile.TemporaryDirectory() as folder, processes_of(list(settings)) as processes:
         records = {
-            row: processes[row].submit(run_once, row, settings, Path(folder)).result()
-            for row in rows
+            row: processes[row].submit(run_once, row, variables, Path(folder)).result()
+            for row, variables in settings.items()
         }
     say(
         describe(size, config),
-        f"   {config.max_steps} steps, {config.eval_batches} batches evaluated every "
-        f"{config.eval_interval}; final loss on the same "
-        f"{config.eval_batches * config.batch_size} windows",
-        f"   {'':22} {'trained':>10} {'val loss':>9}  seconds  plain = 1",
+        f"   final loss on the same {config.eval_batches * config.batch_size} windows",
+        f"   {'':22} {'steps':>6} {'trained':>10} {'val loss':>9}  seconds  plain = 1",
     )
+    kept = []
     for row, record in records.items():
-        ratio = records[PLAIN].with_files / record.with_files
+        n = config.max_steps if row == PLAIN else steps
+        ratio = record.with_files / records[PLAIN].with_files
         say(
-            f"   {label(row):22} {record.trained:10,} {record.val_loss:9.4f}  "
+            f"   {label(row):22} {n:6,} {record.trained:10,} {record.val_loss:9.4f}  "
             f"{record.with_files:7.1f}  {ratio:9.2f}"
         )
-    return [
-        {"size": describe(size, config), "method": NAMES[row[0]], "dtype": row[1]}
-        | {"steps": f"{config.max_steps:,}", "trained": record.trained, "loss": record.val_loss}
-        | {"time_s": record.with_files}
-        for row, record in records.items()
-    ]
+        kept.append(
+            {"size": describe(size, config), "method": NAMES[row[0]], "dtype": row[1]}
+            | {"steps": f"{n:,}", "trained": record.trained, "loss": record.val_loss}
+            | {"time_s": record.with_files, "time_to_plain": ratio}
+        )
+    return kept
 
 
 def label(row: Row) -> str:
@@ -425,7 +435,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_memory_option(parser)
     parser.add_argument(
-        "--to-the-end", choices=SIZES, help="run one size's whole schedule once, in float32"
+        "--to-the-end",
+        choices=SIZES,
+        help="run the plain trainer's whole schedule once, and ours in a quarter of its steps or "
+        "in --steps, in float32",
     )
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     results.add_results_options(parser)

@@ -1,6 +1,7 @@
 """What LoRA learns and forgets beside full fine-tuning: the study behind the defaults.
 
     python benchmarks/quality.py            under two hours on 2 cores; the same command goes on
+    python benchmarks/quality.py --device cuda
     python benchmarks/quality.py --grid     also every rank with every alpha and dropout
     python benchmarks/quality.py --quick    the same in small, to see that it works
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
+from benchmarks.measure import device_of
 from data import Corpus, load_corpus
 from trainer.evaluation import evaluate
 from trainer.settings import Config, option_fields
@@ -66,6 +68,7 @@ def lora(
 
 
 BASE, FULL, MAIN = "base", "full", "rank 16"
+NF4 = "rank 16, base in NF4"
 IN_TIME = "full, in the time of rank 16"
 METHODS = {
     FULL: Method({"DROPOUT": "0"}, 1e-3, small=True),
@@ -74,6 +77,7 @@ METHODS = {
     "rank 16, embeddings frozen": lora(16, 32, TRAIN_EMBEDDINGS="False"),
     "rank 16, query and value": lora(16, 32, LORA_TARGETS="query,value"),
     "rank 16, DROPOUT=0.2": lora(16, 32, DROPOUT="0.2"),
+    "full, OPTIMIZER=muon": Method({"DROPOUT": "0", "OPTIMIZER": "muon"}, 1e-3, small=True),
     "full, DROPOUT=0.2": Method({"DROPOUT": "0.2"}, 1e-3),
     "rank 4": lora(4, 8),
     "rank 32": lora(32, 64, small=True),
@@ -82,7 +86,8 @@ METHODS = {
     "rank 16, alpha = rank": lora(16, 16),
     "rank 16, alpha = 4 rank": lora(16, 64),
     "rank 16, WEIGHT_DECAY=0.1": lora(16, 32, WEIGHT_DECAY="0.1"),
-    "rank 16, MIN_LEARNING_RATE=0": lora(16, 32, MIN_LEARNING_RATE="0"),
+    "rank 16, SCHEDULE=cosine": lora(16, 32, SCHEDULE="cosine"),
+    NF4: lora(16, 32, small=True, BASE_DTYPE="nf4"),
     "rank 16, at weight 0.7": lora(16, 32, kept=0.7),
     "full, 0.7 of the change": Method({"DROPOUT": "0"}, 2e-3, kept=0.7),
 }
@@ -105,6 +110,12 @@ class Budget:
     runs: dict[str, dict[str, str]]
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
+    device: str = "cpu"
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The variables of where and in what every run computes."""
+        return {"DEVICE": self.device, "DTYPE": "float32"}
 
 
 def run_variables(steps: int, batch: int, eval_batches: int, warmup: int) -> dict[str, str]:
@@ -115,7 +126,7 @@ def run_variables(steps: int, batch: int, eval_batches: int, warmup: int) -> dic
 
 
 STUDY = Budget(
-    {"MAX_STEPS": "1000", "EVAL_INTERVAL": "250"},
+    {"MAX_STEPS": "500", "EVAL_INTERVAL": "250"},
     {NEW: run_variables(100, 16, 16, 10), SMALL: run_variables(200, 8, 32, 20)},
     (1, 2, 3),
     RATES,
@@ -126,7 +137,7 @@ QUICK = Budget(
     (1, 2),
     RATES[2:4],
 )
-QUICK_METHODS = (FULL, MAIN, "rank 16, query and value")
+QUICK_METHODS = (FULL, MAIN, NF4, "rank 16, query and value")
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
     """Train as `task` says, in this process, and measure what was learned and forgotten."""
     with tempfile.TemporaryDirectory() as out:
         method = (METHODS | GRID).get(task.method, METHODS[FULL])
-        variables = budget.runs[task.corpus] | method.variables | {
+        variables = budget.place | budget.runs[task.corpus] | method.variables | {
             "OUT_DIR": out, "BASE_CHECKPOINT": str(folder / "base" / "full.pt"),
             "DATA": data_of(task.corpus, folder), "SEED": str(task.seed),
             "NUM_THREADS": "1", "PROGRESS": "False",
@@ -286,7 +297,11 @@ def prepare(budget: Budget, folder: Path) -> None:
     """Make the small corpus and train the base, or go on with it, with all threads."""
     corpus = load_corpus(NEW, ROOT / "data")
     (folder / "small.txt").write_bytes(bytes(corpus.train[:SMALL_BYTES]))
-    variables = budget.base | {"DATA": OLD, "OUT_DIR": str(folder / "base"), "RESUME": "True"}
+    variables = (
+        budget.place
+        | budget.base
+        | {"DATA": OLD, "OUT_DIR": str(folder / "base"), "RESUME": "True"}
+    )
     ours = {field.name.upper() for field in option_fields(Config)}
     others = {name: value for name, value in os.environ.items() if name not in ours}
     with open(folder / "base.txt", "a") as log:
@@ -356,7 +371,7 @@ def report(study: Study) -> str:
         f"# LoRA beside full fine-tuning: base on {OLD}, {budget.base['MAX_STEPS']} steps",
         "",
         f"{len(study.results)} runs, {f'{missing} or more' if missing else 'none'} missing; "
-        f"float32, {hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}, "
+        f"float32, {hardware.device_name(torch.device(budget.device))}, torch {torch.__version__}, "
         f"{os.cpu_count()} runs at once with one thread each. Losses in nats per byte, the mean "
         "over seeds +- their standard deviation; each method at its best learning rate.",
     ]
@@ -446,6 +461,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("quality"), help="its folder (default: quality)"
     )
+    parser.add_argument("--device", type=device_of, default=torch.device("cpu"), help="cpu, cuda")
     results.add_results_options(parser)
     args = parser.parse_args()
     methods, budget = METHODS | (GRID if args.grid else {}), STUDY
@@ -453,6 +469,7 @@ def main() -> int:
     if args.quick:
         methods, budget = {name: METHODS[name] for name in QUICK_METHODS}, QUICK
         folder = folder.with_name(folder.name + "-quick")
+    budget = dataclasses.replace(budget, device=str(args.device))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = str(ROOT)  # where the runs' processes find training.py
     study = Study(methods, budget, folder, read_results(folder, budget))
@@ -468,7 +485,7 @@ def main() -> int:
     print(text)
     torch.set_num_threads(1)  # as the runs had it
     rows = [row for corpus in budget.runs for row in corpus_rows(study, corpus)]
-    results.write("quality", rows, torch.device("cpu"), args)
+    results.write("quality", rows, args.device, args)
     return 0
 
 

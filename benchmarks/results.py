@@ -91,9 +91,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def heading(name: str) -> str:
     """The name of a column in words, as in `step, ms`."""
-    words, _, unit = name.rpartition("_")
+    words, _, unit = name.replace("_", " ").rpartition(" ")
     units = {"ms": "ms", "s": "s", "mib": "MiB", "mb": "MB", "percent": "%"}
-    return f"{words.replace('_', ' ')}, {units[unit]}" if unit in units else name.replace("_", " ")
+    return f"{words}, {units[unit]}" if words and unit in units else f"{words} {unit}".strip()
 
 
 def cell(row: Row, name: str) -> str:

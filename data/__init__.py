@@ -15,10 +15,12 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
 """
 
 from data.chat import (
+    SAYS,
     TEMPLATE_FILE,
     Format,
     chat_format,
     continues_text,
+    ends_of,
     template_in,
     text_format,
 )
@@ -39,6 +41,7 @@ from data.tokenizer import (
 )
 
 __all__ = [
+    "SAYS",
     "TEMPLATE_FILE",
     "Batch",
     "Corpus",
@@ -53,6 +56,7 @@ __all__ = [
     "encode",
     "end_token",
     "end_tokens",
+    "ends_of",
     "load_corpus",
     "load_records",
     "open_corpus",

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ PLAIN_TEMPLATE = """{{ START }}{% for message in messages %}
 
 TEMPLATE_FILE = "chat_template.jinja"  # in a folder of Hugging Face's
 
+# What a model's metadata has that say how it is asked; of a text it has only the first.
+SAYS = {"data", "prompt_format", "chat_template"}
+
 # Some templates print the day. A fixed one, Llama 3's own default, makes every run's data the same.
 TODAY = datetime(2024, 7, 26)
 
@@ -56,8 +60,10 @@ TODAY = datetime(2024, 7, 26)
 # no character: Unicode sets it aside for use within a program.
 BREAK = "\ufdd0"
 
-# How often a template's loops and macros may turn for one chat, before it is taken for endless.
+# How often a template's loops and macros may turn for one chat, before it is taken for endless, and
+# how many characters it may write beside those of the chat itself.
 MOST_STEPS = 200_000
+MOST_CHARACTERS = 10**6
 
 
 class Tokens(NamedTuple):
@@ -159,10 +165,10 @@ class PlainFormat:
 
     def as_template(self) -> str | None:
         """The chat template that writes the same, for other programs; None for other formats, and
-        where tokens are bytes or have no end."""
-        if self.prompt_format != PROMPT_FORMAT or self.tokenizer is None or not self.ends:
+        where tokens have no end."""
+        if self.prompt_format != PROMPT_FORMAT or not self.ends:
             return None
-        text_of = load_tokenizer(self.tokenizer).id_to_token
+        text_of = chr if self.tokenizer is None else load_tokenizer(self.tokenizer).id_to_token
         start = json.dumps("".join(map(text_of, self.start)))
         return PLAIN_TEMPLATE.replace("START", start).replace(
             "END", json.dumps(text_of(self.ends[0]))
@@ -218,7 +224,9 @@ class TemplateFormat:
         words = "This is the answer."
         question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": words}
         _, found, after = self.render([question, answer]).rpartition(words)
-        behind = [t for t, _, _ in tokens_with_offsets(after if found else "", self.tokenizer)]
+        if not found:
+            raise ValueError("it does not write what the assistant says")
+        behind = [t for t, _, _ in tokens_with_offsets(after, self.tokenizer)]
         marks = [t for t in behind if t in self._special] + [t for t in behind if t in self._added]
         return list(dict.fromkeys(stated + marks[:1]))
 
@@ -252,11 +260,12 @@ class TemplateFormat:
     ) -> str:
         """The text of a chat; with `opens` up to where the assistant's turn begins.
 
-        Raises ValueError with the template's own reason where it refuses the chat.
+        Raises ValueError with the template's own reason where it refuses the chat, and for a text
+        of far more characters than the chat has.
         """
         render = compile_template(self.template)
         try:
-            return render(
+            text = render(
                 messages=[_with_reasoning(message) for message in messages],
                 tools=list(tools) or None,
                 documents=None,
@@ -265,7 +274,11 @@ class TemplateFormat:
                 **self._names,
             )
         except Exception as error:  # a template is a program, which may raise any
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"the chat template refuses it: {reason}") from error
+        if len(text) > MOST_CHARACTERS and len(text) > 10 * len(str([messages, tools])):
+            raise ValueError(f"the chat template makes {len(text):,} characters of it")
+        return text
 
     def encode(self, example: Example) -> list[Tokens]:
         """The tokens of an example, or of each of the assistant's turns in it.
@@ -373,9 +386,13 @@ def chat_format(
         if tokenizer is None:
             raise DataError("CHAT_TEMPLATE needs a base with a tokenizer; accepted here: none")
         try:
+            if os.path.exists(asked) and not os.path.isfile(asked):  # a pipe would be waited for
+                raise ValueError("it is no regular file")
             template = Path(asked).read_text("utf-8")
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, UnicodeError):
+                reason = "it is not UTF-8"
             raise DataError(
                 f"CHAT_TEMPLATE={printable(asked)}: {reason}; accepted: a file, or none"
             ) from error
@@ -403,6 +420,16 @@ def continues_text(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> b
     if "prompt_format" in metadata:
         return metadata["prompt_format"] == TEXT_FORMAT
     return "data" in metadata or template_in(files) is None
+
+
+def ends_of(format: Format, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens at which a model stops. One of bytes has an end where it was trained on records,
+    which its metadata says, or else the files beside its weights."""
+    if format.tokenizer is not None or (SAYS - {"data"}) & metadata.keys():
+        return format.ends
+    named = ("generation_config.json", "config.json")
+    is_stated = any(json_file(files, name).get("eos_token_id") in format.ends for name in named)
+    return format.ends if is_stated and not SAYS & metadata.keys() else []
 
 
 def is_learned(message: Message) -> bool:
@@ -466,8 +493,9 @@ def compile_template(source: str) -> Callable[..., str]:
         return text.replace(json.dumps(BREAK)[1:-1], BREAK)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
+        optimized=False,  # or what could be constants is computed, and written out, beforehand
+    )  # fmt: skip
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = TODAY.strftime

@@ -244,8 +244,6 @@ def _message(turn: Any) -> dict[str, Any]:
             f"it has {_names(turn) or 'nothing'}; accepted: role and content, or from and value"
         )
     rest = {k: v for k, v in turn.items() if k not in (speaker, content_key) and v is not None}
-    if not set(rest) <= {"weight"}:
-        _check_characters("it", json.dumps(rest, ensure_ascii=False, default=str))
     word = turn[speaker]
     if word == CALL and speaker == "from":
         role, content, rest["tool_calls"] = "assistant", "", _calls(turn)
@@ -258,6 +256,8 @@ def _message(turn: Any) -> dict[str, Any]:
     _check_weight(rest, role)
     if "tool_calls" in rest:
         rest["tool_calls"] = [_called(call) for call in _list(rest, "tool_calls")]
+    if not set(rest) <= {"weight"}:
+        _check_characters("it", json.dumps(rest, ensure_ascii=False, default=str))
     return {"role": role, "content": content} | rest
 
 

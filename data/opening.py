@@ -1,5 +1,6 @@
 """Opens DATA, whatever it is: which layout it has decides what reads it."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -49,6 +50,8 @@ def open_corpus(
     if columns:
         raise DataError("COLUMNS is of rows, but DATA is plain text; accepted: unset COLUMNS")
     corpus = load_corpus(name, default_path)
+    if text:
+        corpus = dataclasses.replace(corpus, n_records=0)  # it is what was asked for
     if tokenizer is not None:
         with in_turn:
             corpus = tokenize_corpus(corpus, tokenizer, token_folder)

@@ -10,9 +10,8 @@ from pathlib import Path
 from data.corpus import DataError, printable
 from data.forms import COLUMNS, Example, parse_rows
 from data.rows import AS_TEXT, read_rows
-from data.text_files import BUILT_IN, BUILT_IN_RECORDS, files_below, is_of_a_run, path_of
+from data.text_files import BUILT_IN, BUILT_IN_RECORDS, ENDINGS, files_below, is_of_a_run, path_of
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 # What the words in a file's path say that it is for; see `_purpose`.
 WORDS = {"train": "train", "training": "train", "test": "test"}
 WORDS |= dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "validation")

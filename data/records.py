@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
-from data.chat import Format, PlainFormat, TemplateFormat, Tokens
+from data.chat import Format, PlainFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
 from data.forms import NO_COLUMNS, Example
 from data.packing import Blocks, pack
@@ -167,9 +167,9 @@ def load_records(
         end_token(format.tokenizer, format.files)  # which says so
     found = read_splits(name, columns)
     checksum = found.checksum
-    if isinstance(format, TemplateFormat):  # other tokens are other data
-        digest = hashlib.sha256(f"{checksum}{format.template}".encode())
-        checksum = f"sha256:{digest.hexdigest()[:16]}"
+    if format.tokenizer is not None:  # other tokens are other data
+        said = [checksum, format.tokenizer, format.metadata(), format.start, format.ends]
+        checksum = f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
     splits = (found.train, found.validation)
     if all(example.text is not None for examples in splits for example in examples):
         format = format.of_texts()
@@ -193,6 +193,8 @@ def _encode(example: Example, format: Format, count_prompts: bool) -> list[Token
     except ValueError as error:
         reason = one_line(str(error))
         raise DataError(f"{printable(example.place)}: {reason}") from error
+    except RecursionError as error:
+        raise DataError(f"{printable(example.place)}: it is nested too deeply") from error
     if count_prompts:
         found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
     return found

@@ -22,7 +22,7 @@ class TextCorpus(Corpus):
         name, checksum, tokenizer: see `Corpus`.
         tokens: (n_tokens,), read-only, in mapped memory: uint8, one for each byte of the text, or
             what a tokenizer made of it (see tokenized.py).
-        n_files, n_skipped: see `Text`.
+        n_files, n_skipped, n_records: see `Text`.
         n_bytes: bytes of the text; None where tokens are bytes.
         n_unread: characters of the text that no token of the tokenizer stands for.
     """
@@ -32,6 +32,7 @@ class TextCorpus(Corpus):
     checksum: str
     n_files: int
     n_skipped: int
+    n_records: int = 0
     n_bytes: int | None = None
     n_unread: int = 0
     tokenizer: str | None = field(default=None, repr=False)
@@ -60,6 +61,8 @@ class TextCorpus(Corpus):
             "tokens": f"{len(self.tokens):,} ({self.tokens.dtype})",
             "unread": f"{self.n_unread:,} characters, for which the tokenizer has no token",
             "files": f"{self.n_files:,}",
+            "records": f"{self.n_records:,} of the files by their names, read as text as others "
+            "lie beside them; as train.jsonl, or in a folder of their own, they would be records",
             "skipped": f"{self.n_skipped:,} (not text)",
             "checksum": self.checksum,
             "split": f"first 90% train ({self.n_train:,} {unit}), "
@@ -69,8 +72,9 @@ class TextCorpus(Corpus):
             del rows["tokens"]
         if self.n_unread == 0:
             del rows["unread"]
-        if self.n_skipped == 0:
-            del rows["skipped"]
+        for name, n in (("skipped", self.n_skipped), ("records", self.n_records)):
+            if n == 0:
+                del rows[name]
         return aligned(rows)
 
     def passes(self, n_tokens: int) -> float:

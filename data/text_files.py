@@ -5,7 +5,6 @@ are joined in an anonymous temporary file, which is memory-mapped in turn.
 """
 
 import codecs
-import difflib
 import hashlib
 import mmap
 import os
@@ -20,8 +19,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data.corpus import DataError, printable
+from files.streams import did_you_mean
 from files.writing import LOCK
 
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of files of records
 BUILT_IN_RECORDS = "python-instructions"  # see record_files.py
 BUILT_IN = ("python-code", "python-docs", BUILT_IN_RECORDS)
 ACCEPTED_PATH = "DATA=path of a file or of a folder with text files"
@@ -50,6 +51,8 @@ class Text(NamedTuple):
         n_files: how many texts were joined (for python-docs, its topics).
         n_skipped: how many files of the folder were left out because they are not text. Empty
             and hidden files are not counted.
+        n_records: how many of the texts of a folder have the name of a file of records. Those in
+            .json are not counted, which programs have among their sources.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Text(NamedTuple):
     checksum: str
     n_files: int
     n_skipped: int
+    n_records: int = 0
 
 
 def find_text(name: str | None, default_path: Path) -> Text:
@@ -87,7 +91,8 @@ def find_text(name: str | None, default_path: Path) -> Text:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _data_error(name, _what_failed(error) + _did_you_mean(name)) from error
+        hint = did_you_mean(name, BUILT_IN)
+        raise _data_error(name, _what_failed(error) + hint) from error
     if stat.S_ISDIR(mode):
         return _folder(name, path)
     if stat.S_ISREG(mode):
@@ -224,7 +229,8 @@ def _join_text_files(name: str, paths: Iterable[str]) -> Text:
         others = f" ({n_skipped:,} that are not text)" if n_skipped else ""
         raise _data_error(name, f"the folder has no text files{others}")
     content, checksum = _join(name, (_chunks(name, path) for path in texts))
-    return Text(name, content, checksum, n_files=len(texts), n_skipped=n_skipped)
+    n_records = sum(path.lower().endswith(ENDINGS[1:]) for path in texts)
+    return Text(name, content, checksum, len(texts), n_skipped, n_records)
 
 
 def _is_text(head: bytes) -> bool:
@@ -325,8 +331,3 @@ def _what_failed(error: OSError | ValueError) -> str:
         return "permission denied"
     reason = error.strerror if isinstance(error, OSError) else error
     return f"cannot be read ({reason})"
-
-
-def _did_you_mean(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -149,7 +149,8 @@ def end_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -> 
     for name in ("generation_config.json", "config.json"):
         stated = json_file(files, name).get("eos_token_id")
         found += stated if isinstance(stated, list) else [stated]
-    ends = [end for end in found if type(end) is int and loaded.id_to_token(end) is not None]
+    ends = [end for end in found if type(end) is int and 0 <= end < vocabulary_size(tokenizer)]
+    ends = [end for end in ends if loaded.id_to_token(end) is not None]
     if not ends:
         named = (loaded.token_to_id(name) for name in ENDS)
         ends = [end for end in named if end is not None][:1]
@@ -209,8 +210,8 @@ def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is optional
     """The Tokenizer of the package `tokenizers` for the content of a tokenizer.json.
 
-    It is without the truncation and padding that are stored there, and without what only frames a
-    text and trims the offsets of its tokens.
+    It is without the truncation, the padding and the dropout that are stored there, and without
+    what only frames a text and trims the offsets of its tokens.
 
     Raises DataError when the package is missing or the content is not a tokenizer.
     """
@@ -218,6 +219,8 @@ def load_tokenizer(content: str) -> Any:  # a tokenizers.Tokenizer, which is opt
     loaded.no_truncation()
     loaded.no_padding()
     loaded.post_processor = None
+    if getattr(loaded.model, "dropout", None):  # BPE's, with which tokens would be random
+        loaded.model.dropout = None
     return loaded
 
 

@@ -1,10 +1,13 @@
-"""stdout and stderr: whole lines, written at once, and errors that name the stream; SIGTERM."""
+"""stdout and stderr: whole lines, written at once, and errors that name the stream; signals."""
 
 import contextlib
+import difflib
 import os
 import signal
 import sys
-from typing import NoReturn
+from collections.abc import Collection
+from types import TracebackType
+from typing import Any, NoReturn
 
 from files import FileError
 
@@ -27,10 +30,14 @@ def write_out(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except (OSError, ValueError) as error:
-        # Python would try again at exit, and complain. A stdout that is no file does not.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         raise FileError(f"stdout: {reason_of(error)}") from error
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """The nearest of the known words, for the error of another one; empty where none is near."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def reason_of(error: Exception) -> str:
@@ -40,17 +47,47 @@ def reason_of(error: Exception) -> str:
     return one_line(what if name is None else f"{name}: {what}")
 
 
-def exit_on_sigterm() -> None:
-    """Have SIGTERM end this process as an error does, so that nothing half written is left."""
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end a process: SIGTERM, and SIGHUP of a closed terminal, but not those that
+    it is to ignore, as after nohup."""
+    kinds = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    return [kind for kind in kinds if kind and signal.getsignal(kind) is not signal.SIG_IGN]
+
+
+def exit_on_signals() -> None:
+    """Have those signals end this process as an error does, so that nothing half written is
+    left."""
 
     def stop(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
+    for kind in ending_signals():
+        signal.signal(kind, stop)
+
+
+def report_ctrl_c_in_a_line() -> None:
+    """Have Ctrl-C that nothing catches end in a line; other errors are shown as Python does."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        write_err("error: interrupted")
+        os._exit(130)  # Python itself would now end by the signal, and without this exit code
+
+    sys.excepthook = report
 
 
 def write_err(line: str) -> None:
     """Print a line to stderr, if it is open; with None for a file, `print` would take stdout."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+    try:
+        if sys.stderr is not None:
             print(one_line(line), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: Any) -> None:
+    """Have a stream that cannot be written take all: Python would try again at exit, and end with
+    another exit code. One that is no file does not."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -76,6 +76,7 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         warnings.catch_warnings(action="ignore"),  # torch's, of old kinds of tensors
     ):
         refuse_pointer(path)
+        os.fspath(path).encode()  # mapping files takes no other names
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -108,6 +109,8 @@ def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
         raise FileError(f"{path} cannot be read: {error.strerror or error}{hint}") from error
     except (FileError, MemoryError):
         raise
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path} cannot be read: its name is not UTF-8") from error
     except Exception as error:
         raise otherwise from error
 
@@ -121,6 +124,13 @@ def how_to_get(path: str | os.PathLike) -> str:
         return ""
     name, folder = found.groups()
     return f"; to get it from Hugging Face: hf download {name} --local-dir {folder}"
+
+
+def folder_within(folder: Path, *patterns: str) -> str:
+    """The end of the error for a folder without a file: the first folder that has one, by what
+    `patterns` find in it; empty where none has."""
+    found = [path.parent for pattern in patterns for path in folder.glob(pattern)]
+    return f"; did you mean {min(found)}?" if found else ""
 
 
 def refuse_pointer(path: Path) -> None:

@@ -253,6 +253,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return full.cpu() if is_main_process() else torch.empty(0)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process and where it lies. Every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's shard of a tensor that every process has, sharded as `like` is.
 

@@ -1,6 +1,13 @@
 """LoRA for PyTorch: the layer, its injection into a model, and adapter files."""
 
+import sys
+
 from files import FileError
+from files.streams import report_ctrl_c_in_a_line
+
+if sys.argv[:1] == ["-m"]:  # `python -m lora`, which comes by here; torch takes seconds
+    report_ctrl_c_in_a_line()
+
 from lora.adapters import (
     Adapter,
     BaseMismatch,

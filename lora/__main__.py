@@ -7,14 +7,13 @@ python -m lora import folder lora.pt      write a folder of PEFT's as one file
 python -m lora --help                     print this
 """
 
-import contextlib
 import os
 import sys
 from pathlib import Path
 
 from files import FileError, OtherKind
 from files.streams import (
-    exit_on_sigterm,
+    exit_on_signals,
     one_line,
     reason_of,
     set_stdout,
@@ -38,7 +37,11 @@ def main(arguments: list[str]) -> int:
         elif arguments[:1] in (["export"], ["import"]):
             exchange(*arguments)
         else:
-            print_table([row for name in arguments or ["."] for row in rows_of(Path(name))])
+            unread: list[FileError] = []
+            print_table([row for name in arguments or ["."] for row in rows_of(Path(name), unread)])
+            if unread:
+                more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+                raise FileError(f"{unread[0]}{more}")
     except FileError as error:
         return fail(str(error), 2)
     except OSError as error:
@@ -75,16 +78,23 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         write_out("  ".join(cells).rstrip() + "\n")
 
 
-def rows_of(path: Path) -> list[tuple[str, ...]]:
-    """The row of a file or of PEFT's folder, or those of all adapters in a folder and below it."""
+def rows_of(path: Path, unread: list[FileError]) -> list[tuple[str, ...]]:
+    """The row of a file or of PEFT's folder, or those of all adapters in a folder and below it.
+
+    The errors of adapters below a folder that cannot be read are added to `unread`.
+    """
     if not path.is_dir() or is_peft_folder(path):
         return [row_of(path)]
     rows = []
     folders = (config.parent for config in path.rglob(CONFIG))
     files = (found for found in path.rglob("*.pt") if found.is_file())
     for found in sorted([*files, *folders]):
-        with contextlib.suppress(OtherKind):  # a checkpoint, or no file of ours
+        try:
             rows.append(row_of(found))
+        except OtherKind:  # a checkpoint, or no file of ours
+            continue
+        except FileError as error:
+            unread.append(error)
     return rows
 
 
@@ -107,5 +117,5 @@ def row_of(path: Path) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
+    exit_on_signals()
     sys.exit(main(sys.argv[1:]))

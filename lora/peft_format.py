@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from files import FileError, OtherKind
-from files.tensors import fingerprint, read_foreign_tensors, safetensors_for
+from files.tensors import fingerprint, folder_within, read_foreign_tensors, safetensors_for
 from files.writing import write_folder
 from lora.adapters import BASE_LAYER, Adapter
 
@@ -26,7 +26,7 @@ SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 HEADER = "lora"  # our entry in the header of the safetensors file
-# What programs save beside an adapter whose vocabulary has new tokens.
+# What programs save beside an adapter, which may have new tokens, or chats in another format.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
@@ -164,15 +164,14 @@ def read_peft(folder: str | os.PathLike) -> Adapter:
     """Read a folder that PEFT or `write_peft` wrote; lower precisions become float32, exactly.
 
     The names of the tensors say which layers are adapted. PEFT's own adapters do not say which
-    weights they belong on, so their `base` is None. `metadata["files"]` has the text of the files
-    of a tokenizer in the folder, by their names, if there are any.
+    weights they belong on, so their `base` is None. `metadata["files"]` has the text of those of
+    TOKENIZER_FILES that are in the folder, by their names, if there are any.
 
     Raises OtherKind for a folder without a LoRA adapter, or with an option that is not supported,
     which the message names, and FileError for a damaged folder.
     """
     if not is_peft_folder(folder):
-        within = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG}"))
-        hint = f"; did you mean {within[0]}?" if within else ", not a LoRA adapter"
+        hint = folder_within(Path(folder), f"*/{CONFIG}") or ", not a LoRA adapter"
         raise OtherKind(f"{folder} is a folder without {CONFIG}{hint}")
     config = read_config(Path(folder) / CONFIG)
     stored, own = read_tensors(Path(folder))
@@ -287,10 +286,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, dict[str, str]]:
-    """The metadata `files`: the text of TOKENIZER_FILES that a folder has; none without a
-    tokenizer.json. Raises FileError where one cannot be read."""
-    if not (folder / TOKENIZER_FILES[0]).is_file():
-        return {}
+    """The metadata `files`: the text of those of TOKENIZER_FILES that a folder has. Raises
+    FileError where one cannot be read."""
     files = {}
     for path in (folder / name for name in TOKENIZER_FILES if (folder / name).is_file()):
         try:
@@ -298,7 +295,7 @@ def read_tokenizer_files(folder: Path) -> dict[str, dict[str, str]]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
             raise FileError(f"{path} cannot be read: {reason}") from error
-    return {"files": files}
+    return {"files": files} if files else {}
 
 
 def alpha_of(name: str, config: Mapping[str, Any]) -> float:

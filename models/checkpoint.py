@@ -171,6 +171,8 @@ def load_base(
                 tensor = _loaded(found[full_name], place, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)
             module._parameters[name] = loaded[id(parameter)]
+        if isinstance(module, LoRALinear) and module.weight.dtype == torch.float64:
+            module.double()  # adapters that were there already: torch multiplies no two dtypes
 
 
 def _loaded(tensor: Tensor, device: str | torch.device, trains: bool, form: str) -> Tensor:

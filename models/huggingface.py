@@ -21,6 +21,7 @@ from torch import Tensor
 from files import FileError
 from files.tensors import (
     check_tensors,
+    folder_within,
     read_foreign_tensors,
     refuse_pointer,
     safetensors_for,
@@ -98,8 +99,7 @@ def _what_is_there(folder: Path) -> str:
     """What a folder without config.json has, or may be meant."""
     if (folder / "adapter_config.json").exists():
         return "it holds an adapter of PEFT's, which belongs in ADAPTERS"
-    within = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
-    hint = f"; did you mean {min(within).parent}?" if within else ""
+    hint = folder_within(folder, "*/config.json", "snapshots/*/config.json")
     return f"config.json cannot be read: No such file or directory{hint}"
 
 
@@ -118,8 +118,8 @@ def write_model(
     not stop at all of them. And `others` are further files, by name, such as a chat template. A
     model whose tokens are bytes gets a tokenizer that says so.
 
-    Raises FileError for a checkpoint that lacks a tensor, for a folder that is there already, and
-    when it cannot be written.
+    Raises FileError for a checkpoint that lacks a tensor or has numbers that are not finite, for a
+    folder that is there already, and when it cannot be written.
     """
     family, sizes = checkpoint.family, checkpoint.sizes
     layout = family.layout(sizes)
@@ -214,6 +214,7 @@ def _weight_files(
     def writer(shard: list[StoredTensor]) -> Callable[[Path], None]:
         def write(path: Path) -> None:
             tensors = _to_folder(checkpoint.tensors, shard)
+            check_tensors(checkpoint.path, tensors, tensors)  # that their numbers are finite
             try:
                 safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
             except safetensors.SafetensorError as error:  # such as for a full disk
@@ -399,6 +400,8 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON. Raises FileError for a file that has none."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise FileError(f"{path} cannot be read: it is no regular file")
         refuse_pointer(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -145,6 +145,7 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
     columns = W.shape[1]
     scales = _table(_scale_levels, W.device)[W.scales.int()]
     scales = scales * W.reaches.repeat_interleave(GROUP)[: len(scales)] + W.mean
+    kernel = _kernel() if has_kernel(W.device) else None
     pairs = _table(_pairs, W.device)
     together = BLOCKS_ON_CPU if W.device.type == "cpu" else BLOCKS_ON_GPU
     whole = BLOCK // math.gcd(BLOCK, columns)  # so many rows end with a block
@@ -152,7 +153,12 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
     for start in range(0, len(W), n_rows):
         n = min(n_rows, len(W) - start)
         first, last = start * columns // BLOCK, -(-(start + n) * columns // BLOCK)
-        values = torch.empty(last - first, BLOCK, dtype=dtype, device=W.device)
+        shape = (last - first, BLOCK)
+        if kernel is not None:
+            found = kernel(W.codes[first:last], scales[first:last], BLOCK, "nf4", shape, dtype)
+            yield found.view(-1)[: n * columns].view(n, columns)
+            continue
+        values = torch.empty(shape, dtype=dtype, device=W.device)
         for part, codes, scale in zip(
             *(t.split(together) for t in (values, W.codes[first:last], scales[first:last, None])),
             strict=True,
@@ -161,6 +167,22 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
             found = pairs.expand(len(codes), -1).gather(1, codes.long())
             torch.mul(found.view(torch.float32), scale, out=part)
         yield values.view(-1)[: n * columns].view(n, columns)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether bitsandbytes' kernel for this device is the faster way, where it is installed."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """bitsandbytes' kernel for a GPU, where that package is installed: the same values at once."""
+    try:
+        import bitsandbytes  # noqa: F401  it registers the operation
+
+        return torch.ops.bitsandbytes.dequantize_4bit.default
+    except (ImportError, AttributeError, RuntimeError):
+        return None
 
 
 def _scale_levels() -> Tensor:

@@ -11,11 +11,12 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import traceback
 
 # Optimizers import the second one, which takes as long as the first.
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 SECONDS = 120  # which no script may take, but one that compiles: C++ compilers are slow
 
@@ -52,7 +53,24 @@ def become(
     os._exit(exit_code)  # ending as Python does takes a second with torch
 
 
+def warm_up() -> None:
+    """Import what scripts import, and estimate the memory of a run, as each run does: the first
+    time takes twice as long. It computes nothing, so it starts no threads, which a fork would lose.
+    """
+    from trainer.estimate import estimate
+    from trainer.settings import Config
+    from trainer.setup import plan_run
+
+    sizes = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "2", "BLOCK_SIZE": "32", "BATCH_SIZE": "4"}
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in ("False", "True"):
+            variables = sizes | {"OUT_DIR": folder, "USE_LORA": mode, "DEVICE": "cpu"}
+            estimate(plan_run(Config.from_environment(variables)))
+
+
 def main() -> None:
+    if torch.cuda.device_count() == 0:  # asking for more would keep scripts from using CUDA
+        warm_up()
     gc.freeze()  # or collecting garbage would copy all memory in each fork
     for line in sys.stdin:
         match json.loads(line):

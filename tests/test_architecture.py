@@ -106,15 +106,15 @@ def test_the_log_is_read_without_torch():
     assert "trainer.log_reader" in seen
 
 
-def test_the_readme_names_every_module_and_no_other():
+def test_the_readme_names_every_folder_of_code_and_only_files_that_there_are():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.partition("## Architecture\n\n```text\n")[2].partition("```")[0]
-    named, folder = set(), Path()
-    for line in block.splitlines():
-        if package := re.match(r"(\w+)/", line):
-            folder = Path(package[1])
-        named |= {folder / name for name in re.findall(r"\w+\.py\b", line)}
-    assert named == {path for path in MODULES if path.stem not in ("__init__", "__main__")}
+    block = text.partition("## The code\n")[2].partition("```text\n")[2].partition("```")[0]
+    folders = set(re.findall(r"^(\w+)/", block, re.MULTILINE))
+    assert folders == {*MAY_IMPORT.keys() - {*COMMANDS}, "benchmarks", "recipes"}
+    commands = block.splitlines()[0].partition("     ")[0].split()
+    assert commands == [f"{name}.py" for name in COMMANDS]
+    for name in re.findall(r"`([\w/]+\.py)`", text.partition("## The code\n")[2]):
+        assert any(str(path).endswith(name) for path in MODULES), name
 
 
 # What a test that needs POSIX has in its code, or in that of a helper or fixture beside it.

@@ -11,8 +11,15 @@ import transformers
 from conftest import TEXT, TINY, refused, start_script, succeeded
 from hypothesis import strategies
 
+import export
+from data.chat import PROMPT_FORMAT
+from generate import load_writer
+from models import GPT2
 from models.byte_tokenizer import byte_tokenizer, is_of_bytes
+from models.checkpoint import save_checkpoint
 from models.huggingface import read_base
+from trainer.loading import build_model
+from trainer.settings import GenerateConfig
 
 WORDS = tokenizers.Tokenizer.from_str(json.dumps(byte_tokenizer()))
 
@@ -82,9 +89,46 @@ def test_transformers_answers_as_the_model_learned(trained):
     ).strip()
     prompt = read_base(trained / "records/full.pt").metadata["prompt_format"]
     ids = words(prompt.replace("{prompt}", "the dog"), return_tensors="pt").input_ids
+    asked = [{"role": "user", "content": "the dog"}]
+    chat = words.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert chat == ids[0].tolist()
+    whole = words.apply_chat_template([*asked, {"role": "assistant", "content": "\u00ef"}])
+    assert whole["input_ids"] == [*chat, 0xC3, 0xAF, 0]
     written = model.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0)[0]
     found = words.decode(written[ids.shape[1] :], skip_special_tokens=True)
     assert found.strip() == answer
+
+
+def test_the_folder_of_a_model_of_chats_answers_as_its_checkpoint_does(trained):
+    asked = {"PROMPT": "the dog", "TEMPERATURE": "0", "DTYPE": "float32"}
+    answers = {
+        succeeded(start_script(trained, script="generate.py", BASE_CHECKPOINT=base, **asked))
+        for base in ("records/full.pt", "records-folder")
+    }
+    assert answers == {"does not m\u00efnd\n"}
+
+
+TAUGHT = {
+    "text": ({"data": "a.txt"}, []),
+    "texts of records": ({"data": "a.jsonl", "prompt_format": "{prompt}"}, [0]),
+    "chats": ({"data": "a.jsonl", "prompt_format": PROMPT_FORMAT}, [0]),
+}
+
+
+@pytest.mark.parametrize("kind", TAUGHT)
+def test_an_end_is_stated_where_generate_stops(kind, trained, tmp_path):
+    """Also in the folder, which has no metadata."""
+    metadata, ends = TAUGHT[kind]
+    base = read_base(trained / "text/full.pt")
+    save_checkpoint(tmp_path / "full.pt", build_model(GPT2, base.sizes, base, "cpu"), metadata)
+    assert export.main([str(tmp_path / "full.pt"), str(tmp_path / "folder")]) == 0
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    assert config["eos_token_id"] == (0 if ends else None)
+    assert (tmp_path / "folder/chat_template.jinja").exists() == (kind == "chats")
+    for path in ("full.pt", "folder"):
+        found = GenerateConfig.from_environment({"BASE_CHECKPOINT": str(tmp_path / path)})
+        writer = load_writer(found, torch.device("cpu"))
+        assert writer.ends == ends and writer.answers == (kind == "chats")
 
 
 @pytest.mark.parametrize("options", [{}, {"USE_LORA": "True"}, {"DATA": "one.jsonl"}])

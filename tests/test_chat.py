@@ -1,6 +1,7 @@
 """Chats in templates: their tokens, what of them counts, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,7 +301,7 @@ def test_added_tokens_of_the_template_are_the_assistants_alone(tmp_path):
 
 def test_a_mark_that_a_tokenizer_cannot_keep_a_text_is_refused(tmp_path):
     """One that makes one piece of neighbouring characters that it does not know."""
-    base = base_of(tmp_path, "unigram", Published("", None, "<qq>", ends=("<qq>",)))
+    base = base_of(tmp_path, "unigram", Published(GREET, None, "<qq>", ends=("<qq>",)))
     format = TemplateFormat(GREET, base.format.tokenizer, base.format.files)
     assert format.ask([says("user", "<q>")])
     with pytest.raises(ValueError, match="a special token's text in it cannot be kept a text"):
@@ -423,6 +424,11 @@ BROKEN = {
         "does not end within",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "refuses it: ",
     "{{ range(10 ** 9) }}": "refuses it: Range too big",
+    "{% set n = namespace(s='a' * 9999) %}{{ n.s * 10 ** 16 }}": "refuses it: ",
+    "{{ 'a' * 10 ** 7 }}": "makes 10,000,000 characters of it",
+    "{{ ([0] * 10 ** 6) | length }}": "it does not write what the assistant says",  # fast
+    "": "it does not write what the assistant says",
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "it does not write",
 }  # fmt: skip
 
 
@@ -436,6 +442,35 @@ def test_a_template_that_cannot_be_used_is_refused(template, tmp_path):
     start = f"CHAT_TEMPLATE={path}: chat template: "
     assert str(error.value).startswith(start) and BROKEN[template] in str(error.value)
     assert str(error.value).endswith("; CHAT_TEMPLATE=none goes on without it")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_template_in_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    words = tokenizer_of("bytes", PUBLISHED["smollm2"]).to_str()
+    with pytest.raises(DataError, match="pipe: it is no regular file; accepted: a file, or none"):
+        chat_format(words, asked=str(tmp_path / "pipe"))
+
+
+def test_what_is_nested_too_deeply_for_a_template_is_named_with_its_place(tmp_path):
+    deep = json.loads("[" * 700 + "]" * 700)
+    name = rows(tmp_path / "a.jsonl", [*HI, ON | {"x": deep}], HI)
+    words = tokenizer_of("bytes", PUBLISHED["smollm2"]).to_str()
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: it is nested too deeply"):
+        load_records(name, 64, format=TemplateFormat(GREET, words))
+
+
+def test_records_in_other_tokens_are_other_data(tmp_path):
+    name = rows(tmp_path / "a.jsonl", HI, HI)
+    words = tokenizer_of("bytes", PUBLISHED["smollm2"])
+    lower = tokenizers.Tokenizer.from_str(words.to_str())
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    ends = {"generation_config.json": b'{"eos_token_id": 5}'}
+    formats = [TemplateFormat(GREET, w.to_str()) for w in (words, lower)]
+    formats += [TemplateFormat(GREET, words.to_str(), ends), PlainFormat(words.to_str())]
+    sums = [load_records(name, 64, format=format).checksum for format in formats]
+    assert len(set(sums)) == 4
+    assert load_records(name, 64, format=formats[0]).checksum == sums[0]
 
 
 def test_every_chat_has_its_own_steps(monkeypatch):

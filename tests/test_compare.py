@@ -154,8 +154,7 @@ def test_a_table_of_six_runs_fits_and_one_run_is_enough(files, capsys):
 
 
 def test_a_base_is_named_plainly(files, capsys):
-    warning, dropout = warned(compared(capsys, "full.txt", "lora.txt"))
-    assert dropout == "Warning: DROPOUT differs: 0.2 in full.txt; 0.0 in lora.txt"
+    (warning,) = warned(compared(capsys, "full.txt", "lora.txt"))
     assert "base differs: random weights (fingerprint " in warning
     assert ") in full.txt; out/full.pt (fingerprint " in warning and ") in lora.txt; " in warning
     assert warning.endswith("a run from random weights has more to learn than one from a trained "
@@ -295,7 +294,7 @@ def test_runs_in_one_file_are_shown_apart(files, capsys):
     Path("both.txt").write_text(files["full"] + files["lora"])
     output = compared(capsys, "both.txt")
     assert "both.txt[1]: full" in output and "both.txt[2]: LoRA rank 4" in output
-    assert len(warned(output)) == 2  # the base, and the dropout that its lack brings
+    assert len(warned(output)) == 1  # the base
 
 
 def test_an_interrupted_run_and_its_rest_are_one_run(files, capsys):

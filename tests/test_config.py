@@ -3,6 +3,7 @@
 import pytest
 
 from models import GPT2
+from models.checkpoint import Checkpoint
 from trainer.settings import (
     Config,
     ConfigError,
@@ -25,7 +26,7 @@ def test_defaults_are_the_guides():
     assert (config.use_lora, config.lora_rank, config.lora_alpha) == (False, 8, 16.0)
     assert (config.lora_dropout, config.test_mode) == (0.0, False)
     assert (config.n_embd, config.n_head, config.n_layer, config.block_size) == (256, 4, 4, 128)
-    assert config.dropout == 0.2
+    assert config.dropout is None  # 0, or by the passes over the data
     assert config.explicit == frozenset()
 
 
@@ -40,13 +41,12 @@ def test_false_is_spelled_in_many_ways(word):
 
 
 def test_defaults_depend_on_the_mode_and_explicit_values_win():
-    rates = [read().learning_rate, read(BASE_CHECKPOINT="x").learning_rate]
-    rates.append(read(USE_LORA="1").learning_rate)
-    assert len(set(rates)) == 3
-    assert read(USE_LORA="1", BASE_CHECKPOINT="x").learning_rate == rates[-1]
+    assert read().optimizer == "muon"
+    assert read(USE_LORA="1").optimizer == read(BASE_CHECKPOINT="x").optimizer == "adamw"
+    assert read(USE_LORA="0", BASE_CHECKPOINT="x", OPTIMIZER="Muon").optimizer == "muon"
     assert read(USE_LORA="1").dropout == read(BASE_CHECKPOINT="x").dropout == 0.0
-    assert read(USE_LORA="0").learning_rate == rates[0]
-    assert read(TEST_MODE="1").max_steps < read().max_steps
+    assert (read().weight_decay, read(USE_LORA="1").weight_decay) == (0.1, 0.0)
+    assert read(TEST_MODE="1").max_steps == 10
     assert read(TEST_MODE="1", MAX_STEPS="77").max_steps == 77
     assert read(MAX_STEPS="77").explicit == {"MAX_STEPS"}
 
@@ -104,9 +104,11 @@ def test_the_message_says_what_is_accepted():
         read(DEVICE="tpu")
 
 
-def test_a_minimum_above_the_peak_is_refused():
-    with pytest.raises(ConfigError, match="MIN_LEARNING_RATE"):
-        read(LEARNING_RATE="1e-4", MIN_LEARNING_RATE="1e-3")
+@pytest.mark.parametrize("rate", [{"LEARNING_RATE": "1e-4"}, {}])
+def test_a_minimum_above_the_peak_is_refused(rate):
+    sizes = GPT2.sizes(vocab_size=300, n_embd=8, block_size=8, n_head=2, n_layer=1)
+    with pytest.raises(ConfigError, match=r"MIN_LEARNING_RATE=0.1 is above LEARNING_RATE=0.0\d*1$"):
+        resolve(read(MIN_LEARNING_RATE="0.1", **rate), GPT2, sizes, [], None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,8 @@ def test_every_field_is_documented_and_described():
 )
 def test_windows_on_a_published_base_have_at_most_1024_tokens(context, published, asked, expected):
     sizes = GPT2.sizes(vocab_size=300, n_embd=8, block_size=context, n_head=2, n_layer=1)
-    config, _ = resolve(read(**asked), GPT2, sizes, [], published)
+    base = Checkpoint("base", GPT2, sizes, {}, {}, tokenizer="{}") if published else None
+    config, _ = resolve(read(**asked), GPT2, sizes, [], base)
     assert config.block_size == expected
 
 

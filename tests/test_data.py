@@ -202,6 +202,18 @@ def test_files_that_are_not_text_are_counted_and_empty_ones_are_not(tmp_path: Pa
     assert (corpus.n_files, corpus.n_skipped) == (1, 3)
 
 
+def test_records_that_are_read_as_text_are_said(tmp_path: Path) -> None:
+    for name in ("notes.txt", "chats.jsonl", "More.CSV", "package.json"):
+        write(tmp_path / name, b'{"text": "some text"}\n' * 9)
+    said = "\n".join(load(tmp_path).describe())
+    assert "records:  2 of the files by their names, read as text as others lie beside" in said
+    asked = open_corpus(str(tmp_path), NO_DEFAULT, text=True)
+    assert "records:" not in "\n".join(asked.describe())
+    (tmp_path / "chats.jsonl").unlink()
+    (tmp_path / "More.CSV").unlink()
+    assert "records:" not in "\n".join(load(tmp_path).describe())
+
+
 def test_only_the_first_64_kib_decide_and_may_end_within_a_character(tmp_path: Path) -> None:
     head = 64 * 1024
     euro = "\u20ac".encode()

@@ -5,6 +5,7 @@ import re
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +133,9 @@ def test_each_device_has_its_words_for_too_little_memory():
     for words in ("MPS backend out of memory (MPS allocated: 1 GiB)", "DefaultCPUAllocator: can't "
                   "allocate memory: you tried to allocate 8 bytes"):  # fmt: skip
         assert hardware.is_out_of_memory(RuntimeError(words))
+    with pytest.raises(ValueError) as error:
+        np.random.default_rng(0).integers(9, size=2**62)
+    assert hardware.is_out_of_memory(error.value)
     assert not hardware.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -244,7 +248,7 @@ def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
 
     assert waits()
     assert not waits("cpu") and not waits("mps")
-    assert not waits(parameters=10**9) and waits(parameters=10**9, BATCH_SIZE="2")
+    assert not waits(parameters=10**10) and waits(parameters=10**10, BATCH_SIZE="2")
     assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
     monkeypatch.setattr("hardware.processes.world_size", lambda: 2)
     assert not waits()

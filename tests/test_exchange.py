@@ -267,7 +267,8 @@ def test_the_ends_and_the_beginning_of_a_base(tmp_path):
     assert end_tokens(words, text) == [292, 293]
     assert end_tokens(words, {"tokenizer_config.json": b'{"eos_token": "<|turn|>"}'}) == [292, 293]
     assert end_tokens(words, {"config.json": b'{"eos_token_id": 291}'}) == [291, 293]
-    assert end_tokens(words, {"config.json": b'{"eos_token_id": [999, "x"]}'}) == [293]
+    assert end_tokens(words, {"config.json": b'{"eos_token_id": [999, "x", -1]}'}) == [293]
+    assert end_tokens(words, {"config.json": b'{"eos_token_id": 9999999999999999999}'}) == [293]
     assert end_tokens(words) == [293]
     named = load_tokenizer(words)
     named.add_special_tokens(["</s>"])

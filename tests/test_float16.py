@@ -23,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and a base that was trained on it."""
     folder = tmp_path_factory.mktemp("float16")
     (folder / "text.txt").write_text(TEXT)
-    succeeded(start_script(folder, **TINY | ON_CPU | {"OUT_DIR": "base"}))
+    base = {"OUT_DIR": "base", "OPTIMIZER": "adamw"}
+    succeeded(start_script(folder, **TINY | ON_CPU | base))
     return folder
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ON_CPU, ROOT, TEXT, TINY, needs_posix, refused, start_script, succeeded
 
+from data import load_corpus
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.checkpoint import load_base, read_checkpoint
 
@@ -149,6 +150,27 @@ def test_evaluation_covers_all_of_the_validation_data(folder, adapters):
     assert number(log, "Bits per byte") == pytest.approx(loss / math.log(2), abs=2e-4)
 
 
+def test_losses_at_several_weights_of_an_adapter(folder):
+    """Against models whose every weight has that part of the change."""
+    variables = TINY | {"DATA": "upper.txt", "OLD_DATA": "text.txt", "ADAPTERS": "two/lora.pt"}
+    log = succeeded(start_script(folder, **variables, EVAL_ONLY="True", DTYPE="float32"))
+    rows = re.findall(r"^   (\d\.\d\d) +(\S+) \+- \S+ +(\S+) \+- \S+$", log, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+    merged = TINY | {"MERGE": "True", "ADAPTERS": "two/lora.pt", "OUT_DIR": "for-weights"}
+    succeeded(start_script(folder, **merged, BASE_CHECKPOINT="out/full.pt"))
+    whole = model_of(folder / "for-weights" / "merged.pt").state_dict()
+    model = model_of(folder / "out" / "full.pt").eval()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    for weight, *found in rows:
+        model.load_state_dict({n: base[n].lerp(whole[n], float(weight)) for n in base})
+        for loss, name in zip(found, ("upper.txt", "text.txt"), strict=True):
+            corpus = load_corpus(str(folder / name), folder)
+            windows = corpus.validation_windows(8, 32)
+            with torch.no_grad():
+                expected = model(*corpus.validation_batch(windows, 32))[1].item()
+            assert float(loss) == pytest.approx(expected, abs=2e-4)
+
+
 def test_a_merged_checkpoint_is_a_base_like_any_other(folder):
     merge = TINY | {"MERGE": "True", "ADAPTERS": "two/lora.pt", "OUT_DIR": "merged"}
     log = succeeded(start_script(folder, **merge, BASE_CHECKPOINT="out/full.pt"))
@@ -218,6 +240,7 @@ def test_bad_input_gets_one_clear_line(folder, case):
 
 TRAINING_INPUT = {
     "adapters without lora": ({"ADAPTERS": "one/lora.pt"}, "ADAPTERS needs USE_LORA=True"),
+    "old data of a run": ({"OLD_DATA": "text.txt"}, "OLD_DATA needs EVAL_ONLY=True and ADAPTERS"),
     "merge of nothing": ({"MERGE": "True"}, "MERGE=True needs ADAPTERS"),
     "two modes": ({"MERGE": "True", "EVAL_ONLY": "True"}, "exclude each other"),
     "nothing to evaluate": ({"EVAL_ONLY": "True", "OUT_DIR": "nowhere"}, "no nowhere/full.pt"),
@@ -239,3 +262,8 @@ def test_bad_combinations_get_one_clear_line(folder, case):
 def test_help_lists_the_variables(folder):
     assert "TOP_P" in succeeded(start_script(folder, "--help", script="generate.py"))
     assert "PROMPT=" in refused(start_script(folder, "hello", script="generate.py"))
+
+
+def test_no_tokens_are_written_where_none_are_asked_for(folder):
+    process = generate(folder, PROMPT="the ", MAX_NEW_TOKENS="0")
+    assert succeeded(process) == "the \n" and "0 tokens in " in process.stderr

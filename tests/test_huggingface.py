@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import TEXT, refused, start_script, succeeded
+from conftest import TEXT, needs_posix, refused, start_script, succeeded
 from torch import nn
 
-from files.tensors import fingerprint
+from files.tensors import fingerprint, read_foreign_tensors
 from lora import (
     FileError,
     base_state,
@@ -29,7 +30,7 @@ from lora import (
 )
 from models import GPT2
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.checkpoint import load_base, read_checkpoint
+from models.checkpoint import load_base, read_checkpoint, save_checkpoint
 from models.huggingface import (
     adapter_from_folder,
     adapter_to_folder,
@@ -37,7 +38,7 @@ from models.huggingface import (
     read_model,
     write_model,
 )
-from trainer.loading import read_checked_base
+from trainer.loading import LoraOptions, build_model, read_checked_base
 
 SHAPES = [
     {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
@@ -425,3 +426,42 @@ def test_records_take_the_tokenizer_of_the_base_and_its_mark_of_an_end(folder, t
     )
     n_bytes = sum(len(answer.encode()) + 1 for answer in answers[9::10])  # the end is one
     assert bits == pytest.approx(loss * n_tokens / math.log(2) / n_bytes, rel=1e-3)
+
+
+def test_numbers_that_are_not_finite_are_not_handed_on(tmp_path):
+    model = GPT2.model(
+        vocab_size=256, n_embd=8, block_size=8, n_head=2, n_layer=1, device="cpu", dropout=0.0
+    )
+    model.blocks[0].mlp.fc_in.weight.data[0, 0] = math.nan
+    save_checkpoint(tmp_path / "full.pt", model, {})
+    with pytest.raises(FileError, match=r"full\.pt: .* holds numbers that are not finite"):
+        write_model(tmp_path / "folder", read_base(tmp_path / "full.pt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["full.pt"]
+
+
+def test_adapters_on_a_base_in_float64_are_in_float64(tmp_path):
+    sizes = {"vocab_size": 256, "n_embd": 8, "block_size": 8, "n_head": 2, "n_layer": 1}
+    save_checkpoint(
+        tmp_path / "full.pt", GPT2.model(**sizes, device="cpu", dropout=0.0).double(), {}
+    )
+    base = read_base(tmp_path / "full.pt")
+    model = build_model(GPT2, base.sizes, base, "cpu", lora=LoraOptions(rank=2))
+    loss = model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64))[1]
+    loss.backward()
+    assert model.lm_head.lora_B.grad.dtype == torch.float64
+
+
+@needs_posix
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(FileError, match=r"config\.json cannot be read: it is no regular file"):
+        read_base(tmp_path)
+
+
+@needs_posix
+def test_a_name_that_is_no_text_is_said(tmp_path):
+    """safetensors opens files by names in UTF-8 alone."""
+    name = tmp_path / os.fsdecode(b"\xff.safetensors")
+    name.write_bytes(b"")
+    with pytest.raises(FileError, match="its name is not UTF-8"):
+        read_foreign_tensors(name)

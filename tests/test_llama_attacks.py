@@ -10,15 +10,28 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+import transformers
 from conftest import TEXT, TINY, Started, needs_posix, refused, start_script, succeeded
-from test_docs import small_llama
 
 from files import FileError
 from files.writing import replacing
 
 TUNING = {name: value for name, value in TINY.items() if not name.startswith("N_")}
 TUNING |= {"USE_LORA": "True", "NUM_THREADS": "1", "MAX_STEPS": "2", "BASE_CHECKPOINT": "base"}
+
+
+def small_llama(folder: Path) -> None:
+    """A model of the Llama family with its tokenizer."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, show_progress=False)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    ends = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ends))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    bpe.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +235,8 @@ def test_float64_beside_others_is_refused_and_alone_trains(base):
     change_weights(base, lambda t, i: t.to(torch.float64) if i % 2 else t)
     assert "has weights in float64 beside others" in refusals(base.parent)
     change_weights(base, lambda t, i: t.to(torch.float64))
-    succeeded(start_script(base.parent, **TUNING | {"USE_LORA": "False"}))
+    for use_lora in ("False", "True"):
+        succeeded(start_script(base.parent, **TUNING | {"USE_LORA": use_lora}))
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

@@ -27,8 +27,8 @@ EVALUATED = [0, 2, 4, 6, 7]
 VARIABLES = TINY | ON_CPU | {
     "SEED": "3", "MAX_STEPS": "7", "GRAD_ACCUM_STEPS": "2", "DTYPE": "float32", "DROPOUT": "0",
     "LEARNING_RATE": "2e-2", "MIN_LEARNING_RATE": "1e-3", "WEIGHT_DECAY": "0.5",
-    "GRAD_CLIP": "0.2", "ADAM_BETA1": "0.8", "ADAM_BETA2": "0.9", "EVAL_INTERVAL": "2",
-    "BASE_CHECKPOINT": "start.pt",
+    "SCHEDULE": "cosine", "GRAD_CLIP": "0.2", "ADAM_BETA1": "0.8", "ADAM_BETA2": "0.9",
+    "EVAL_INTERVAL": "2", "BASE_CHECKPOINT": "start.pt",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def metrics(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def rate_at(step: int) -> float:
     if step < WARMUP:
         return RATE * (step + 1) / WARMUP
-    share = min(1.0, (step - WARMUP) / (STEPS - 1 - WARMUP))
+    share = (step - WARMUP) / (STEPS - WARMUP)
     return LOWEST + (RATE - LOWEST) * (1 + math.cos(math.pi * share)) / 2
 
 

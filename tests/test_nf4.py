@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXT, TINY, refused, start_group, start_script, succeeded
 from safetensors.torch import save_file
-from test_docs import small_llama
+from test_llama_attacks import small_llama
 from test_resume import assert_same, files_of
 from test_training import losses as lines_of_losses
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lora import LoRALinear, lies_below_adapter, read_adapter
 from lora.linear import apply_linear, grouped_linear, lora_reference
 from models.checkpoint import read_checkpoint
 from models.huggingface import read_base
+from ops import nf4
 from ops.nf4 import BLOCK, GROUP, LEVELS, NF4, dequantize, dequantize_rows, quantize
 from trainer.loading import LoraOptions, base_fingerprint, build_model, put_on_adapters
 
@@ -109,6 +111,21 @@ def test_the_values_are_those_of_bitsandbytes(dtype):
     assert (ours.scales != state.absmax).float().mean() < 0.01
     state.absmax = ours.scales
     assert torch.equal(dequantize(ours, dtype), functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_its_kernel_for_a_gpu_gives_the_same_values(shape, dtype):
+    """On a CPU, where ours takes the same way with it, and on a GPU where there is one."""
+    pytest.importorskip("bitsandbytes")
+    ours = quantize(matrix(shape))
+    expected = dequantize(ours, dtype)
+    with mock.patch.object(nf4, "has_kernel", lambda device: True):
+        assert torch.equal(dequantize(ours, dtype), expected)
+        rows = list(dequantize_rows(ours, 100, dtype))
+    assert torch.equal(torch.cat(rows), expected)
+    if torch.cuda.is_available():
+        assert torch.equal(dequantize(ours.to("cuda"), dtype).cpu(), expected)
 
 
 def test_it_moves_and_is_copied_and_everything_else_gets_its_values():

@@ -13,9 +13,13 @@ import torch
 import transformers
 from conftest import refused, start_script, succeeded
 
+import export
 from generate import load_writer
+from lora import __main__ as lora_command
 from lora import lora_layers, read_adapter
 from models.huggingface import read_base
+from trainer.loading import metadata_of_asking
+from trainer.own_head import fit_base
 from trainer.settings import GenerateConfig
 
 WORDS, MORE = 64, 6  # tokens of the base, and those that are added
@@ -100,7 +104,7 @@ def in_peft(tmp_path: Path, idx: torch.Tensor, adapter: str = "adapter") -> torc
 
 def writer(tmp_path: Path, base: str = "base", adapter: str | None = "adapter"):
     """What generate.py writes with."""
-    variables = {"BASE_CHECKPOINT": str(tmp_path / base), "RAW_PROMPT": "True", "DEVICE": "cpu"}
+    variables = {"BASE_CHECKPOINT": str(tmp_path / base), "DEVICE": "cpu"}
     if adapter is not None:
         variables["ADAPTERS"] = str(tmp_path / adapter)
     return load_writer(GenerateConfig.from_environment(variables), torch.device("cpu"))
@@ -256,3 +260,49 @@ def test_whole_modules_that_are_not_supported_are_refused_by_name(kind, tmp_path
     assert expected in refused(start_script(tmp_path, script="generate.py", **run))
     (tmp_path / "text.txt").write_text("w1 w2 " * 400)
     assert expected in refused(start_script(tmp_path, DATA="text.txt", **run))
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }} w0 {% endfor %}"
+
+
+def with_template(tmp_path: Path, name: str, template: str, config: bool = False) -> str:
+    """An adapter of random weights with a chat template beside it, as TRL saves it."""
+    write_adapter(tmp_path, "llama")
+    folder = (tmp_path / "adapter").rename(tmp_path / name)
+    if config:  # where older versions of transformers put it
+        content = json.dumps({"chat_template": template})
+        (folder / "tokenizer_config.json").write_text(content)
+    else:
+        (folder / "chat_template.jinja").write_text(template)
+    return name
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_the_chat_template_beside_an_adapter_is_the_models(config, tmp_path):
+    write_base(tmp_path / "base", "llama", tied=True)
+    (tmp_path / "base" / "chat_template.jinja").write_text("w1 " + TEMPLATE)
+    run = {"BASE_CHECKPOINT": "base", "ADAPTERS": with_template(tmp_path, "a", TEMPLATE, config)}
+    rows = [{"prompt": "w5", "completion": "w6"}] * 9
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    log = succeeded(start_script(tmp_path, DATA="a.jsonl", USE_LORA="True", PREVIEW="1", **run))
+    assert '"{prompt} w0 ", in the trained model\'s chat template' in log
+    assert lora_command.main(["import", str(tmp_path / "a"), str(tmp_path / "a.pt")]) == 0
+    assert export.main([str(tmp_path / "a.pt"), str(tmp_path / "again")]) == 0
+    for path in ("a", "a.pt", "again"):
+        assert writer(tmp_path, adapter=path).format.template == TEMPLATE
+
+
+def test_adapters_of_different_formats_are_said_and_the_first_counts(tmp_path):
+    write_base(tmp_path / "base", "llama", tied=True)
+    one, two = (with_template(tmp_path, n, f"{n} {TEMPLATE}") for n in ("one", "two"))
+    (tmp_path / "text.txt").write_text("w1 w2 " * 400)
+    note = "Note: ADAPTERS were trained in different formats; without CHAT_TEMPLATE, that of the "
+    for adapters, said in ((f"{one}:0.5,{two}:0.5", True), (f"{one},{one}", False)):
+        run = {"BASE_CHECKPOINT": "base", "ADAPTERS": adapters}
+        process = start_script(tmp_path, script="generate.py", PROMPT="w3", **run)
+        assert succeeded(process) and (note in process.stderr) == said
+    base = read_base(tmp_path / "base")
+    files = [(n, read_adapter(tmp_path / n), 1.0) for n in (two, one)]
+    _, fitted = fit_base(base, files)
+    assert metadata_of_asking(base, fitted)["chat_template"].startswith("two ")
+    assert metadata_of_asking(base, []) == {}

@@ -206,6 +206,7 @@ RANDOM = {
         "SEED=1337 N_LAYER=2, which cannot be continued with SEED=2 N_LAYER=3",
     ),
     "LoRA": ({"USE_LORA": "True", "OUT_DIR": "lora", "N_HEAD": "4"}, "N_HEAD=2, which cannot"),
+    "another loss": ({"LOSS_ON_PROMPT": "True"}, "LOSS_ON_PROMPT=False, which cannot"),
     "a base instead": ({"BASE_CHECKPOINT": "other/full.pt"}, "another base"),
 }
 

@@ -264,6 +264,15 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"text": "\ud800"}, "text has half of a surrogate pair"),
         ({"messages": [BOT | {"name": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [BOT], "tools": [{"name": "\ud800"}]}, "tools has half of a surrogate pair"),
+        (
+            {
+                "messages": [
+                    BOT
+                    | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}
+                ]
+            },
+            "turn 1: it has half of a surrogate pair",
+        ),
     ],
 )
 def test_what_is_no_example_is_refused_with_its_row(row, message):

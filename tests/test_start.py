@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment_of, refused, start_script, succeeded
+from conftest import ROOT, environment_of, needs_dev_full, refused, start_script, succeeded
 
 COMMANDS = ("training.py", "generate.py", "export.py", "compare.py")
 
@@ -86,3 +86,15 @@ def test_a_full_stdout_is_one_line(tmp_path, arguments):
 )
 def test_unknown_arguments_are_named_in_one_line(tmp_path, script, arguments, named):
     assert named in refused(start_script(tmp_path, *arguments, script=script))
+
+
+def test_ctrl_c_while_the_package_lora_imports_torch_takes_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    process = python(tmp_path, "-m", "lora")  # which looks for modules in this folder first
+    assert (process.returncode, process.stderr) == (130, "error: interrupted\n")
+
+
+@needs_dev_full
+def test_a_full_stderr_changes_no_exit_code(tmp_path):
+    code = "from files.streams import write_err; write_err('a note')"
+    assert python(tmp_path, "-c", code, shell="2>/dev/full").returncode == 0

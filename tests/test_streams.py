@@ -19,6 +19,8 @@ from files.streams import reason_of, write_out
 from files.writing import write_folder
 from lora import Adapter, write_adapter
 from lora import __main__ as lora_command
+from trainer.console import Interrupted, terminable
+from trainer.resuming import StopSignals
 from trainer.settings import Config, GenerateConfig
 from trainer.start import start
 
@@ -169,3 +171,23 @@ def test_sigterm_leaves_nothing_half_written(command, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert sorted(tmp_path.iterdir()) == before
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_closed_terminal_ends_a_command_as_sigterm_does_but_after_nohup(name):
+    number = getattr(signal, name)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+    with pytest.raises(Interrupted) as ended, terminable():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert ended.value.args[1] == number
+    former = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop, terminable():
+            os.kill(os.getpid(), number)
+        assert not stop.received
+    finally:
+        signal.signal(number, former)

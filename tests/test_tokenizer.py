@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -270,3 +271,12 @@ def test_sizes_and_ends(bpe):
         encode("a", "{}")
     gaps = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 70_000}, unk_token="a"))
     assert vocabulary_size(gaps.to_str()) == 70_001
+
+
+def test_a_dropout_of_the_tokenizer_is_left_out(bpe):
+    """Tokens drawn at random would be other data each time that they are made."""
+    words = json.loads(bpe)
+    words["model"]["dropout"] = 0.9
+    assert encode("the dog does not mind", json.dumps(words)) == encode(
+        "the dog does not mind", bpe
+    )

@@ -1,7 +1,6 @@
 """The script as a user starts it: records, files, determinism, and refusals."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -342,20 +341,6 @@ def test_several_ranks_and_alphas_are_shown_as_ranges(training, tmp_path):
     log = succeeded(training(EVAL_ONLY="1", ADAPTERS="of,two.pt"))
     assert "   LoRA rank: 2 to 4, alpha: 3.0 to 16.0, dropout: 0.0" in log
     assert "Adapter: of,two.pt, weight 1" in log
-
-
-def test_the_schedule_warms_up_and_falls_to_its_minimum():
-    from trainer.optimization import learning_rate
-    from trainer.settings import Config
-
-    config = Config(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
-    rates = [learning_rate(config, step) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
-    assert max(rates) == rates[10] == 1.0
-    assert rates[54] + rates[55] == pytest.approx(2 * 0.6)  # halfway between peak and minimum
-    assert rates[99] == rates[100] == pytest.approx(0.2)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert math.isfinite(learning_rate(Config(max_steps=1, warmup_steps=50), 1))
 
 
 @pytest.mark.parametrize("mode", ["False", "True"])

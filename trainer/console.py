@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import one_line, reason_of, set_stdout, write_err, write_out
+from files.streams import (
+    ending_signals,
+    one_line,
+    reason_of,
+    set_stdout,
+    write_err,
+    write_out,
+)
 from hardware import processes
 from trainer.settings import ConfigError
 
@@ -18,7 +25,7 @@ class TrainingError(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the run was saved; holds the message and the signal's number."""
+    """Ctrl-C or another signal, after the run was saved; holds the message and its number."""
 
 
 BAD_INPUT = (
@@ -45,7 +52,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
             work()
     except BAD_INPUT as error:
         return fail(str(error), 2)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is the second
         if processes.is_connection_lost(error):
             return fail("lost another process; RESUME=True goes on from the last evaluation", 1)
         if not hardware.is_out_of_memory(error):
@@ -64,8 +71,9 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Have SIGTERM raise Interrupted, so that nothing half written is left, as after Ctrl-C. Not in
-    a group of processes, which torchrun ends, nor in a thread, where Python takes no signals."""
+    """Have SIGTERM and SIGHUP raise Interrupted, so that nothing half written is left, as after
+    Ctrl-C. Not in a group of processes, which torchrun ends, nor in a thread, where Python takes no
+    signals."""
     if processes.in_group() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,11 +81,12 @@ def terminable() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise Interrupted("terminated; files that were there are as they were", number)
 
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {kind: signal.signal(kind, stop) for kind in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for kind, handler in former.items():
+            signal.signal(kind, handler)
 
 
 def fail(message: str, exit_code: int) -> int:

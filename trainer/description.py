@@ -31,8 +31,8 @@ def describe_plan(plan: Plan) -> list[str]:
     return lines
 
 
-def describe(run: Run) -> list[str]:
-    """The lines of the log on what a run works with, from its data to notes."""
+def describe(plan: Plan, run: Run) -> list[str]:
+    """The lines of the log on what a planned run works with, from its data to notes."""
     config = run.config
     lines = []
     if run.corpus is not None:
@@ -40,6 +40,7 @@ def describe(run: Run) -> list[str]:
     if trains(config):
         passes = run.corpus.passes(config.max_steps * config.tokens_per_step)
         lines.append(f"Passes: {passes:.3g} over the training data in MAX_STEPS")
+        lines += describe_choices(plan, run)
     lines.append(describe_base(run))
     if config.base_dtype != "auto":
         lines.append(describe_base_weights(run))
@@ -50,6 +51,14 @@ def describe(run: Run) -> list[str]:
     if trains(config) and is_published(run.base):
         lines += describe_defaults(run)
     return lines + [f"Note: {note}" for note in notes(run)]
+
+
+def describe_choices(plan: Plan, run: Run) -> list[str]:
+    """The variables whose values depend on the data."""
+    names = ("max_steps", "eval_interval", "patience", "dropout")
+    open_ones = [name for name in names if getattr(plan.config, name) is None]
+    lines = [f"{name.upper()}: {getattr(run.config, name)}" for name in open_ones]
+    return ["Chosen for this data:", *indent(lines)] if lines else []
 
 
 def describe_processes(config: Config) -> str:

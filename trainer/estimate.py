@@ -26,10 +26,10 @@ from lora import LoRALinear, store_base
 from models import LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from trainer.loading import put_lora
+from trainer.optimization import matrices_for_muon
 from trainer.settings import Config
 from trainer.setup import Plan
 
-ADAM_BYTES = 8  # of its two moments, in float32, for each number that trains
 NF4_BYTES = 4.127 / 8  # for each number
 MIB = 2**20
 
@@ -85,7 +85,7 @@ def estimate(plan: Plan) -> Memory:
     # Freed tensors leave room that is too small for the next, or not in one piece: about as much as
     # one block holds at a time, in tensors that the C library takes from its heap.
     gaps = FIRST_USE + steps[0].most_in_heap if plan.device.type == "cpu" else 0
-    optimizer = trained // 4 * ADAM_BYTES
+    optimizer = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
     return Memory(base, trained, optimizer, *parts, gaps, program_bytes(plan.device))
 
 
@@ -95,7 +95,7 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
     A base in NF4 is in bfloat16 here: what a step makes of it is the same.
     """
     sizes = dataclasses.replace(plan.sizes, n_layer=n_blocks)
-    model = meta_model(plan.family, sizes, plan.config.dropout)
+    model = meta_model(plan.family, sizes, plan.config.dropout or 0.0)
     if plan.lora is not None:
         model.requires_grad_(False)
         targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
@@ -108,8 +108,10 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
                 if p is None:
                     continue
                 if id(p) not in made:
-                    frozen = frozen_dtype(plan, f"{module_name}.{name}".removeprefix("."))
-                    dtype = torch.float32 if p.requires_grad else frozen
+                    own = "weight" if name.startswith("lora_") else name  # what an adapter is on
+                    dtype = frozen_dtype(plan, f"{module_name}.{own}".removeprefix("."))
+                    if p.requires_grad:
+                        dtype = torch.promote_types(dtype, torch.float32)
                     fake = torch.empty(p.shape, dtype=dtype, device=plan.device)
                     made[id(p)] = nn.Parameter(fake, requires_grad=p.requires_grad)
                 module._parameters[name] = made[id(p)]
@@ -155,6 +157,13 @@ def frozen_bytes(model: LanguageModel, config: Config) -> dict[int, int]:
             if isinstance(module, nn.Linear | LoRALinear) and id(module.weight) in found:
                 found[id(module.weight)] = int(NF4_BYTES * module.weight.numel())
     return found
+
+
+def optimizer_bytes(config: Config, model: LanguageModel) -> int:
+    """The bytes of an optimizer's means: two for each number under AdamW, one under Muon."""
+    by_muon = matrices_for_muon(config, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.nbytes * (1 if id(p) in by_muon else 2) for p in trained)
 
 
 def held_in_step(plan: Plan, model: LanguageModel) -> "_Held":

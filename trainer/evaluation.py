@@ -3,8 +3,10 @@
 An evaluation at a step also gathers what the loop knows by then, for the log and metrics.jsonl.
 """
 
+import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +16,16 @@ from tqdm import tqdm
 
 import hardware
 from hardware import processes
+from lora import combine_adapters, switch_adapter, take_adapter
 from trainer.console import TrainingError
 from trainer.optimization import learning_rate
 from trainer.resuming import Progress
 from trainer.settings import Config
 from trainer.setup import Run, trains
+
+# How much of the adapters' change is taken, which trades what was learned for what was forgotten
+# (Wortsman et al. 2022, arXiv 2109.01903).
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,25 @@ def evaluate_all(run: Run) -> FullEvaluation:
     if not math.isfinite(result.loss):
         raise TrainingError(f"the loss is {result.loss}: the model computes no numbers")
     return result
+
+
+def evaluate_weights(run: Run) -> Iterator[tuple[float, tuple[float, float], tuple[float, float]]]:
+    """For each of WEIGHTS, by which ADAPTERS are multiplied, the mean loss on the validation
+    windows of DATA with its standard error, and that on those of OLD_DATA.
+
+    The model has the adapters at the last of them then.
+    """
+    config, (old, bare) = run.config, run.old
+    trained = take_adapter(run.model, run.base_id)
+    for weight in WEIGHTS:
+        switch_adapter(run.model, combine_adapters([(trained, weight)], bare))
+        losses = []
+        for corpus in (run.corpus, old):
+            windows = corpus.validation_windows(
+                config.eval_batches * config.batch_size, config.block_size
+            )
+            losses.append(evaluate(dataclasses.replace(run, corpus=corpus), windows))
+        yield weight, *losses
 
 
 @torch.no_grad()

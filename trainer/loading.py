@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import DataError, vocabulary_size
+from data import SAYS, DataError, vocabulary_size
 from files import FileError
 from files.tensors import fingerprint
 from lora import (
@@ -171,6 +171,14 @@ def base_fingerprint(base: Checkpoint | None, model: nn.Module) -> str:
     return fingerprint(base_state(model))
 
 
+def metadata_of_asking(base: Checkpoint | None, adapters: AdapterFiles) -> dict[str, Any]:
+    """The metadata that say how the model is asked: those of the first of ADAPTERS, or else of the
+    base, with a word on it."""
+    every = [adapter.metadata for _, adapter, _ in adapters]
+    every += [base.metadata] if base is not None else []
+    return next((metadata for metadata in every if SAYS & metadata.keys()), {})
+
+
 def dtype_below(adapter: Adapter) -> str:
     """The BASE_DTYPE on which an adapter was trained, as far as its file says."""
     found = adapter.metadata.get("base_dtype")
@@ -188,6 +196,16 @@ def describe_adapters(
     if "files" in metadata:
         n_tokens = vocabulary_size(metadata["files"]["tokenizer.json"])
         lines.append(f"Tokenizer: the adapter's own, of {n_tokens:,} tokens")
+    formats = [
+        (metadata.get("chat_template"), metadata.get("prompt_format"))
+        for metadata in (adapter.metadata for _, adapter, _ in files)
+        if SAYS & metadata.keys()
+    ]
+    if len(set(formats)) > 1:
+        lines.append(
+            "Note: ADAPTERS were trained in different formats; without CHAT_TEMPLATE, "
+            "that of the first counts"
+        )
     if any(adapter.base is None for _, adapter, _ in files):
         lines.append(
             "Base of the adapter: not recorded in its file, so not checked; its shapes fit"

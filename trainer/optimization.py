@@ -5,33 +5,47 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from models import LanguageModel
+from trainer.muon import Muon
 from trainer.settings import Config
 
 
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW of what trains; weight decay on matrices only.
+def make_optimizer(config: Config, model: LanguageModel, dtype: torch.dtype) -> Optimizer:
+    """AdamW of what trains, or Muon of the blocks' matrices and AdamW of the rest. `dtype` is that
+    of the run's matrix products.
 
-    The adapters' B, which start at zero, learn LORA_PLUS_RATIO times as fast as the rest (LoRA+,
-    Hayou et al. 2024). A group's `lr_ratio` is its learning rate over the run's.
+    Weights decay in matrices only. The adapters' B, which start at zero, learn LORA_PLUS_RATIO
+    times as fast as the rest (LoRA+, Hayou et al. 2024). A group's `lr_ratio` is its learning rate
+    over the run's.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    by_muon = matrices_for_muon(config, model)
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((name.endswith("lora_B"), p.dim() >= 2), []).append(p)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": group,
-                "lr_ratio": config.lora_plus_ratio if is_B else 1.0,
-                "weight_decay": config.weight_decay if is_matrix else 0.0,
-            }
-            for (is_B, is_matrix), group in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        fused=True,
-    )
+            kind = (name.endswith("lora_B"), p.dim() >= 2, id(p) in by_muon)
+            groups.setdefault(kind, []).append(p)
+    options = [
+        {
+            "params": group,
+            "lr_ratio": config.lora_plus_ratio if is_B else 1.0,
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
+            "orthogonal": orthogonal,
+        }
+        for (is_B, is_matrix, orthogonal), group in groups.items()
+    ]
+    common = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
+    if config.optimizer == "muon":
+        return Muon(options, **common, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    return torch.optim.AdamW(options, **common, fused=True)
+
+
+def matrices_for_muon(config: Config, model: LanguageModel) -> set[int]:
+    """The ids of the parameters that Muon steps: none where OPTIMIZER is another."""
+    if config.optimizer != "muon":
+        return set()
+    return {id(p) for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2}
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
@@ -44,18 +58,24 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScale
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the last step."""
+    """The run's learning rate at a step: a linear warm-up to LEARNING_RATE, and from there as
+    SCHEDULE says to MIN_LEARNING_RATE, which the step after the last one would have."""
     warmup = min(config.warmup_steps, config.max_steps // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    low = config.min_learning_rate
+    high, low = config.learning_rate, config.min_learning_rate
     if low is None:
-        low = config.learning_rate / 10
-    progress = (step - warmup) / max(1, config.max_steps - 1 - warmup)
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        low = high / 10 if config.schedule == "cosine" else 0.0
+    progress = min(1.0, (step - warmup) / max(1, config.max_steps - warmup))
+    left = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "constant": 1.0,
+    }
+    return low + (high - low) * left[config.schedule]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give each group of parameters the run's rate times its `lr_ratio`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]

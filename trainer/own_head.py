@@ -7,7 +7,7 @@ import dataclasses
 
 from torch import Tensor
 
-from data import DataError, vocabulary_size
+from data import SAYS, DataError, template_in, vocabulary_size
 from files import FileError
 from files.tensors import fingerprint
 from lora import Adapter
@@ -22,7 +22,8 @@ def fit_base(base: Checkpoint, adapters: AdapterFiles) -> tuple[Checkpoint, Adap
 
     The base's embedding gets as many rows as that head; the adapter has its weights. A tokenizer
     beside the adapter becomes the base's where the two know different numbers of tokens. The
-    adapter's metadata then has `own_head`, and the tokenizer's `files`.
+    adapter's metadata then has `own_head`, and the tokenizer's `files`. A chat template among the
+    files beside an adapter becomes its metadata's, unless these say how the model is asked.
 
     Raises FileError for such an adapter beside others or with a weight, for tokens that no
     tokenizer explains, and where an embedding of another vocabulary is missing.
@@ -30,14 +31,20 @@ def fit_base(base: Checkpoint, adapters: AdapterFiles) -> tuple[Checkpoint, Adap
     fitted: AdapterFiles = []
     for path, adapter, weight in adapters:
         head, tensors = part_head(path, adapter, base)
+        beside = checked_files(path, adapter)
         metadata = {name: value for name, value in adapter.metadata.items() if name != "files"}
+        template = template_in(
+            {name: text.encode("utf-8", "replace") for name, text in beside.items()}
+        )
+        if template is not None and not SAYS & metadata.keys():
+            metadata["chat_template"] = template
         if head is not None:
             if len(adapters) > 1 or weight != 1.0:
                 raise FileError(
                     f"{path} has a head of its own, so ADAPTERS takes it alone and without a "
                     "weight; MERGE=True makes a base of it"
                 )
-            files = own_tokenizer(path, adapter, base, rows=len(head))
+            files = own_tokenizer(path, beside, base, rows=len(head))
             base = with_head(base, head)
             metadata |= {"own_head": True}
             if files:
@@ -85,13 +92,17 @@ def part_head(
     return head, tensors
 
 
-def own_tokenizer(path: str, adapter: Adapter, base: Checkpoint, rows: int) -> dict[str, str]:
-    """The files of an adapter's tokenizer for `rows` tokens; none where the base's is right."""
+def checked_files(path: str, adapter: Adapter) -> dict[str, str]:
+    """The text of the tokenizer's files beside an adapter. Raises FileError for no texts."""
     files = adapter.metadata.get("files", {})
-    if files and not (
-        "tokenizer.json" in files and all(isinstance(text, str) for text in files.values())
-    ):
+    if not all(isinstance(text, str) for text in files.values()):
         raise FileError(f"{path} is damaged: its tokenizer is no table of files")
+    return files
+
+
+def own_tokenizer(path: str, files: dict[str, str], base: Checkpoint, rows: int) -> dict[str, str]:
+    """The `files` of an adapter's tokenizer for `rows` tokens; none where the base's is right."""
+    files = files if "tokenizer.json" in files else {}
     try:
         known = vocabulary_size(base.tokenizer)
         found = vocabulary_size(files["tokenizer.json"]) if files else known

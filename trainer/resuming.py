@@ -1,6 +1,5 @@
 """Resuming: what an interrupted run needs to go on as if it had not been, in one file."""
 
-import inspect
 import math
 import os
 import signal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from files import FileError
+from files.streams import ending_signals
 from files.tensors import check_tensors, read_file, write_file
 from hardware import processes
 from trainer.console import TrainingError
@@ -24,13 +24,13 @@ VERSION = 2
 
 # A resumed run must agree with the interrupted one in these, for its files to fit or to make sense.
 FIXED = ("use_lora", "lora_rank", "lora_alpha", "lora_targets", "train_embeddings", "seed")
-FIXED += (*SIZES, "columns", "text")
+FIXED += (*SIZES, "columns", "text", "loss_on_prompt")
 # And these say where and how it runs, not what it computes.
 FREE = ("resume", "progress", "sample_tokens", "data", "out_dir", "base_checkpoint", "adapters")
 
 
 class StopSignals:
-    """Keeps Ctrl-C and SIGTERM until the loop asks for them; a second one ends at once.
+    """Keeps Ctrl-C, SIGTERM and SIGHUP until the loop asks for them; a second one ends at once.
 
     Under torchrun a second one is ignored. torchrun hands on each signal that it gets, so one
     Ctrl-C comes twice. It also ends the other processes when one fails, which must not cut off
@@ -39,7 +39,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self.received = 0
-        kinds = (signal.SIGINT, signal.SIGTERM)
+        kinds = (signal.SIGINT, *ending_signals())
         self.former = {kind: signal.signal(kind, self._keep) for kind in kinds}
         return self
 
@@ -257,7 +257,10 @@ def restore_training_state(
     check_tensors(path, state.tensors, parameters)
     kind = type(optimizer).__name__
     if state.optimizer_class != kind:
-        raise FileError(f"{path} is of the optimizer {state.optimizer_class}, not of {kind}")
+        raise FileError(
+            f"{path} is of the optimizer {state.optimizer_class}, not of {kind}; "
+            f"set OPTIMIZER={state.optimizer_class.lower()}"
+        )
     optimizer_state = _optimizer_state(path, state.optimizer, optimizer)
     _check_scaler_state(path, state.scaler, scaler)
     try:
@@ -287,11 +290,13 @@ def _optimizer_state(
     Raises FileError unless all parameters have the state that the optimizer keeps for them: for
     each name a number, or a tensor of the parameter's shape. Before the first step it is empty.
     """
-    optimized = [p for group in optimizer.param_groups for p in group["params"]]
-    expected = {}
-    for i, parameter in enumerate(optimized if saved else ()):
-        for name, value in state_of_one_step(optimizer).items():
-            expected[f"{i}.{name}"] = parameter if value.dim() else torch.empty(())
+    optimized, expected = [], {}
+    for group in optimizer.param_groups:
+        kept = state_of_one_step(optimizer, group) if saved else {}
+        for parameter in group["params"]:
+            for name, value in kept.items():
+                expected[f"{len(optimized)}.{name}"] = parameter if value.dim() else value
+            optimized.append(parameter)
     check_tensors(path, saved, expected)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.items():
@@ -315,14 +320,14 @@ def _check_scaler_state(path: str | os.PathLike, saved: Any, scaler: torch.amp.G
         raise FileError(f"{path} is damaged: it holds no state of the scaler of gradients")
 
 
-def state_of_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state that an optimizer like this one keeps for a matrix: for each name a number, or a
-    tensor of the matrix's shape."""
+def state_of_one_step(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The state that an optimizer like this one keeps for a matrix in a group like this one: for
+    each name a number, or a tensor of the matrix's shape."""
     matrix = torch.nn.Parameter(torch.zeros(2, 2))
     matrix.grad = torch.zeros(2, 2)
-    known = inspect.signature(type(optimizer)).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
-    trial = type(optimizer)([matrix], **settings)
+    trial = type(optimizer)([{**group, "params": [matrix]}])
     trial.step()
     return dict(trial.state[matrix])
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from files.streams import did_you_mean
+
 # Names that begin like ours are ours, or misspelt.
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
@@ -24,12 +26,14 @@ TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
 # Where a path may begin with ~, which a shell does not replace within quotes or after a comma.
-PATHS = ("DATA", "OUT_DIR", "BASE_CHECKPOINT", "CHAT_TEMPLATE")
+PATHS = ("DATA", "OLD_DATA", "OUT_DIR", "BASE_CHECKPOINT", "CHAT_TEMPLATE")
 
 # What the frozen weights of linears may lie in; auto is what their file has.
 BASE_DTYPES = ("auto", "float32", "bfloat16", "nf4")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine", "constant")
 
 # The variables that change defaults. Where two are set, the later one here decides.
 MODES = {"base": "BASE_CHECKPOINT", "lora": "USE_LORA", "fsdp": "FSDP", "test": "TEST_MODE"}
@@ -93,10 +97,9 @@ class ColumnNames:
         for part in text.split(","):
             ours, colon, theirs = (word.strip() for word in part.partition(":"))
             if ours not in COLUMNS:
-                near = difflib.get_close_matches(ours.lower(), COLUMNS, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ConfigError(
-                    f"COLUMNS={text!r}: {ours!r} is no column of a layout{hint}; accepted, as in "
+                    f"COLUMNS={text!r}: {ours!r} is no column of a layout"
+                    f"{did_you_mean(ours, COLUMNS)}; accepted, as in "
                     f"prompt:frage,completion:antwort: {', '.join(COLUMNS)}"
                 )
             if colon and not theirs:
@@ -209,7 +212,9 @@ class Config(Settings):
     """The settings of one run of training.py."""
 
     # What to train
-    use_lora: bool = option(False, "train LoRA adapters and embeddings, freeze the rest")
+    use_lora: bool = option(
+        False, "train LoRA adapters, and embeddings where tokens are bytes; freeze the rest"
+    )
     lora_rank: int = option(8, "rank of the adapters; ADAPTERS are reduced to it", at_least=1)
     lora_alpha: float = option(
         16.0,
@@ -247,6 +252,11 @@ class Config(Settings):
         None, "python-code, python-docs, python-instructions, or a file or folder, of text or "
         "records [data/input.txt if there, else python-code]"
     )  # fmt: skip
+    old_data: str | None = option(
+        None,
+        "what the base knew: with EVAL_ONLY and ADAPTERS, the losses on it and on DATA at weights "
+        "of the adapters from 0 to 1",
+    )
     chat_template: str | None = option(
         None, "file with a chat template for records, or none for the plain format [the base's]"
     )
@@ -299,17 +309,43 @@ class Config(Settings):
     block_size: int = option(
         128, "context in tokens; with a base, the base's up to 1024, or as set", at_least=1
     )
-    dropout: float = option(
-        0.2, "dropout of the model while training", base=0.0, lora=0.0, at_least=0, below=1
+    dropout: float | None = option(
+        None,
+        "dropout of the model while training [0; from random weights 0.1 beyond 6 passes over the "
+        "data, 0.2 beyond 20]",
+        base=0.0,
+        lora=0.0,
+        at_least=0,
+        below=1,
     )
 
     # Optimization
     batch_size: int = option(32, "sequences in a batch, of all processes", at_least=1, test=8)
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
-    max_steps: int = option(1000, "optimizer steps", at_least=1, test=10)
-    learning_rate: float = option(3e-3, "peak learning rate", base=1e-3, lora=2e-3, above=0)
+    max_steps: int | None = option(
+        None,
+        "optimizer steps [500; on a base or with adapters at most 3 passes over the data]",
+        at_least=1,
+        test=10,
+    )
+    optimizer: str = option(
+        "muon",
+        "muon for the matrices of the blocks and adamw for the rest, or adamw for all",
+        base="adamw",
+        lora="adamw",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate [0.01, with adamw 0.003; on a base or with adapters by width, tokens "
+        "of a step and rank, as the log says]",
+        above=0,
+    )
+    schedule: str = option(
+        "linear", "how the learning rate falls to the end of the run", choices=SCHEDULES
+    )
     min_learning_rate: float | None = option(
-        None, "learning rate at the last step [LEARNING_RATE / 10]", at_least=0
+        None, "learning rate to which it falls [0; LEARNING_RATE / 10 with cosine]", at_least=0
     )
     warmup_steps: int = option(50, "steps of warm-up, at most half the run", at_least=0, test=2)
     weight_decay: float = option(0.1, "AdamW's decay, on matrices", lora=0.0, at_least=0)
@@ -318,11 +354,15 @@ class Config(Settings):
     grad_clip: float = option(1.0, "largest norm of the gradient, 0 for no limit", at_least=0)
 
     # Report
-    eval_interval: int = option(100, "steps between evaluations", at_least=1, test=5)
-    patience: int = option(
-        0,
-        "end after so many evaluations in a row without a better validation loss, 0 for never",
+    eval_interval: int | None = option(
+        None, "steps between evaluations [a tenth of MAX_STEPS]", at_least=1, test=5
+    )
+    patience: int | None = option(
+        None,
+        "end after so many evaluations in a row without a better validation loss, 0 for never [0; "
+        "on a base or with adapters 2, unless EVAL_INTERVAL is set]",
         at_least=0,
+        test=0,
     )
     eval_batches: int = option(20, "validation batches an evaluation", at_least=1, test=2)
     sample_tokens: int = option(400, "tokens of text to sample at the end", at_least=0, test=60)
@@ -331,11 +371,6 @@ class Config(Settings):
     def _check_combinations(self) -> None:
         if self.text and self.columns is not None:
             raise ConfigError("TEXT and COLUMNS exclude each other: plain text has no columns")
-        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
-            raise ConfigError(
-                f"MIN_LEARNING_RATE={self.min_learning_rate} is above "
-                f"LEARNING_RATE={self.learning_rate}"
-            )
         names = ("resume", "eval_only", "merge", "preview", "estimate")
         modes = [name for name in names if getattr(self, name)]
         if len(modes) > 1:
@@ -354,6 +389,8 @@ class Config(Settings):
             raise ConfigError("MERGE=True needs ADAPTERS, such as ADAPTERS=out/lora.pt")
         if self.adapters is not None and not (self.use_lora or self.eval_only or self.merge):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
+        if self.old_data is not None and not (self.eval_only and self.adapters):
+            raise ConfigError("OLD_DATA needs EVAL_ONLY=True and ADAPTERS, such as out/lora.pt")
         if self.train_embeddings is False and not self.use_lora:
             raise ConfigError(
                 "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
@@ -453,7 +490,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     if kind is bool:
         if text.lower() in TRUE_WORDS + FALSE_WORDS:
             return text.lower() in TRUE_WORDS
-        raise ConfigError(f"{name}={text!r} is neither True nor False")
+        raise ConfigError(f"{name}={text[:80]!r} is neither True nor False")
     if kind is WeightedAdapters and text:
         return WeightedAdapters.parse(text)
     if kind is ColumnNames and text:
@@ -461,7 +498,7 @@ def _parse(name: str, text: str, field: dataclasses.Field) -> Any:
     if kind in (str, WeightedAdapters, ColumnNames):
         choices = field.metadata["choices"]
         if choices and text.lower() not in choices:
-            raise ConfigError(f"{name}={text!r} is not one of {', '.join(choices)}")
+            raise ConfigError(f"{name}={text[:80]!r} is not one of {', '.join(choices)}")
         if not text:
             raise ConfigError(f"{name} is set to nothing; give it a value or unset it")
         if name in PATHS:

@@ -1,7 +1,6 @@
 """Setting up a run: what its variables mean for its base and adapters, and what it works with."""
 
 import dataclasses
-import difflib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -13,19 +12,22 @@ from torch import nn
 
 import hardware
 from data import Corpus, chat_format, open_corpus, preview_lines
+from files.streams import did_you_mean
 from files.tensors import fingerprint
 from files.writing import lock_folder
 from hardware import processes
-from lora import lora_layers, store_base, sum_scaling
+from lora import Adapter, lora_layers, store_base, sum_scaling, take_adapter
 from models import GPT2, Family, LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from models.huggingface import read_shape
+from trainer import recipe
 from trainer.loading import (
     AdapterFiles,
     LoraOptions,
     base_fingerprint,
     build_model,
     dtype_below,
+    metadata_of_asking,
     parts_of,
     put_on_adapters,
     read_adapters,
@@ -42,6 +44,10 @@ LONGEST_DEFAULT_BLOCK = 1024
 
 # Sizes of a model that the environment can set, and that a base has.
 SIZES = ("n_embd", "block_size", "n_head", "n_layer")
+
+# Settings whose defaults follow from others, from the base and from the data.
+FOLLOWING = ("optimizer", "learning_rate", "max_steps", "eval_interval", "patience", "dropout")
+FOLLOWING += ("weight_decay",)
 
 # What may differ between the processes of a run: where its files are, and how each one computes.
 MAY_DIFFER = ("data", "out_dir", "base_checkpoint", "adapters", "num_threads", "progress")
@@ -77,6 +83,7 @@ class Run:
     adapters: AdapterFiles
     adapter_metadata: dict[str, Any]  # of ADAPTERS, as far as they agree
     model: LanguageModel
+    old: tuple[Corpus, Adapter] | None  # for OLD_DATA: that data, and the base without adapters
     files: OutputFiles
     lock: BinaryIO | None  # open while the run has the output folder for itself
 
@@ -138,7 +145,7 @@ def plan_run(asked: Config) -> Plan:
             f"BASE_DTYPE={asked.base_dtype} needs a base, and there is no {files.last.parent}/"
             "full.pt: set BASE_CHECKPOINT to the model's checkpoint or folder"
         )
-    config, targets = resolve(asked, family, sizes, adapters, published=is_published(base))
+    config, targets = resolve(asked, family, sizes, adapters, base)
     lora = None
     if config.use_lora:
         scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
@@ -161,12 +168,17 @@ def set_up(plan: Plan) -> Run:
     if trains(asked) and processes.is_main_process():
         lock = lock_folder(asked.output_folder)
     corpus = None if config.merge else open_data(config, base, plan.adapters)
+    if corpus is not None:
+        config = recipe.for_data(config, corpus, base is not None)
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     model = build_model(
-        plan.family, plan.sizes, base, place, config.dropout, plan.lora, config.base_dtype
+        plan.family, plan.sizes, base, place, config.dropout or 0.0, plan.lora, config.base_dtype
     )
     model.grad_checkpoint = config.grad_checkpoint
-    base_id, metadata = base_fingerprint(base, model), {}
+    base_id, metadata, old = base_fingerprint(base, model), {}, None
+    if config.old_data is not None:
+        old_config = dataclasses.replace(config, data=config.old_data)
+        old = open_data(old_config, base, plan.adapters), take_adapter(model, base_id)
     if plan.adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         metadata = put_on_adapters(model, base_id, plan.adapters, rank, config.any_base)
@@ -176,7 +188,7 @@ def set_up(plan: Plan) -> Run:
     base = None if base is None else dataclasses.replace(base, tensors={})
     run = Run(
         config, device, plan.device_reason, plan.dtype, plan.dtype_reason, corpus, base, base_id,
-        plan.adapters, metadata, model, plan.files, lock,
+        plan.adapters, metadata, model, old, plan.files, lock,
     )  # fmt: skip
     if processes.world_size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -193,11 +205,8 @@ def set_up(plan: Plan) -> Run:
 def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -> Corpus:
     """The corpus of a run, in the tokens of its base; chats in the format that the adapters or the
     base were trained in, or as CHAT_TEMPLATE says."""
-    tokenizer, files, stated = None, {}, {}
-    if base is not None:
-        tokenizer, files, stated = base.tokenizer, base.files, base.metadata
-    if adapters:
-        stated = adapters[0][1].metadata
+    tokenizer, files = (None, {}) if base is None else (base.tokenizer, base.files)
+    stated = metadata_of_asking(base, adapters)
     return open_corpus(
         config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
         Path(config.output_folder), processes.local_main_process_first(),
@@ -235,7 +244,7 @@ def trains(config: Config) -> bool:
 def output_files(config: Config) -> OutputFiles:
     """The files that a run writes. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
-    writes = not (config.eval_only or config.estimate)
+    writes = not (config.eval_only or config.estimate or config.preview)
     if writes and processes.is_main_process():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -325,12 +334,12 @@ def is_published(base: Checkpoint | None) -> bool:
 
 
 def resolve(
-    asked: Config, family: Family, sizes: Any, adapters: AdapterFiles, published: bool
+    asked: Config, family: Family, sizes: Any, adapters: AdapterFiles, base: Checkpoint | None
 ) -> tuple[Config, list[str] | None]:
     """Decide what unset variables mean for this model and these adapters.
 
     The sizes become the model's, except that `block_size` is the length of windows. On a
-    `published` base the head is not adapted, and the embeddings are frozen: those of Llama 3.2 1B
+    published `base` the head is not adapted, and the embeddings are frozen: those of Llama 3.2 1B
     are 263 million numbers. ADAPTERS decide rank and alpha. Where ADAPTERS are trained further,
     they also decide which linears are adapted, and whether the embeddings train. MERGE takes
     the base in NF4 where they all were trained on it.
@@ -340,6 +349,7 @@ def resolve(
     Raises ConfigError for LORA_TARGETS that the model does not have, and for ADAPTERS that hold
     more than the variables let train.
     """
+    has_base, published = base is not None, is_published(base)
     values = {name: getattr(sizes, name) for name in SIZES}
     if "BLOCK_SIZE" in asked.explicit:
         values["block_size"] = asked.block_size
@@ -369,7 +379,16 @@ def resolve(
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         rank, alpha = sum_scaling([(adapter, weight) for _, adapter, weight in adapters], rank)
         values |= {"use_lora": True, "lora_rank": rank, "lora_alpha": alpha}
-    return dataclasses.replace(asked, **values), targets
+    config = dataclasses.replace(asked, **values)
+    if config.learning_rate is None:
+        rate = recipe.learning_rate(config, sizes.n_embd, has_base)
+        config = dataclasses.replace(config, learning_rate=rate)
+    if (config.min_learning_rate or 0.0) > config.learning_rate:
+        raise ConfigError(
+            f"MIN_LEARNING_RATE={config.min_learning_rate} is above "
+            f"LEARNING_RATE={config.learning_rate}"
+        )
+    return config, targets
 
 
 def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
@@ -382,11 +401,9 @@ def lora_targets(text: str, linears: tuple[str, ...]) -> list[str] | None:
     targets = [part.strip() for part in text.split(",")]
     for target in targets:
         if target not in linears:
-            near = difflib.get_close_matches(target.lower(), linears, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model{hint}; accepted: all, "
-                f"or some of {','.join(linears)}"
+                f"LORA_TARGETS={text!r}: {target!r} is no layer of the model"
+                f"{did_you_mean(target, linears)}; accepted: all, or some of {','.join(linears)}"
             )
     return list(dict.fromkeys(targets))
 
@@ -509,6 +526,9 @@ def header(run: Run) -> dict[str, Any]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What tells one run from another: its settings, its data, its base, and how many train it."""
+    """What tells one run from another: its settings, its data, its base, and how many train it.
+
+    Last come settings whose defaults follow from the others, and so differ where those do."""
     found = header(run)
-    return found["config"] | {n: found["run"][n] for n in ("checksum", "base", "processes")}
+    facts = found["config"] | {n: found["run"][n] for n in ("checksum", "base", "processes")}
+    return facts | {name: facts.pop(name) for name in FOLLOWING}

@@ -1,11 +1,9 @@
 """How a command starts: --help and Ctrl-C, before it imports torch, which takes seconds."""
 
-import os
 import sys
-from types import TracebackType
 
 from files import FileError
-from files.streams import write_err, write_out
+from files.streams import report_ctrl_c_in_a_line, write_err, write_out
 from trainer.settings import ConfigError, Settings, help_table
 
 
@@ -18,7 +16,7 @@ def start(documentation: str, settings: type[Settings] | None = None, example: s
             arguments. Of others any but --help ends in an error.
         example: a command line with a variable, for that error.
     """
-    sys.excepthook = _report
+    report_ctrl_c_in_a_line()
     arguments = sys.argv[1:]
     try:
         if arguments in (["--help"], ["-h"]):
@@ -40,11 +38,3 @@ def table(rows: list[tuple[str, str, str]]) -> list[str]:
     """Lines of three columns, the first two as wide as their longest cell."""
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     return [f"{name:{widths[0]}}  {default:{widths[1]}}  {text}" for name, default, text in rows]
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python calls for an error that nothing catches."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, trace)
-    write_err("error: interrupted")
-    os._exit(130)  # Python itself would now end by the signal, and without this exit code
