@@ -51,6 +51,7 @@ from trainer.evaluation import (
     evaluate_all,
     evaluate_weights,
     evaluation_at,
+    evaluation_windows,
     shows_progress,
     tokens_per_second,
 )
@@ -125,9 +126,7 @@ def train(run: Run) -> None:
     timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
     watch = Watch(progress.recent)
     first_step, gradient_norm = progress.step, None
-    windows = run.corpus.validation_windows(
-        config.eval_batches * config.batch_size, config.block_size
-    )
+    windows = evaluation_windows(config, run.corpus)
     earlier_state = not config.resume and run.files.resume.exists()
     earlier_state = processes.all_reduce_max(int(earlier_state)) > 0
     sizes: dict[Path, int] = {}

@@ -11,7 +11,6 @@ folder. `curves` gets a row for each evaluation, `runs` one for each run.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
-from benchmarks.measure import names_of, variables_of
-from trainer.settings import Config, option_fields
+from benchmarks.measure import names_of, other_variables, variables_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -48,12 +46,10 @@ METRICS = {
 
 def lines_of(run: str, folder: Path, common: dict[str, str]) -> list[dict[str, Any]]:
     """Start a run in `folder`; the lines of its metrics.jsonl. Exits where the run fails."""
-    ours = {field.name.upper() for field in option_fields(Config)}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
     own = variables_of((RUNS | OLD)[run].removesuffix("python training.py"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "training.py")],
-        env=environment | {"SAMPLE_TOKENS": "0"} | common | own,
+        env=other_variables() | {"SAMPLE_TOKENS": "0"} | common | own,
         cwd=folder,
         stdout=subprocess.PIPE,
     )

@@ -19,8 +19,8 @@ first, so that gradients go through all blocks.
 On a CPU each method is a process of its own, which loads the model from a Hugging Face folder in
 bfloat16. The methods take turns, so that ratios pair steps that ran beside each other, and memory
 is the peak of the whole process, imports and loading included. On CUDA one method comes after the
-other in one process, with weights that are drawn on the GPU; memory is the most that torch
-allocated there in a step.
+other in one process, with weights that are drawn on the GPU; memory is the most that torch held
+there.
 
 Utilisation is the model's operations over those that a product of two large matrices of the same
 dtype reaches here, which is measured first. With N weights in the linears of the blocks and in the
@@ -402,6 +402,7 @@ def work(method: str, folder: Path, setting: Setting) -> None:
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     hardware.keep_freed_memory()
+    hardware.allow_tf32(torch.device(setting.device))
     runner = Runner(method, folder, setting)
     for line in sys.stdin:
         print("answer", runner.ask(line.strip()), flush=True)

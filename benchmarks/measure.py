@@ -1,13 +1,19 @@
 """What benchmarks share: times of things in turn, memory in a process of its own, options."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.settings import Config, option_fields
 
 
 def interleaved(
@@ -66,6 +72,12 @@ def variables_of(text: str) -> dict[str, str]:
     if not all("=" in word for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
     return dict(word.split("=", 1) for word in words)
+
+
+def other_variables() -> dict[str, str]:
+    """The environment without the variables of training.py, for runs that set their own."""
+    ours = {field.name.upper() for field in option_fields(Config)}
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def at_least_one(text: str) -> int:

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
-from benchmarks.measure import device_of
-from data import Corpus, load_corpus
-from trainer.evaluation import evaluate
-from trainer.settings import Config, option_fields
+from benchmarks.measure import device_of, other_variables
+from data import load_corpus
+from trainer.evaluation import evaluate_on
+from trainer.settings import Config
 from trainer.setup import plan_run, set_up
 from training import train
 
@@ -252,17 +252,14 @@ def run_task(task: Task, budget: Budget, folder: Path) -> dict[str, float]:
                 train(run)
                 keep_part(run.model, before, method.kept)
 
-        def loss_on(corpus: Corpus) -> float:
-            n, length = run.config.eval_batches * run.config.batch_size, run.config.block_size
-            windows = corpus.validation_windows(n, length)
-            return evaluate(dataclasses.replace(run, corpus=corpus), windows)[0]
-
-        old_loss = loss_on(load_corpus(OLD, ROOT / "data"))
+        old_loss, _ = evaluate_on(run, load_corpus(OLD, ROOT / "data"))
         if task.method == BASE:
-            return {"loss": loss_on(run.corpus), "old_loss": old_loss}
+            return {"loss": evaluate_on(run, run.corpus)[0], "old_loss": old_loss}
         summary = json.loads(run.files.metrics.read_text().splitlines()[-1])["summary"]
         return {
-            "loss": summary["final_val_loss"] if method.kept == 1.0 else loss_on(run.corpus),
+            "loss": summary["final_val_loss"]
+            if method.kept == 1.0
+            else evaluate_on(run, run.corpus)[0],
             "old_loss": old_loss,
             "step_time": summary["median_step_time"],
             "time": summary["training_time"],
@@ -302,12 +299,10 @@ def prepare(budget: Budget, folder: Path) -> None:
         | budget.base
         | {"DATA": OLD, "OUT_DIR": str(folder / "base"), "RESUME": "True"}
     )
-    ours = {field.name.upper() for field in option_fields(Config)}
-    others = {name: value for name, value in os.environ.items() if name not in ours}
     with open(folder / "base.txt", "a") as log:
         done = subprocess.run(
             [sys.executable, str(ROOT / "training.py")],
-            env=others | variables | {"SAMPLE_TOKENS": "0"},
+            env=other_variables() | variables | {"SAMPLE_TOKENS": "0"},
             stdout=log,
             check=False,
         )

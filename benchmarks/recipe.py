@@ -43,7 +43,7 @@ import trainer.muon
 from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, names_of
 from data import load_corpus
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate_on
 from trainer.recipe import learning_rate
 from trainer.settings import Config
 from trainer.setup import plan_run, set_up
@@ -74,7 +74,6 @@ class Task:
     variables: dict[str, object]
     constants: dict[str, object] = field(default_factory=dict)
     base: str | None = None
-    forgets: bool = False
 
 
 # ---- the questions
@@ -179,7 +178,7 @@ def from_nothing(
 
 def on_docs(words: results.Row, base: str, **variables: object) -> Task:
     row = {"model": BASES[base][0], **words}
-    return Task(row, {"DATA": DOCS, **variables}, base=base, forgets=True)
+    return Task(row, {"DATA": DOCS, **variables}, base=base)
 
 
 def with_lora(
@@ -218,11 +217,8 @@ def run_task(task: Task, folder: Path, device: str) -> results.Row:
         last = json.loads(run.files.metrics.read_text().splitlines()[-1])["summary"]
         row = task.row | {"steps": run.config.max_steps, "seed": run.config.seed}
         row |= {"learning_rate": run.config.learning_rate, "loss": last["final_val_loss"]}
-        if task.forgets:
-            n = run.config.eval_batches * run.config.batch_size
-            old = load_corpus(CODE, ROOT / "data")
-            windows = old.validation_windows(n, run.config.block_size)
-            row["old_loss"] = evaluate(dataclasses.replace(run, corpus=old), windows)[0]
+        if task.base is not None:
+            row["old_loss"], _ = evaluate_on(run, load_corpus(CODE, ROOT / "data"))
     return row
 
 

@@ -125,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights = counts if any(needed) else None
         for part, g, losses in _chunks(x, known, weights, W, A, B, scaling):
             loss += (losses * counts[part]).sum()
-            if not any(needed):
+            if weights is None:
                 continue
             inputs = x[part].to(dtype)
             for outputs, weight in _slices(W, dtype):

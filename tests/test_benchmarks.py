@@ -26,6 +26,7 @@ import cpu_operations
 import curves
 import families
 import quality
+import recipe
 import variables
 from bigram import bigram_loss
 from emulated_bfloat16 import EmulatedBfloat16
@@ -435,6 +436,16 @@ def test_the_study_runs_goes_on_and_reports(tmp_path):
     assert set(lost) <= set(list(whole)[-2:])
     with pytest.raises(SystemExit, match="another study"):
         quality.read_results(folder, quality.STUDY)
+
+
+def test_the_recipes_questions_are_of_variables_and_bases_that_there_are():
+    for question in recipe.QUESTIONS.values():
+        tasks = list(question())
+        assert tasks and len({str(task) for task in tasks}) == len(tasks)
+        for task in tasks:
+            Config.from_environment({name: str(value) for name, value in task.variables.items()})
+            assert task.base is None or task.base in recipe.BASES
+            assert all(hasattr(recipe.trainer.muon, name) for name in task.constants)
 
 
 def test_a_curve_has_the_evaluations_of_its_run(training, tmp_path):

@@ -241,6 +241,10 @@ def test_bad_input_gets_one_clear_line(folder, case):
 TRAINING_INPUT = {
     "adapters without lora": ({"ADAPTERS": "one/lora.pt"}, "ADAPTERS needs USE_LORA=True"),
     "old data of a run": ({"OLD_DATA": "text.txt"}, "OLD_DATA needs EVAL_ONLY=True and ADAPTERS"),
+    "old data that is not there": (
+        {"OLD_DATA": "nowhere.txt", "EVAL_ONLY": "True", "ADAPTERS": "one/lora.pt"},
+        "OLD_DATA: DATA=nowhere.txt: no such file or folder",
+    ),
     "merge of nothing": ({"MERGE": "True"}, "MERGE=True needs ADAPTERS"),
     "two modes": ({"MERGE": "True", "EVAL_ONLY": "True"}, "exclude each other"),
     "nothing to evaluate": ({"EVAL_ONLY": "True", "OUT_DIR": "nowhere"}, "no nowhere/full.pt"),

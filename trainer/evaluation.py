@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hardware
+from data import Corpus
 from hardware import processes
 from lora import combine_adapters, switch_adapter, take_adapter
 from trainer.console import TrainingError
@@ -70,6 +71,17 @@ def evaluate(run: Run, windows: np.ndarray) -> tuple[float, float]:
     return loss, spread.item() * math.sqrt(n / (n - 1)) if n > 1 else 0.0
 
 
+def evaluate_on(run: Run, corpus: Corpus) -> tuple[float, float]:
+    """`evaluate` on the windows of a corpus that an evaluation of the run takes."""
+    windows = evaluation_windows(run.config, corpus)
+    return evaluate(dataclasses.replace(run, corpus=corpus), windows)
+
+
+def evaluation_windows(config: Config, corpus: Corpus) -> np.ndarray:
+    """The numbers of the windows that every evaluation of a run takes: (n,)."""
+    return corpus.validation_windows(config.eval_batches * config.batch_size, config.block_size)
+
+
 def evaluate_all(run: Run) -> FullEvaluation:
     """The loss on all of the validation data. Raises TrainingError where it is no number."""
     total = 0.0
@@ -88,17 +100,11 @@ def evaluate_weights(run: Run) -> Iterator[tuple[float, tuple[float, float], tup
 
     The model has the adapters at the last of them then.
     """
-    config, (old, bare) = run.config, run.old
+    old, bare = run.old
     trained = take_adapter(run.model, run.base_id)
     for weight in WEIGHTS:
         switch_adapter(run.model, combine_adapters([(trained, weight)], bare))
-        losses = []
-        for corpus in (run.corpus, old):
-            windows = corpus.validation_windows(
-                config.eval_batches * config.batch_size, config.block_size
-            )
-            losses.append(evaluate(dataclasses.replace(run, corpus=corpus), windows))
-        yield weight, *losses
+        yield weight, evaluate_on(run, run.corpus), evaluate_on(run, old)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ A matrix of gradients has a few large singular values. With all of them set to 1
 that a plain step would hardly take are learned as fast as the others.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,15 +82,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-
-        def shape_of(i: int) -> tuple[int, int]:
-            rows, columns = parameters[i].shape
-            return min(rows, columns), max(rows, columns)
-
-        for (_, columns), numbers in itertools.groupby(
-            sorted(range(len(parameters)), key=shape_of), shape_of
-        ):
-            numbers = list(numbers)
+        numbers_of: dict[tuple[int, ...], list[int]] = {}  # by shape, with the shorter side first
+        for i, p in enumerate(parameters):
+            numbers_of.setdefault(tuple(sorted(p.shape)), []).append(i)
+        for (_, columns), numbers in numbers_of.items():
             whole = [processes.gathered(ahead[i]) for i in numbers]
             wide = torch.stack([m if m.shape[1] == columns else m.T for m in whole])
             steps = orthogonalized(wide, self.dtype).to(wide.dtype).unbind()

@@ -1,7 +1,7 @@
 """What a run trains with where its variables do not say: learning rate, steps, dropout.
 
 The rules are fits to many short runs on built-in corpora, with models of 0.8, 3.3 and 11 million
-parameters (`python benchmarks/recipe.py`).
+parameters. `python benchmarks/recipe.py` asks what they answer again.
 """
 
 import dataclasses

@@ -348,7 +348,7 @@ class Config(Settings):
         None, "learning rate to which it falls [0; LEARNING_RATE / 10 with cosine]", at_least=0
     )
     warmup_steps: int = option(50, "steps of warm-up, at most half the run", at_least=0, test=2)
-    weight_decay: float = option(0.1, "AdamW's decay, on matrices", lora=0.0, at_least=0)
+    weight_decay: float = option(0.1, "decay of weights, of matrices alone", lora=0.0, at_least=0)
     adam_beta1: float = option(0.9, "AdamW's first beta", at_least=0, below=1)
     adam_beta2: float = option(0.99, "AdamW's second beta", at_least=0, below=1)
     grad_clip: float = option(1.0, "largest norm of the gradient, 0 for no limit", at_least=0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hardware
-from data import Corpus, chat_format, open_corpus, preview_lines
+from data import Corpus, DataError, chat_format, open_corpus, preview_lines
 from files.streams import did_you_mean
 from files.tensors import fingerprint
 from files.writing import lock_folder
@@ -178,7 +178,10 @@ def set_up(plan: Plan) -> Run:
     base_id, metadata, old = base_fingerprint(base, model), {}, None
     if config.old_data is not None:
         old_config = dataclasses.replace(config, data=config.old_data)
-        old = open_data(old_config, base, plan.adapters), take_adapter(model, base_id)
+        try:
+            old = open_data(old_config, base, plan.adapters), take_adapter(model, base_id)
+        except DataError as error:  # which names DATA
+            raise ConfigError(f"OLD_DATA: {error}") from error
     if plan.adapters:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         metadata = put_on_adapters(model, base_id, plan.adapters, rank, config.any_base)
