@@ -68,6 +68,7 @@ def main() -> int:
 
 def work() -> None:
     """Write the continuation of PROMPT, or the answer to it, or chat."""
+    hardware.postpone_compiler()
     config = GenerateConfig.from_environment(os.environ)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

@@ -83,6 +83,7 @@ def main() -> int:
 
 def work() -> None:
     """Train, evaluate or merge, as the environment says."""
+    hardware.postpone_compiler()
     config = Config.from_environment(os.environ)
     plan = plan_run(config)
     if config.preview:

@@ -1,5 +1,7 @@
-"""The machine: devices, dtypes and memory (device.py), and several processes (processes.py)."""
+"""The machine: devices, dtypes and memory (device.py), several processes (processes.py), and
+torch's compiler (compiler.py)."""
 
+from hardware.compiler import postpone_compiler
 from hardware.device import (
     LARGEST_IN_HEAP,
     DeviceError,
@@ -31,5 +33,6 @@ __all__ = [
     "is_out_of_memory",
     "keep_freed_memory",
     "peak_memory",
+    "postpone_compiler",
     "synchronize",
 ]

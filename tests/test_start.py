@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment_of, needs_dev_full, refused, start_script, succeeded
+from conftest import ROOT, TINY, environment_of, needs_dev_full, refused, start_script, succeeded
 
 COMMANDS = ("training.py", "generate.py", "export.py", "compare.py")
 
@@ -54,6 +54,34 @@ def test_other_errors_are_shown_as_python_shows_them(tmp_path):
     process = with_torch(tmp_path, "raise ValueError('a bug')", "training.py")
     assert process.returncode == 1 and "Traceback" in process.stderr
     assert process.stderr.endswith("ValueError: a bug\n")
+
+
+def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path):
+    """Not for its optimizer, nor for its estimate of memory, nor for what it recomputes."""
+    code = "import atexit, runpy, sys\n"
+    code += "atexit.register(lambda: print([*sys.modules], file=sys.stderr))\n"
+    code += f"sys.argv = [{str(ROOT / 'training.py')!r}]; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    (tmp_path / "run.py").write_text(code)
+    asked = TINY | {"USE_LORA": "True", "GRAD_CHECKPOINT": "True", "DATA": "python-docs"}
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, env=environment_of(asked),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    modules = done.stderr.rpartition("[")[2]
+    assert "'trainer.estimate'" in modules and succeeded(done)
+    assert "'torch._dynamo.utils'" not in modules and "'torch._inductor.ir'" not in modules
+
+
+def test_the_compiler_is_there_for_those_who_use_it():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport hardware, torch\n"
+    code += "hardware.postpone_compiler(); before = 'torch._dynamo.eval_frame' in sys.modules\n"
+    code += "settings = torch._dynamo.config; settings.cache_size_limit = 3\n"
+    code += "fast = torch.compile(lambda x: 2 * x, backend='eager')\n"
+    code += "print(before, fast(torch.ones(1)).item(), torch._dynamo.config is settings,\n"
+    code += "      hasattr(torch._dynamo, 'reset'), torch._dynamo.config.cache_size_limit)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "2.0", "True", "True", "3"], done.stderr
 
 
 LORA = ("-m", "lora")

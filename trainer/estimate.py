@@ -169,7 +169,7 @@ def optimizer_bytes(config: Config, model: LanguageModel) -> int:
 def held_in_step(plan: Plan, model: LanguageModel) -> "_Held":
     """What a step of the model holds beside the weights, at the largest moment."""
     shape = (plan.batch_size, plan.config.block_size)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
+    with next(model.parameters()).fake_mode, _Held() as held:
         model.final_norm.register_forward_hook(lambda *_: held.begin("loss"))
         for p in model.parameters():
             if p.requires_grad:
