@@ -178,7 +178,7 @@ def test_steps_and_dropout_follow_the_passes_over_the_data(corpus):
         found = recipe.for_data(config, corpus, has_base)
         return found.max_steps, found.eval_interval, found.patience, found.dropout
 
-    assert chosen() == (500, 50, 0, 0.2)
+    assert chosen() == (400, 40, 0, 0.2)
     assert chosen(max_steps=54) == (54, 5, 0, 0.0)
     assert chosen(max_steps=55) == (55, 5, 0, 0.1)
     assert chosen(has_base=True, dropout=0.0) == (27, 2, 2, 0.0)

@@ -10,7 +10,7 @@ import math
 from data import Corpus
 from trainer.settings import Config
 
-STEPS = 500
+STEPS = 400
 PASSES = 3  # over the data, of fine-tuning at most; more of them learn the data by heart
 EVALUATIONS = 10
 # Evaluations in a row without a better loss after which fine-tuning ends, where it has EVALUATIONS.

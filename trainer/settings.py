@@ -324,7 +324,7 @@ class Config(Settings):
     grad_accum_steps: int = option(1, "batches accumulated for a step", at_least=1)
     max_steps: int | None = option(
         None,
-        "optimizer steps [500; on a base or with adapters at most 3 passes over the data]",
+        "optimizer steps [400; on a base or with adapters at most 3 passes over the data]",
         at_least=1,
         test=10,
     )
