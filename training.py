@@ -362,7 +362,8 @@ def print_weights(run: Run) -> None:
     """Print the losses on DATA and on OLD_DATA at several weights of the adapters."""
     old, _ = run.old
     say(
-        "Validation loss, nats per token:", f"   weight   {run.corpus.name}   {old.name} (OLD_DATA)"
+        f"Validation loss, nats per {unit_of(run)}:",
+        f"   weight   {run.corpus.name}   {old.name} (OLD_DATA)",
     )
     for weight, *losses in evaluate_weights(run):
         say(f"   {weight:<6.2f}" + "".join(f"   {loss:.4f} +- {e:.4f}" for loss, e in losses))
@@ -370,14 +371,18 @@ def print_weights(run: Run) -> None:
 
 def print_evaluation(run: Run) -> None:
     """Print the loss on all of the validation data."""
-    found = evaluate_all(run)
-    unit = "byte" if run.tokenizer is None else "token"
+    found, unit = evaluate_all(run), unit_of(run)
     say(
         f"{unit.capitalize()}s evaluated: {found.n_tokens:,}",
         f"Validation loss: {found.loss:.4f} nats per {unit}",
         f"Perplexity: {found.perplexity:.4f} per {unit}",
         f"Bits per byte: {found.bits_per_byte:.4f}",
     )
+
+
+def unit_of(run: Run) -> str:
+    """What a token of the run is called."""
+    return "byte" if run.tokenizer is None else "token"
 
 
 if __name__ == "__main__":

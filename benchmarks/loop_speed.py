@@ -18,6 +18,7 @@ whole run.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import io
@@ -32,11 +33,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -288,6 +291,31 @@ def windows_loss(model: PlainGPT, corpus: TextCorpus, config: Config) -> float:
     return statistics.mean(model(*batch)[1].item() for batch in batches)
 
 
+class Counter(TorchDispatchMode):
+    """Counts torch's operations by name: what autograd, modules and optimizers are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.counts[str(function).split(".")[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of(row: Row, settings: dict[str, str], scratch: Path) -> collections.Counter[str]:
+    """The operations that one step takes, by name: those that a run of 3 has above one of 2."""
+    found = []
+    for steps in ("2", "3"):
+        few = FEW_STEPS | {"MAX_STEPS": steps, "EVAL_INTERVAL": steps}
+        with Counter() as counter:
+            run_once(row, settings | few, scratch)
+        found.append(counter.counts)
+    return found[1] - found[0]
+
+
 def peak_mib(size: str, row: Row, scratch: Path) -> float:
     """The peak MiB of a process of its own that takes three steps."""
     command = [__file__, "--memory-of", size, *row, str(scratch)]
@@ -320,6 +348,10 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> list[resu
         scratch = Path(folder)
         processes[rows[1]].submit(run_once, FULL, settings | FEW_STEPS, scratch).result()
         memory = {row: peak_mib(size, row, scratch) for row in rows} if args.memory else {}
+        operations = {
+            row: processes[row].submit(operations_of, row, settings, scratch).result()
+            for row in rows
+        }
 
         def take_turn(row: Row) -> None:
             records[row].append(processes[row].submit(run_once, row, settings, scratch).result())
@@ -331,7 +363,7 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> list[resu
         f"   {args.rounds} stretches of {steps} steps, {batches} batches evaluated at both ends, "
         f"whose time counts {evaluation:.2f}",
         f"   {'':22} {'trained':>10} {'tokens/s':>9}  {'plain = 1':19} {'by the steps alone':19} "
-        f"{'step, ms':>8}  peak, MiB",
+        f"{'step, ms':>8}  peak, MiB  operations",
     )
     tokens = steps * config.tokens_per_step
     measured = {row: found[1:] for row, found in records.items()}  # the first is warm-up
@@ -344,7 +376,8 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> list[resu
         say(
             f"   {label(row):22} {measured[row][0].trained:10,} {speed:9.0f}  "
             f"{ratios(loops, row):19} {ratios(steps_alone, row):19} "
-            f"{1000 * statistics.median(steps_alone[row]):8.1f}  {peak:>9}"
+            f"{1000 * statistics.median(steps_alone[row]):8.1f}  {peak:>9}  "
+            f"{operations[row].total():10}"
         )
         kept.append(
             {"size": describe(size, config), "method": NAMES[row[0]], "dtype": row[1]}
@@ -352,7 +385,12 @@ def measure(size: str, dtypes: list[str], args: argparse.Namespace) -> list[resu
             | results.ranged("speed_to_plain", speeds(loops, row))
             | results.ranged("steps_alone_to_plain", speeds(steps_alone, row))
             | {"step_ms": 1000 * statistics.median(steps_alone[row]), "peak_mib": memory.get(row)}
+            | {"operations": operations[row].total()}
         )
+    say("   operations of a step by name:")
+    for row in rows:
+        most = ", ".join(f"{name} {n}" for name, n in operations[row].most_common(12))
+        say(f"   {label(row):22} {most}")
     return kept
 
 

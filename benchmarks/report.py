@@ -102,7 +102,8 @@ SECTIONS = {
         "The README's three runs",
         "`python benchmarks/curves.py`. A base is trained on Python's sources, and fine-tuned on "
         "Python's language reference with LoRA and with all its weights. Losses are nats per byte, "
-        "on the same windows in all runs with the same data.",
+        "on the same windows in all runs with the same data. `old` is the base by the recipe that "
+        "was the default before Muon.",
         plot="curves.svg",
     ),
     "bigram": Section(
@@ -464,12 +465,13 @@ def runs_table(found: Sequence[Found]) -> str:
 
 
 def reached(place: Found, run: str) -> str:
-    """How long a run took on a machine and the loss that it reached; empty without such a run."""
+    """How long a run took on a machine, its steps, and the loss that it reached; empty without such
+    a run."""
     for row in place.rows:
         if row["run"] == run:
             minutes = row["time_s"] / 60
             words = f"{minutes:.1f} min" if minutes > 1.5 else f"{row['time_s']:.0f} s"
-            return f"{words}, {row['final_loss']:.2f}"
+            return f"{words}, {row['steps']} steps, {row['final_loss']:.2f}"
     return ""
 
 

@@ -26,6 +26,7 @@ PART = 2**20  # numbers that are quantized at a time
 # GPU starts a kernel for each step, which should be few and take little memory.
 BLOCKS_ON_CPU = 2**13
 BLOCKS_ON_GPU = 2**18
+BLOCKS_IN_ROW = 16  # that a thread looks up at least
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact 0: appendix E of the paper.
 LEVELS = (
@@ -143,11 +144,8 @@ def dequantize(W: NF4, dtype: torch.dtype) -> Tensor:
 def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """The values of W, about so many numbers at a time: some rows, (n, columns) in `dtype`."""
     columns = W.shape[1]
-    scales = _table(_scale_levels, W.device)[W.scales.int()]
-    scales = scales * W.reaches.repeat_interleave(GROUP)[: len(scales)] + W.mean
+    scales = _scales(W)
     kernel = _kernel() if has_kernel(W.device) else None
-    pairs = _table(_pairs, W.device)
-    together = BLOCKS_ON_CPU if W.device.type == "cpu" else BLOCKS_ON_GPU
     whole = BLOCK // math.gcd(BLOCK, columns)  # so many rows end with a block
     n_rows = max(1, -(-numbers // (columns * whole))) * whole
     for start in range(0, len(W), n_rows):
@@ -159,14 +157,29 @@ def dequantize_rows(W: NF4, numbers: int, dtype: torch.dtype) -> Iterator[Tensor
             yield found.view(-1)[: n * columns].view(n, columns)
             continue
         values = torch.empty(shape, dtype=dtype, device=W.device)
-        for part, codes, scale in zip(
-            *(t.split(together) for t in (values, W.codes[first:last], scales[first:last, None])),
-            strict=True,
-        ):
-            # `gather` works in parallel on a CPU, as index_select of one dimension does not.
-            found = pairs.expand(len(codes), -1).gather(1, codes.long())
-            torch.mul(found.view(torch.float32), scale, out=part)
+        _look_up(W.codes[first:last], scales[first:last], values)
         yield values.view(-1)[: n * columns].view(n, columns)
+
+
+def _scales(W: NF4) -> Tensor:
+    """The scale of each block: (blocks,) float32."""
+    n, groups = len(W.scales), len(W.reaches)
+    scales = _table(_scale_levels, W.device).index_select(0, W.scales.int())
+    if n == groups * GROUP:
+        return scales.view(groups, GROUP).mul_(W.reaches[:, None]).add_(W.mean).view(n)
+    return scales.mul_(W.reaches.repeat_interleave(GROUP)[:n]).add_(W.mean)
+
+
+def _look_up(codes: Tensor, scales: Tensor, values: Tensor) -> None:
+    """Write the values of blocks with these codes and scales to `values` (blocks, BLOCK)."""
+    pairs = _table(_pairs, codes.device)
+    together = BLOCKS_ON_CPU if codes.device.type == "cpu" else BLOCKS_ON_GPU
+    for i in range(0, len(codes), together):
+        some, part = codes[i : i + together], values[i : i + together]
+        # `gather` works on rows in parallel on a CPU, as index_select of one dimension does not.
+        rows = some.view(len(some) // math.gcd(len(some), BLOCKS_IN_ROW), -1)
+        found = pairs.expand(len(rows), -1).gather(1, rows.long()).view(torch.float32)
+        part.copy_(found.view(part.shape).mul_(scales[i : i + together, None]))
 
 
 def has_kernel(device: torch.device) -> bool:
