@@ -7,14 +7,14 @@
     python benchmarks/families.py --device cuda --models Llama-3.1-8B --batches 1x2048,2x2048
         --methods ours-nf4,ours,peft --grad-checkpoint off,on
 
-Trains adapters of rank 8 on all linears of a model's blocks, embeddings and head frozen: with this
-project as training.py does it, and with PEFT as its users do: a model of `transformers` in the
-dtype of the run, get_peft_model with its defaults, labels to the model, and autocast where the
-dtype is bfloat16. A step is forward, loss, backward and fused AdamW. All methods get the same
-weights and tokens, and keep freed memory (`hardware.keep_freed_memory`). PEFT's base in NF4 is
-bitsandbytes', its scales quantized too. Two methods say what is possible, with this project's
-model: `full` trains every weight, in float32; `floor` has no adapters and trains one norm, the
-first, so that gradients go through all blocks.
+Trains adapters of rank 8, or --rank, on all linears of a model's blocks, embeddings and head
+frozen: with this project as training.py does it, and with PEFT as its users do: a model of
+`transformers` in the dtype of the run, get_peft_model with its defaults, labels to the model, and
+autocast where the dtype is bfloat16. A step is forward, loss, backward and fused AdamW. All methods
+get the same weights and tokens, and keep freed memory (`hardware.keep_freed_memory`). PEFT's base
+in NF4 is bitsandbytes', its scales quantized too. Two methods say what is possible, with this
+project's model: `full` trains every weight, in float32; `floor` has no adapters and trains one
+norm, the first, so that gradients go through all blocks.
 
 On a CPU each method is a process of its own, which loads the model from a Hugging Face folder in
 bfloat16. The methods take turns, so that ratios pair steps that ran beside each other, and memory
@@ -101,7 +101,7 @@ MODELS = {
         },
     },
     "tiny": {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 96,
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 288,
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 64, "rope_theta": 10000, "tie_word_embeddings": True,
@@ -117,7 +117,7 @@ PACKAGES = {  # and the methods that need them
 DTYPES = ("float32", "bfloat16")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.02}  # of the first losses, which are about ln(vocab)
 NF4_TOLERANCE = 0.1  # where a base lies in NF4: bitsandbytes rounds differently on a CPU
-RANK, ALPHA, SEED, STD = 8, 16.0, 1337, 0.02
+RANK, SEED, STD = 8, 1337, 0.02
 ROWS = 2**11  # of a tensor that are made at a time
 SQUARE = {"cpu": 1024, "cuda": 8192}  # the matrices whose product measures what hardware can do
 WARMUP = 2  # steps beside the first, where methods take no turns
@@ -138,6 +138,7 @@ class Setting:
     clock: str
     steps: int
     methods: tuple[str, ...] = METHODS[:2]
+    rank: int = RANK  # alpha is twice as much
 
 
 # The models
@@ -208,7 +209,8 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
         base = Checkpoint("drawn", LLAMA, sizes, Drawn(setting.model, device), {})
     else:
         base = read_base(folder)
-    lora = LoraOptions(RANK, ALPHA, 0.0, TARGETS, train_embeddings=False)
+    rank = setting.rank
+    lora = LoraOptions(rank, 2.0 * rank, 0.0, TARGETS, train_embeddings=False)
     lora = lora if method == "ours" else None
     model = build_model(base.family, base.sizes, base, device, 0.0, lora, base_dtype)
     if method == "floor":
@@ -253,7 +255,8 @@ def peft_step(folder: Path | None, setting: Setting, method: str, base_dtype: st
     base = peft_base(folder, setting, base_dtype == "nf4")
     if setting.grad_checkpoint:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    sizes = {"r": setting.rank, "lora_alpha": 2 * setting.rank}
+    config = LoraConfig(**sizes, target_modules=TARGETS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(base.to(device), config).train()
     tokens = batch_of(setting)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -472,7 +475,7 @@ def step_operations(setting: Setting, method: str) -> float:
         6 if method == "full" else 4
     ) * n + 6 * setting.block * s.n_layer * s.n_head * s.head_dim
     if method not in ("full", "floor"):
-        each += 6 * RANK * sum(rows + columns for rows, columns in matrices)
+        each += 6 * setting.rank * sum(rows + columns for rows, columns in matrices)
     return each * setting.batch * setting.block
 
 
@@ -494,6 +497,8 @@ def rows(setting: Setting, found: Found, most: float) -> Iterator[tuple[str, res
         row |= {"dtype": setting.dtype, "clock": setting.clock, "grad_checkpoint": checkpoint}
         row |= {"compile": "on" if setting.compile else "off", "method": method}
         row["beside"] = list(found)[-1]
+        if setting.rank != RANK:
+            row["rank"] = str(setting.rank)
         cells = [f"{row['batch']:7}", f"{setting.dtype:8}", f"{checkpoint:10}", f"{method:8}"]
         if not times:
             yield "  ".join([*cells, "out of memory"]), row | {"step": "out of memory"}
@@ -530,7 +535,7 @@ def report(args: argparse.Namespace) -> Iterator[str]:
         yield f"\n{model}\n{HEAD}"
         setting = Setting(
             model, "", 0, 0, str(args.device), False, args.compile, args.threads, args.clock,
-            args.steps, tuple(args.methods),
+            args.steps, tuple(args.methods), args.rank,
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             folder = None
@@ -589,6 +594,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"some of {', '.join(METHODS)}, separated by commas; ratios are to the last (default: "
         "ours,peft)",
     )  # fmt: skip
+    parser.add_argument("--rank", type=at_least_one, default=RANK, help="(default: 8)")
     parser.add_argument("--device", type=device_of, default="cpu", help="(default: cpu)")
     parser.add_argument(
         "--grad-checkpoint", type=names_of(["off", "on"]), default=["off"], metavar="WORDS",

@@ -468,19 +468,23 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = str(ROOT)  # where the runs' processes find training.py
     study = Study(methods, budget, folder, read_results(folder, budget))
+    interrupted = False
     try:
         if plan(study):
             prepare(budget, folder)
             run_missing(study, os.cpu_count() or 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        interrupted = True
     text = report(study)
     (folder / "report.md").write_text(text)
     print(text)
     torch.set_num_threads(1)  # as the runs had it
     rows = [row for corpus in budget.runs for row in corpus_rows(study, corpus)]
-    results.write("quality", rows, args.device, args)
+    if rows:
+        results.write("quality", rows, args.device, args)
+    if interrupted:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

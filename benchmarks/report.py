@@ -149,6 +149,12 @@ SECTIONS = {
         "linears of the blocks, beside PEFT on the model of `transformers` with the same weights "
         "and tokens. Below 1 is faster, or smaller, than what stands beside it.",
     ),
+    "sft": Section(
+        "Whole fine-tunings beside TRL",
+        "`python benchmarks/sft.py`. Random weights of the published shapes, 20 steps, three "
+        "evaluations and two checkpoints, beside TRL's SFTTrainer with the same text and settings. "
+        "`time` is that of the loop, `whole` that of the process.",
+    ),
     "gpt2": Section(
         "GPT-2 at its real size",
         "`python benchmarks/gpt2.py`. 124M random weights; the embeddings train.",
@@ -186,6 +192,12 @@ SECTIONS = {
     "serving": Section(
         "Generating, and handling adapters",
         "`python benchmarks/serving.py`. Rank 8 on every linear, float32.",
+    ),
+    "profile": Section(
+        "Where the time of a step goes",
+        "`python benchmarks/profile_step.py`, with torch's profiler: the operations that take most "
+        "of a step. `mm`, `addmm`, `bmm` and their like are the products of matrices.",
+        by="model",
     ),
     "parameters": Section(
         "Parameters",

@@ -31,7 +31,7 @@ from hardware.device import cpu_capabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "peft", "loralib", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "trl", "loralib", "bitsandbytes")
 Row = dict[str, Any]
 
 # When the script started, and which part of the cores was busy in the minute before.

@@ -181,10 +181,31 @@ def test_families_compares_steps_and_memory_with_pefts(tmp_path):
         assert wrong.returncode == 2 and words in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+def test_profile_step_shows_the_operations_of_each_method(tmp_path):
+    few = ("--models", "tiny", "--dtypes", "float32", "--steps", "1")
+    succeeded(start_benchmark(tmp_path, "profile_step.py", *few))
+    rows = rows_in(tmp_path, "profile")
+    for method in ("full", "floor", "lora"):
+        own = [row for row in rows if row["method"] == method]
+        assert any("mm" in row["operation"] for row in own)
+        assert 0 < sum(row["share_percent"] for row in own) <= 100
+        assert all(row["time_ms"] > 0 and row["calls"] > 0 for row in own)
+
+
+def test_sft_compares_whole_runs_with_trls(tmp_path):
+    pytest.importorskip("trl")
+    few = ("--models", "tiny", "--batches", "2x16", "--dtypes", "float32", "--steps", "2")
+    succeeded(start_benchmark(tmp_path, "sft.py", *few, "--rounds", "1"))
+    ours, trl = rows_in(tmp_path, "sft")
+    assert (ours["method"], trl["method"], trl["time_ratio"]) == ("ours", "TRL", 1.0)
+    assert ours["loss"] == pytest.approx(trl["loss"], abs=0.2)  # near log(288), of other windows
+    assert ours["whole_s"] > ours["time_s"] > 0 and ours["peak_ratio"] < 1
+
+
 def test_families_counts_the_operations_of_a_model():
     """Of tiny, 2 blocks: q and o, k and v, and three matrices of the MLP in each; and a head."""
     setting = families.Setting("tiny", "float32", 1, 8, "cpu", False, False, None, "wall", 1)
-    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) + 96 * 32
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) + 288 * 32
     adapters = 2 * 8 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (64 + 32))
     attention = 2 * 6 * 8 * 32
     counts = {m: families.step_operations(setting, m) for m in ("full", "floor", "ours")}
