@@ -83,8 +83,9 @@ def main() -> int:
 
 def work() -> None:
     """Train, evaluate or merge, as the environment says."""
-    hardware.postpone_compiler()
     config = Config.from_environment(os.environ)
+    if not config.compile:
+        hardware.postpone_compiler()
     plan = plan_run(config)
     if config.preview:
         colour = sys.stdout is not None and sys.stdout.isatty()

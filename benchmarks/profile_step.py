@@ -64,6 +64,7 @@ def rows_of(model: str, dtype: str, steps: int) -> Iterator[results.Row]:
             row |= {"time_ms": event.self_cpu_time_total / steps / 1000}
             row |= {"share_percent": 100 * event.self_cpu_time_total / total}
             yield row | {"calls": event.count // steps}
+        del step  # and the model, before the next one is made
 
 
 def main() -> None:

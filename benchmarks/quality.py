@@ -73,23 +73,23 @@ IN_TIME = "full, in the time of rank 16"
 METHODS = {
     FULL: Method({"DROPOUT": "0"}, 1e-3, small=True),
     MAIN: lora(16, 32, small=True),
-    "rank 16, B as fast as A": lora(16, 32, 4e-3, LORA_PLUS_RATIO="1"),
-    "rank 16, embeddings frozen": lora(16, 32, TRAIN_EMBEDDINGS="False"),
-    "rank 16, query and value": lora(16, 32, LORA_TARGETS="query,value"),
-    "rank 16, DROPOUT=0.2": lora(16, 32, DROPOUT="0.2"),
-    "full, OPTIMIZER=muon": Method({"DROPOUT": "0", "OPTIMIZER": "muon"}, 1e-3, small=True),
-    "full, DROPOUT=0.2": Method({"DROPOUT": "0.2"}, 1e-3),
-    "rank 4": lora(4, 8),
     "rank 32": lora(32, 64, small=True),
-    "rank 16, LORA_DROPOUT=0.1": lora(16, 32, small=True, LORA_DROPOUT="0.1"),
     "rank 8": lora(8, 16),
-    "rank 16, alpha = rank": lora(16, 16),
-    "rank 16, alpha = 4 rank": lora(16, 64),
-    "rank 16, WEIGHT_DECAY=0.1": lora(16, 32, WEIGHT_DECAY="0.1"),
-    "rank 16, SCHEDULE=cosine": lora(16, 32, SCHEDULE="cosine"),
-    NF4: lora(16, 32, small=True, BASE_DTYPE="nf4"),
     "rank 16, at weight 0.7": lora(16, 32, kept=0.7),
     "full, 0.7 of the change": Method({"DROPOUT": "0"}, 2e-3, kept=0.7),
+    "rank 16, query and value": lora(16, 32, LORA_TARGETS="query,value"),
+    "rank 16, B as fast as A": lora(16, 32, 4e-3, LORA_PLUS_RATIO="1"),
+    "rank 16, LORA_DROPOUT=0.1": lora(16, 32, small=True, LORA_DROPOUT="0.1"),
+    NF4: lora(16, 32, small=True, BASE_DTYPE="nf4"),
+    "full, OPTIMIZER=muon": Method({"DROPOUT": "0", "OPTIMIZER": "muon"}, 1e-3, small=True),
+    "rank 16, embeddings frozen": lora(16, 32, TRAIN_EMBEDDINGS="False"),
+    "rank 4": lora(4, 8),
+    "rank 16, alpha = rank": lora(16, 16),
+    "rank 16, alpha = 4 rank": lora(16, 64),
+    "rank 16, SCHEDULE=cosine": lora(16, 32, SCHEDULE="cosine"),
+    "rank 16, DROPOUT=0.2": lora(16, 32, DROPOUT="0.2"),
+    "full, DROPOUT=0.2": Method({"DROPOUT": "0.2"}, 1e-3),
+    "rank 16, WEIGHT_DECAY=0.1": lora(16, 32, WEIGHT_DECAY="0.1"),
 }
 GRID = {
     f"rank {rank}, alpha = {factor} rank, dropout {dropout}": lora(
@@ -480,8 +480,9 @@ def main() -> int:
     print(text)
     torch.set_num_threads(1)  # as the runs had it
     rows = [row for corpus in budget.runs for row in corpus_rows(study, corpus)]
-    if rows:
-        results.write("quality", rows, args.device, args)
+    complete = [row for row in rows if row.get("seeds") in (None, len(budget.seeds))]
+    if not interrupted or len(complete) > len(budget.runs):
+        results.write("quality", complete, args.device, args)
     if interrupted:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

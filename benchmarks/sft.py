@@ -7,8 +7,9 @@ Both start from one folder of random weights, and train adapters of rank 8 on al
 blocks on the same text, with fused AdamW at one rate. Both evaluate as many tokens before the first
 step, in the middle and at the end, and write adapter and optimizer after the last two. Ours is
 training.py as a user starts it. TRL has the settings of its users but for GRAD_CHECKPOINT, which
-neither does here, and for the text, which it gets in tokens already. `time` is that of the loop,
-`whole` that of the process, with imports and loading.
+neither does here, and for the text, which it gets in tokens already. In float32 our base stays in
+bfloat16, as its file has it. Both take turns; `time` is that of the loop, `whole` that of the
+process, with imports and loading.
 """
 
 import argparse
@@ -34,7 +35,6 @@ from benchmarks.memory import write_base
 from data import load_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("ours", "TRL")
 EVAL_BATCHES = 4
 RATE = 1e-3
 TEXT_BYTES = 400_000
@@ -47,7 +47,8 @@ def ours(folder: Path, model: str, batch: tuple[int, int], dtype: str, steps: in
         "USE_LORA": "True", "LORA_RANK": str(RANK), "LORA_ALPHA": str(2 * RANK), "DTYPE": dtype,
         "BATCH_SIZE": str(batch[0]), "BLOCK_SIZE": str(batch[1]), "MAX_STEPS": str(steps),
         "EVAL_INTERVAL": str(steps // 2), "EVAL_BATCHES": str(EVAL_BATCHES), "SAMPLE_TOKENS": "0",
-        "LEARNING_RATE": str(RATE),
+        "LEARNING_RATE": str(RATE), "LORA_PLUS_RATIO": "1", "WARMUP_STEPS": "0",
+        "ADAM_BETA2": "0.999",
     }  # fmt: skip
     start(["training.py"], folder, other_variables() | variables)
     lines = (folder / "out" / "lora-metrics.jsonl").read_text().splitlines()
@@ -122,14 +123,15 @@ def train_with_trl(model: str, batch: tuple[int, int], dtype: str, steps: int) -
 
 def rows_of(model: str, batch: tuple[int, int], dtype: str, args: argparse.Namespace) -> list:
     """The rows of both methods, which take turns."""
-    found: dict[str, list[results.Row]] = {method: [] for method in METHODS}
+    found: dict[str, list[results.Row]] = {"ours": [], "TRL": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_base(folder / model, model)
         text = load_corpus("python-docs", ROOT / "data").train[:TEXT_BYTES]
         (folder / "text.txt").write_bytes(bytes(text).decode(errors="ignore").encode())
-        for _ in range(args.rounds):
-            for method, run in zip(METHODS, (ours, trl), strict=True):
+        runs = {"ours": ours, "TRL": trl}
+        for i in range(args.rounds):
+            for method, run in list(runs.items())[:: 1 if i % 2 == 0 else -1]:
                 started = time.perf_counter()
                 row = run(folder, model, batch, dtype, args.steps)
                 found[method].append(row | {"whole_s": time.perf_counter() - started})
@@ -163,6 +165,8 @@ def main() -> None:
     results.add_results_options(parser)
     parser.add_argument("--trl-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps 1 is too few: there is an evaluation after half of them")
     if importlib.util.find_spec("trl") is None:
         parser.error("the package trl is not installed: pip install -r requirements-dev.txt")
     if args.trl_of is not None:

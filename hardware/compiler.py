@@ -21,8 +21,8 @@ class _Postponed(types.ModuleType):
     """
 
     @staticmethod
-    def disable(function: Callable, *_: Any, **__: Any) -> Callable:
-        return function
+    def disable(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
+        return (lambda given: given) if function is None else function
 
     @staticmethod
     def graph_break(*_: Any, **__: Any) -> None:
@@ -31,13 +31,16 @@ class _Postponed(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # whoever looks through all modules
             raise AttributeError(name)
-        if sys.modules[NAME] is self:
+        if sys.modules.get(NAME) is self:
             del sys.modules[NAME]
         return getattr(importlib.import_module(NAME), name)
 
 
 def postpone_compiler() -> None:
-    """Let torch._dynamo be imported by the first use of it, and not by the first optimizer."""
+    """Let torch._dynamo be imported by the first use of it, and not by the first optimizer.
+
+    Not for a run that compiles: what has asked before would not hide from the compiler.
+    """
     if NAME in sys.modules:
         return
     file = Path(torch.__file__).with_name("_dynamo") / "config.py"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # An adapter for SmolLM2 on your own chats, which goes on to PEFT and transformers.
 # Start it in the repository's folder, with your chats in chats.jsonl (LORA_USAGE.md, "Your data"), after
+#   pip install -r requirements.txt huggingface_hub safetensors tokenizers
 #   hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir SmolLM2-135M-Instruct
-#   pip install safetensors tokenizers
 set -euo pipefail
 export BASE_CHECKPOINT=SmolLM2-135M-Instruct OUT_DIR=out-chats
 export BLOCK_SIZE=512 BATCH_SIZE=4
@@ -11,8 +11,8 @@ export BLOCK_SIZE=512 BATCH_SIZE=4
 PREVIEW=3 DATA=chats.jsonl USE_LORA=True python training.py
 ESTIMATE=True DATA=chats.jsonl USE_LORA=True python training.py
 
-# It ends when the validation loss has not fallen for three evaluations.
-MAX_STEPS=500 EVAL_INTERVAL=25 PATIENCE=3 DATA=chats.jsonl USE_LORA=True python training.py
+# It takes three passes at most, and ends when two evaluations in a row are no better.
+DATA=chats.jsonl USE_LORA=True python training.py
 
 # Without PROMPT, on a terminal, this chats with you.
 ADAPTERS=out-chats/lora-best.pt PROMPT="Who are you?" python generate.py

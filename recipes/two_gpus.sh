@@ -9,5 +9,5 @@ torchrun --standalone --nproc_per_node=2 training.py
 # A base that is too large for one GPU lies in shares on both; the adapter is the same.
 FSDP=True DATA=python-docs USE_LORA=True torchrun --standalone --nproc_per_node=2 training.py
 
-# After Ctrl-C, a crash or a power cut the same command goes on; here, with more steps.
-RESUME=True MAX_STEPS=2000 torchrun --standalone --nproc_per_node=2 training.py
+# After Ctrl-C, a crash or a power cut the same command goes on with RESUME=True.
+RESUME=True FSDP=True DATA=python-docs USE_LORA=True torchrun --standalone --nproc_per_node=2 training.py

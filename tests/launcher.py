@@ -14,9 +14,7 @@ import sys
 import tempfile
 import traceback
 
-# Optimizers import the second one, which takes as long as the first.
 import torch
-import torch._dynamo
 
 SECONDS = 120  # which no script may take, but one that compiles: C++ compilers are slow
 
@@ -31,7 +29,7 @@ def become(
         os.dup2(file, number)
     if "COMPILE" not in environment:
         signal.alarm(SECONDS)
-    if anew:
+    if anew or "COMPILE" in environment:  # a run that compiles postpones nothing
         os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)
@@ -57,10 +55,12 @@ def warm_up() -> None:
     """Import what scripts import, and estimate the memory of a run, as each run does: the first
     time takes twice as long. It computes nothing, so it starts no threads, which a fork would lose.
     """
+    import hardware
     from trainer.estimate import estimate
     from trainer.settings import Config
     from trainer.setup import plan_run
 
+    hardware.postpone_compiler()
     sizes = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "2", "BLOCK_SIZE": "32", "BATCH_SIZE": "4"}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("False", "True"):
