@@ -12,9 +12,10 @@ frozen: with this project as training.py does it, and with PEFT as its users do:
 `transformers` in the dtype of the run, get_peft_model with its defaults, labels to the model, and
 autocast where the dtype is bfloat16. A step is forward, loss, backward and fused AdamW. All methods
 get the same weights and tokens, and keep freed memory (`hardware.keep_freed_memory`). PEFT's base
-in NF4 is bitsandbytes', its scales quantized too. Two methods say what is possible, with this
-project's model: `full` trains every weight, in float32; `floor` has no adapters and trains one
-norm, the first, so that gradients go through all blocks.
+in NF4 is bitsandbytes', its scales quantized too. `ours` keeps the base as its file has it, in
+bfloat16, and in float32 casts it in every step; `ours-float32` has BASE_DTYPE=float32. Two say what
+is possible, with this project's model: `full` trains every weight, in float32; `floor` has no
+adapters and trains one norm, the first, so that gradients go through all blocks.
 
 On a CPU each method is a process of its own, which loads the model from a Hugging Face folder in
 bfloat16. The methods take turns, so that ratios pair steps that ran beside each other, and memory
@@ -108,7 +109,7 @@ MODELS = {
     },
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("ours", "peft", "ours-nf4", "peft-nf4", "full", "floor")
+METHODS = ("ours", "peft", "ours-nf4", "peft-nf4", "full", "floor", "ours-float32")
 PACKAGES = {  # and the methods that need them
     "transformers": ("peft", "peft-nf4"),
     "peft": ("peft", "peft-nf4"),

@@ -410,7 +410,7 @@ def test_the_study_finds_each_methods_best_learning_rate():
                 for seed in study.budget.seeds:
                     assert dataclasses.replace(found, seed=seed) in study.results
     # A start far away walks there, and looks nowhere beyond the worse neighbour.
-    assert list(quality.losses_by_rate(study, "rank 16, embeddings frozen", quality.NEW)) == [
+    assert list(quality.losses_by_rate(study, "rank 8", quality.NEW)) == [
         1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2
     ]  # fmt: skip
     in_time = [task for task in study.results if task.method == quality.IN_TIME]
