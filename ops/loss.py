@@ -26,9 +26,9 @@ from ops.products import (
 )
 from ops.shapes import may_depend_on_values
 
-# Logits that exist at one time: 112 MiB in float32. With half of them a vocabulary of 151,936 takes
-# longer than the plain form.
-LOGITS = 28 * 2**20
+# Logits that exist at one time: 160 MiB in float32. Each chunk reads the whole weight, so that with
+# fewer a vocabulary of 151,936 takes longer than the plain form (`python benchmarks/head.py`).
+LOGITS = 40 * 2**20
 
 # The logits of which a CPU computes the loss at a time, in float32: the next operation finds them
 # in the cache.
