@@ -20,7 +20,7 @@ from torch import Tensor
 from files import FileError, OtherKind
 from files.writing import replacing
 
-PART = 2**22  # numbers that are checked or hashed at a time
+PART = 2**18  # numbers that are checked or hashed at a time
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may have
 POINTER = b"version https://git-lfs."  # how a file begins that git has without its content
 HUB_NAME = re.compile(r"(?:https://huggingface\.co/)?((?:[\w.-]+/)?([\w-][\w.-]*))/?")

@@ -33,9 +33,12 @@ from trainer.setup import Plan
 NF4_BYTES = 4.127 / 8  # for each number
 MIB = 2**20
 
-# What a CPU run takes beside its tensors once it computes: threads and buffers of products. `python
-# benchmarks/memory.py` sets it.
+# What a CPU run takes beside its tensors once it computes: threads and buffers of products, and the
+# part of what a block holds in the C library's heap that is lost there, for each block. glibc does
+# not give an aligned piece that was freed to the next request of its size, which has to be aligned
+# anew, and smaller ones break it up. `python benchmarks/memory.py` sets both.
 FIRST_USE = 30 * MIB
+LOST_IN_HEAP = 0.385
 
 STEP = ("gradients", "activations", "loss")  # what a step holds
 
@@ -82,9 +85,8 @@ def estimate(plan: Plan) -> Memory:
     base = of_all_blocks([sum(frozen_bytes(model, plan.config).values()) for model in models])
     steps = [held_in_step(plan, model) for model in models]
     parts = [of_all_blocks([held.at_most[part] for held in steps]) for part in STEP]
-    # Freed tensors leave room that is too small for the next, or not in one piece: about as much as
-    # one block holds at a time, in tensors that the C library takes from its heap.
-    gaps = FIRST_USE + steps[0].most_in_heap if plan.device.type == "cpu" else 0
+    lost = round(LOST_IN_HEAP * n_blocks * steps[0].most_in_heap)
+    gaps = FIRST_USE + lost if plan.device.type == "cpu" else 0
     optimizer = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
     return Memory(base, trained, optimizer, *parts, gaps, program_bytes(plan.device))
 
