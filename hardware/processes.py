@@ -253,9 +253,22 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return full.cpu() if is_main_process() else torch.empty(0)
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process and where it lies. Every process must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, in the same memory; all of one that is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gathered(shard: Tensor, like: Tensor) -> Tensor:
+    """All of a tensor of which each process has its shard, sharded as `like` is, where it lies.
+
+    Every process must call it. The tensor itself where `like` is not sharded.
+    """
+    if not hasattr(like, "full_tensor"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    options = {"shape": like.shape, "stride": like.stride()}  # as shards may be of unequal sizes
+    return DTensor.from_local(shard, like.device_mesh, like.placements, **options).full_tensor()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -77,16 +77,18 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        gradients = [p.grad for p in parameters]
-        momenta = [self.state[p]["momentum"] for p in parameters]
+        # Number by number, of each shard: sharded tensors lack some of this in torch 2.8.
+        gradients = [processes.local(p.grad) for p in parameters]
+        momenta = [processes.local(self.state[p]["momentum"]) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        shrunk = 1 - group["lr"] * group["weight_decay"]
+        torch._foreach_mul_([processes.local(p) for p in parameters], shrunk)
         numbers_of: dict[tuple[int, ...], list[int]] = {}  # by shape, with the shorter side first
         for i, p in enumerate(parameters):
             numbers_of.setdefault(tuple(sorted(p.shape)), []).append(i)
         for (_, columns), numbers in numbers_of.items():
-            whole = [processes.gathered(ahead[i]) for i in numbers]
+            whole = [processes.gathered(ahead[i], parameters[i]) for i in numbers]
             wide = torch.stack([m if m.shape[1] == columns else m.T for m in whole])
             steps = orthogonalized(wide, self.dtype).to(wide.dtype).unbind()
             for i, step in zip(numbers, steps, strict=True):
