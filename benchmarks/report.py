@@ -316,9 +316,10 @@ def draw_curves(found: Sequence[Found]) -> bytes:
     figure, panels = grid_of(found)
     for place, panel in panels:
         runs: dict[tuple, list[Row]] = {}
-        for row in place.rows:
+        shown = [row for row in place.rows if "variables" not in row]  # as a user starts them
+        for row in shown:
             runs.setdefault(words_of(row), []).append(row)
-        longest = max(row["time_s"] for row in place.rows)
+        longest = max(row["time_s"] for row in shown)
         unit, seconds = ("minutes", 60) if longest > 120 else ("seconds", 1)
         for i, rows in enumerate(runs.values()):
             x, y = ([row[name] for row in rows] for name in ("time_s", "loss"))
@@ -327,7 +328,7 @@ def draw_curves(found: Sequence[Found]) -> bytes:
         # The first losses, of random weights, would press what matters into a flat line.
         late = [
             row["loss"]
-            for row in place.rows
+            for row in shown
             if row["step"] > 0 or row["run"] not in ("base", "old")
         ]
         panel.set_ylim(min(late) - 0.05, max(late) + 0.05)
@@ -473,17 +474,22 @@ def variables_table(kind: type[Settings], names: Sequence[str] = ()) -> str:
 def runs_table(found: Sequence[Found]) -> str:
     """The commands of curves.py, and on each machine how long they take and what they reach."""
     places = [place for place in found if place.benchmark == "runs"]
+    columns = {
+        f"{place.place}, {dtype}": [row for row in place.rows if row["dtype"] == dtype]
+        for place in places
+        for dtype in dict.fromkeys(row["dtype"] for row in place.rows)
+    }
     rows = [
-        {"command": f"`{command}`"} | {place.place: reached(place, run) for place in places}
+        {"command": f"`{command}`"}
+        | {column: reached(found_rows, run) for column, found_rows in columns.items()}
         for run, command in RUNS.items()
     ]
     return results.table(rows)
 
 
-def reached(place: Found, run: str) -> str:
-    """How long a run took on a machine, its steps, and the loss that it reached; empty without such
-    a run."""
-    for row in place.rows:
+def reached(rows: Sequence[Row], run: str) -> str:
+    """How long a run of these took, its steps, and the loss that it reached; empty without it."""
+    for row in rows:
         if row["run"] == run:
             minutes = row["time_s"] / 60
             words = f"{minutes:.1f} min" if minutes > 1.5 else f"{row['time_s']:.0f} s"
