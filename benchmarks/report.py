@@ -327,9 +327,7 @@ def draw_curves(found: Sequence[Found]) -> bytes:
             panel.plot([s / seconds for s in x], y, label=label, markersize=4, **look(i))
         # The first losses, of random weights, would press what matters into a flat line.
         late = [
-            row["loss"]
-            for row in shown
-            if row["step"] > 0 or row["run"] not in ("base", "old")
+            row["loss"] for row in shown if row["step"] > 0 or row["run"] not in ("base", "old")
         ]
         panel.set_ylim(min(late) - 0.05, max(late) + 0.05)
         panel.set(title=place.place, xlabel=unit)

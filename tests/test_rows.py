@@ -481,8 +481,9 @@ def test_broken_csv_is_refused_with_its_line(content, message):
 def test_parquet_is_read_where_pyarrow_is_installed(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     rows = [
-        {"messages": [USER, BOT | {"tool_calls": [{"name": "f"}]}], "n": 1, "when": None},
+        {"messages": [USER, BOT | {"tool_calls": [call]}], "n": 1, "when": None},
         {"messages": [USER | {"name": "Ada"}, BOT], "n": None, "when": None},
     ]
     path = tmp_path / "train-00000-of-00001.Parquet"
