@@ -39,16 +39,29 @@ def interleaved(
 def number_printed_by(command: list[str], what: str) -> float:
     """The last word that a Python script prints, such as the peak memory of its own process.
 
-    Exits with the end of the script's stderr when it fails. On Linux the peak of a new process
-    counts the memory that its parent had, so ask while this one is small.
+    Exits as `printed_by` does. On Linux the peak of a new process counts the memory that its parent
+    had, so ask while this one is small.
     """
-    child = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    return float(printed_by(command, what).split()[-1])
+
+
+def printed_by(
+    command: list[str],
+    what: str,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """What a Python script prints, in a folder and an environment that are this process's unless
+    given. Exits with the end of the script's stderr when it fails."""
+    child = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
     if child.returncode != 0:
         sys.exit(
             f"error: measuring {what} ended with exit code {child.returncode}: "
             f"{child.stderr.strip()[-2000:]}"
         )
-    return float(child.stdout.split()[-1])
+    return child.stdout
 
 
 def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:

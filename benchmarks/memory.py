@@ -11,9 +11,7 @@ the optimizer, what a step holds at its largest moment, gaps between tensors, an
 """
 
 import argparse
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hardware
 from benchmarks import results
 from benchmarks.families import MODELS, batches_of, write_folder
-from benchmarks.measure import names_of
+from benchmarks.measure import names_of, other_variables, printed_by
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # width, blocks, heads
@@ -55,16 +53,9 @@ def write_base(folder: Path, model: str) -> None:
 
 def measured(folder: Path, variables: dict[str, str]) -> results.Row:
     """What the log of a run announces, in its parts, and what its peak was, in MiB."""
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "training.py")],
-        env=os.environ | RUN | variables,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode != 0:
-        sys.exit(f"training.py failed: {run.stderr.strip()}")
-    announced, peak = (re.search(pattern, run.stdout, re.MULTILINE) for pattern in FIGURES)
+    environment = other_variables() | RUN | variables
+    log = printed_by([str(ROOT / "training.py")], "training.py", folder, environment)
+    announced, peak = (re.search(pattern, log, re.MULTILINE) for pattern in FIGURES)
     row = {}
     for part in announced[2].split(", "):
         name, size = part.replace(" ", "_").rsplit("_", 1)

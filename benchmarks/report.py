@@ -58,8 +58,8 @@ FOUND_WORDS = ("operation",)  # what a benchmark finds in words, and does not as
 
 def words_of(row: Row) -> tuple[tuple[str, str], ...]:
     """What a row says in words, which tells it from others."""
-    words = {name: value for name, value in row.items() if isinstance(value, str)}
-    return tuple(sorted((name, words[name]) for name in words.keys() - set(FOUND_WORDS)))
+    words = [(name, value) for name, value in row.items() if isinstance(value, str)]
+    return tuple(sorted((name, value) for name, value in words if name not in FOUND_WORDS))
 
 
 def newest(files: Iterable[dict[str, Any]]) -> list[Found]:
@@ -505,9 +505,6 @@ def row_of(found: Sequence[Found], benchmark: str, **words: str) -> tuple[Found,
     raise LookupError(f"no row of {benchmark} with {words}")
 
 
-FULL_IN_PART = "full, 0.7 of the change"
-
-
 def outcomes_table(found: Sequence[Found]) -> str:
     """Five things that were reached, each with its machine."""
     rows = []
@@ -524,7 +521,10 @@ def outcomes_table(found: Sequence[Found]) -> str:
     place, row = row_of(found, "quality", method="rank 32", **corpus)
     figures = f"{row['loss_above_full']:+.3f} +- {row['loss_above_full_sd']:.3f} nats per byte"
     add("loss of LoRA, rank 32, above full fine-tuning at equal tokens", figures, place)
-    parts = {"LoRA": ("rank 16", "rank 16, at weight 0.7"), "full": ("full", FULL_IN_PART)}
+    parts = {
+        "LoRA": ("rank 16", "rank 16, at weight 0.7"),
+        "full": ("full", "full, 0.7 of the change"),
+    }
     words = []
     for name, methods in parts.items():
         rows_of_parts = [row_of([place], "quality", method=m, **corpus)[1] for m in methods]

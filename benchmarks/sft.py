@@ -15,9 +15,7 @@ process, with imports and loading.
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hardware
 from benchmarks import results
 from benchmarks.families import MODELS, RANK, TARGETS, batches_of
-from benchmarks.measure import at_least_one, names_of, other_variables
+from benchmarks.measure import at_least_one, names_of, other_variables, printed_by
 from benchmarks.memory import write_base
 from data import load_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve()
+ROOT = SCRIPT.parents[1]
 EVAL_BATCHES = 4
 RATE = 1e-3
 TEXT_BYTES = 400_000
@@ -50,7 +49,7 @@ def ours(folder: Path, model: str, batch: tuple[int, int], dtype: str, steps: in
         "LEARNING_RATE": str(RATE), "LORA_PLUS_RATIO": "1", "WARMUP_STEPS": "0",
         "ADAM_BETA2": "0.999",
     }  # fmt: skip
-    start(["training.py"], folder, other_variables() | variables)
+    printed_by([str(ROOT / "training.py")], "ours", folder, other_variables() | variables)
     lines = (folder / "out" / "lora-metrics.jsonl").read_text().splitlines()
     summary = json.loads(lines[-1])["summary"]
     return {
@@ -63,23 +62,7 @@ def ours(folder: Path, model: str, batch: tuple[int, int], dtype: str, steps: in
 def trl(folder: Path, model: str, batch: tuple[int, int], dtype: str, steps: int) -> results.Row:
     """Run this script as one that trains with TRL."""
     options = ["--trl-of", model, f"{batch[0]}x{batch[1]}", dtype, str(steps)]
-    printed = start(["benchmarks/sft.py", *options], folder, dict(os.environ))
-    return json.loads(printed.splitlines()[-1])
-
-
-def start(command: list[str], folder: Path, environment: dict[str, str]) -> str:
-    """What a script of the project prints in a process of its own. Exits where that fails."""
-    script, *options = command
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        sys.exit(f"{script} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
+    return json.loads(printed_by([str(SCRIPT), *options], "TRL", folder).splitlines()[-1])
 
 
 def train_with_trl(model: str, batch: tuple[int, int], dtype: str, steps: int) -> results.Row:
@@ -129,9 +112,9 @@ def rows_of(model: str, batch: tuple[int, int], dtype: str, args: argparse.Names
         write_base(folder / model, model)
         text = load_corpus("python-docs", ROOT / "data").train[:TEXT_BYTES]
         (folder / "text.txt").write_bytes(bytes(text).decode(errors="ignore").encode())
-        runs = {"ours": ours, "TRL": trl}
+        methods = [("ours", ours), ("TRL", trl)]
         for i in range(args.rounds):
-            for method, run in list(runs.items())[:: 1 if i % 2 == 0 else -1]:
+            for method, run in methods[:: 1 if i % 2 == 0 else -1]:
                 started = time.perf_counter()
                 row = run(folder, model, batch, dtype, args.steps)
                 found[method].append(row | {"whole_s": time.perf_counter() - started})
