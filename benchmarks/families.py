@@ -65,7 +65,7 @@ from models.llama import layout, read_config
 from trainer.loading import LoraOptions, build_model
 from trainer.optimization import make_optimizer
 from trainer.settings import Config
-from training import LAUNCH_BOUND_OPERATIONS, accumulate
+from training import accumulate, is_launch_bound
 
 # The config.json of each, as far as it decides the arithmetic.
 MODELS = {
@@ -225,15 +225,16 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
         store_base(model, dtype, tokens.numel())
     del base
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # as transformers shifts labels
-    optimizer = make_optimizer(
-        Config(optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0), model.train(), dtype
-    )
-    operations = 6 * model.get_parameter_info()["total"] * tokens.numel()
-    launch_bound = device.type == "cuda" and operations <= LAUNCH_BOUND_OPERATIONS
-    launch_bound = launch_bound and not setting.grad_checkpoint
+    config = Config(
+        optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0, batch_size=setting.batch,
+        block_size=setting.block,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, model.train(), dtype)
+    in_graphs = is_launch_bound(model, device, config)
     if setting.compile:
-        model = torch.compile(model, mode="reduce-overhead" if launch_bound else "default")
-    elif launch_bound:
+        in_graphs = in_graphs and not setting.grad_checkpoint
+        model = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")
+    elif in_graphs:
         model = hardware.in_cuda_graphs(model, (tokens, targets), dtype)
 
     def autocast() -> torch.autocast:

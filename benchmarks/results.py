@@ -31,7 +31,7 @@ from hardware.device import cpu_capabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "peft", "trl", "loralib", "bitsandbytes")
+PACKAGES = ("transformers", "peft", "trl", "loralib", "bitsandbytes")
 Row = dict[str, Any]
 
 # When the script started, and which part of the cores was busy in the minute before.
@@ -153,7 +153,7 @@ def machine_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             options = {"cache": cache, "mask": mask}
             if self.grad_checkpoint and torch.is_grad_enabled():
-                options |= {"use_reentrant": False}
+                options |= {"use_reentrant": False, "preserve_rng_state": self.has_dropout}
                 if not torch.compiler.is_compiling():
                     options["context_fn"] = functools.partial(self._recomputing, block)
                 x = checkpoint(block, x, *shared, **options)
@@ -294,6 +294,11 @@ class LanguageModel(nn.Module):
     def new_caches(self) -> Caches:
         """Empty caches for `forward`, one for each block."""
         return [KeyValueCache(self.block_size) for _ in self.blocks]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return any(getattr(module, "dropout", 0.0) > 0.0 for module in self.modules())
 
     def get_parameter_info(self) -> dict[str, float]:
         """Counts of parameters: `total` = `trainable` + `frozen`; `lora` in the adapters and

@@ -27,6 +27,7 @@ from ops.activations import swiglu
 from ops.attention import KeyValueCache, Lengths, causal_attention
 from ops.dropout import dropout as apply_dropout
 from ops.norms import rms_norm
+from ops.rope import rotated
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Llama(LanguageModel):
         return [self.model.embed_tokens]
 
     def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """x (B, T, C), and the cosines and sines of rope, each (T, 1, D) or (B, T, 1, D)."""
+        """x (B, T, C), and the cosines and sines of rope, each (T, 1, D/2) or
+        (B, T, 1, D/2)."""
         x = self.model.embed_tokens(idx)
         if x.itemsize < 4:  # the residual stream is float32, whatever the base lies in
             x = x.float()
@@ -114,8 +116,7 @@ class Llama(LanguageModel):
             frequencies, factor = rope_frequencies(self.sizes)
             self.frequencies[idx.device] = (frequencies.to(idx.device), factor)
         frequencies, factor = self.frequencies[idx.device]
-        angles = positions[..., None].float() * frequencies  # (..., T, D / 2)
-        angles = torch.cat([angles, angles], -1)[..., None, :]  # (..., T, 1, D)
+        angles = (positions[..., None].float() * frequencies)[..., None, :]  # (..., T, 1, D/2)
         return x, angles.cos() * factor, angles.sin() * factor
 
 
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None:  # whose weights are float32 under autocast too
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         y = causal_attention(q, k, v, self.dropout, self.training, mask, cache, saves_memory=True)
         (y,) = grouped_linear(y, [self.o_proj])
         return y
@@ -247,13 +248,6 @@ def shortened(value: Any) -> str:
     """A value of a config for an error of one line, whatever its length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) of queries or keys (B, T, heads, D) by their angles."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x * cos + swapped * sin).to(x.dtype)
 
 
 def rope_frequencies(s: Sizes) -> tuple[Tensor, float]:

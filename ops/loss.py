@@ -91,7 +91,7 @@ def linear_losses(
     """
     rows, counted = _counted(targets), targets[:, None] >= 0
     x, known = _taken(x, rows), _taken(targets, rows).clamp(min=0)[:, None]
-    found = [losses for *_, losses in _chunks(x, known, None, W, A, B, scaling)]
+    found = [losses for *_, losses in _chunks(x, known, False, W, A, B, scaling)]
     losses = torch.cat(found) if found else x.new_zeros(0, 1)
     if rows is not None:
         losses = losses.new_zeros(counted.shape).index_copy_(0, rows, losses)
@@ -113,7 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, W, A, B)]
         x, targets = _taken(x, rows), _taken(targets, rows)[:, None]
         wide = torch.promote_types(x.dtype, torch.float32)
-        counts = (targets >= 0).to(wide)  # (tokens, 1)
+        # Tokens that do not count are still there where shapes are fixed. Then the matrices beside
+        # the logits' gradients have zeros for them, (tokens, 1), which are smaller than the logits.
+        counts = None if may_depend_on_values(targets) else (targets >= 0).to(wide)
         needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
         dx, dW, dA, dB = (
             torch.zeros(t.shape, dtype=wide, device=x.device) if needs else None
@@ -122,12 +124,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
         known = targets.clamp(min=0)
-        weights = counts if any(needed) else None
-        for part, g, losses in _chunks(x, known, weights, W, A, B, scaling):
-            loss += (losses * counts[part]).sum()
-            if weights is None:
+        for part, g, losses in _chunks(x, known, any(needed), W, A, B, scaling):
+            loss += losses.sum() if counts is None else (losses * counts[part]).sum()
+            if not any(needed):
                 continue
             inputs = x[part].to(dtype)
+            if counts is not None:
+                inputs = inputs * counts[part].to(dtype)
             for outputs, weight in _slices(W, dtype):
                 if dx is not None:
                     _add_product(dx[part], g[:, outputs], weight)
@@ -142,6 +145,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _add_product(dA, gB, inputs)
                 if dB is not None:
                     _add_product(dB, scaled_product(scaling, down, inputs.t()), g)
+        if counts is not None and dx is not None:
+            dx *= counts
         ctx.save_for_backward(rows, n, dx, dW, dA, dB)
         return loss / n
 
@@ -180,17 +185,17 @@ def _taken(t: Tensor, rows: Tensor | None) -> Tensor:
 def _chunks(
     x: Tensor,
     targets: Tensor,
-    counts: Tensor | None,
+    gradients: bool,
     W: Tensor,
     A: Tensor | None,
     B: Tensor | None,
     scaling: float,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some tokens at a time: which, the gradient of the sum of their losses times `counts` to their
-    logits, (tokens, vocab_size), and the losses, (tokens, 1), in float32 or above.
+    """Some tokens at a time: which, the gradient of the sum of their losses to their logits,
+    (tokens, vocab_size), and the losses, (tokens, 1), in float32 or above.
 
-    All gradients lie in the same memory, that of the logits. Without `counts` it holds something
-    else. `targets` are (tokens, 1) and not negative, `counts` (tokens, 1).
+    All gradients lie in the same memory, that of the logits. Without `gradients` it holds something
+    else. `targets` are (tokens, 1) and not negative.
     """
     tokens, vocabulary, dtype = len(x), len(W), product_dtype(x)
     most = max(1, LOGITS // vocabulary)
@@ -209,16 +214,29 @@ def _chunks(
         losses = []
         for i in range(0, len(found), together):
             rows = slice(start + i, min(start + i + together, part.stop))
-            some = found[i : i + together]
-            wide = some.to(torch.promote_types(dtype, torch.float32))
-            wide.sub_(wide.amax(-1, keepdim=True))
-            of_target = wide.gather(-1, targets[rows])
-            total = wide.exp_().sum(-1, keepdim=True)
-            losses.append(total.log() - of_target)
-            if counts is not None:
-                wide.mul_(counts[rows] / total).scatter_add_(-1, targets[rows], -counts[rows])
-                some.copy_(wide)
+            losses.append(_cross_entropy(found[i : i + together], targets[rows], gradients))
         yield part, found, torch.cat(losses)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, gradients: bool) -> Tensor:
+    """The losses of the logits (tokens, vocab_size), each (tokens, 1); with `gradients` those to
+    the logits, softmax(logits) - one-hot(targets), take the place of these."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.is_cuda:  # which reads the logits fewer times, and takes the exponentials twice
+        wide = torch.log_softmax(logits, -1, dtype=dtype)
+        of_target = wide.gather(-1, targets)
+        if gradients:
+            torch.exp(wide, out=logits)
+            logits.scatter_(-1, targets, of_target.expm1().to(logits.dtype))
+        return -of_target
+    wide = logits.to(dtype)
+    wide.sub_(wide.amax(-1, keepdim=True))
+    of_target = wide.gather(-1, targets)
+    total = wide.exp_().sum(-1, keepdim=True)
+    if gradients:
+        wide.mul_(1 / total).scatter_add_(-1, targets, -torch.ones_like(total))
+        logits.copy_(wide)
+    return total.log() - of_target
 
 
 def _slices(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

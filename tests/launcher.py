@@ -61,6 +61,9 @@ def warm_up() -> None:
     from trainer.setup import plan_run
 
     hardware.postpone_compiler()
+    # Autograd starts a thread for each device that it knows at its first step. Fake tensors bring
+    # in a device, in torch for CUDA on a machine without one.
+    torch.ones(1, requires_grad=True).sum().backward()
     sizes = {"N_EMBD": "32", "N_HEAD": "2", "N_LAYER": "2", "BLOCK_SIZE": "32", "BATCH_SIZE": "4"}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("False", "True"):

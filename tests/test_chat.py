@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,11 +231,12 @@ def test_a_turn_of_weight_0_does_not_count_and_the_end_of_a_chat_is_not_needed(n
 
 def test_what_a_model_thinks_counts_where_its_template_shows_it(tmp_path):
     base = base_of(tmp_path, "bytes", PUBLISHED["qwen3"])
-    thinks = [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {"thinking": "hm"}]
-    for more in thinks:
-        chat = [*HI, ON, says("assistant", "yes", **more)]
+    # Earlier versions of transformers know the first name alone.
+    expected = base.tokens([*HI, ON, says("assistant", "yes", reasoning_content="hm")])
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        chat = [*HI, ON, says("assistant", "yes", **{name: "hm"})]
         first, second = base.format.encode(Example(tuple(chat)))
-        assert second.tokens == base.tokens(chat) and first.tokens == base.tokens(HI)
+        assert second.tokens == expected and first.tokens == base.tokens(HI)
         assert base.counted(second) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
     chat = [ON, says("assistant", "<think>\nhm\n</think>\n\nyes")]
     (found,) = base.format.encode(Example(tuple(chat)))
@@ -453,7 +455,8 @@ def test_a_template_in_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_what_is_nested_too_deeply_for_a_template_is_named_with_its_place(tmp_path):
-    deep = json.loads("[" * 700 + "]" * 700)
+    depth = 700 if sys.version_info < (3, 12) else 980  # which reads JSON more deeply, and walks it
+    deep = json.loads("[" * depth + "]" * depth)
     name = rows(tmp_path / "a.jsonl", [*HI, ON | {"x": deep}], HI)
     words = tokenizer_of("bytes", PUBLISHED["smollm2"]).to_str()
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: it is nested too deeply"):

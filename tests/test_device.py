@@ -211,15 +211,24 @@ def test_earlier_versions_of_torch_know_bfloat16_too(monkeypatch, name, dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("lora", [{}, {"use_lora": True}, {"use_lora": True, "lora_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2},
+        {"dropout": 0.2, "use_lora": True},
+        {"dropout": 0.2, "use_lora": True, "lora_dropout": 0.1},
+        {"dropout": 0.0, "use_lora": True},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_graphs_give_the_losses_and_gradients_of_python(lora, dtype):
-    """With the same masks of dropout, from batch to batch, and capturing draws no numbers."""
+def test_cuda_graphs_give_the_losses_and_gradients_of_python(options, dtype):
+    """With the same masks of dropout, from batch to batch, and capturing draws no numbers; without
+    dropout also where blocks are computed again."""
     torch.manual_seed(0)
     model = BigramLanguageModelLoRA(
-        vocab_size=256, n_embd=32, block_size=16, device="cuda", dropout=0.2, n_head=2, n_layer=2,
-        **lora,
+        vocab_size=256, n_embd=32, block_size=16, device="cuda", n_head=2, n_layer=2, **options
     )  # fmt: skip
+    model.grad_checkpoint = not model.has_dropout
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = torch.randint(256, (3, 2, 4, 16), device="cuda").unbind()
     state = torch.cuda.get_rng_state()
@@ -239,16 +248,20 @@ def test_cuda_graphs_give_the_losses_and_gradients_of_python(lora, dtype):
 
 
 def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
-    def waits(device: str = "cuda", parameters: int = 10**7, **variables: str) -> bool:
+    def waits(
+        device: str = "cuda", parameters: int = 10**8, dropout: bool = False, **variables: str
+    ) -> bool:
         config = Config.from_environment({"BATCH_SIZE": "32", "BLOCK_SIZE": "128"} | variables)
-        model = SimpleNamespace(get_parameter_info=lambda: {"total": parameters})
-        return is_launch_bound(
-            SimpleNamespace(config=config, device=torch.device(device), model=model)
-        )
+        model = SimpleNamespace(
+            get_parameter_info=lambda: {"total": parameters}, has_dropout=dropout,
+            grad_checkpoint=config.grad_checkpoint,
+        )  # fmt: skip
+        return is_launch_bound(model, torch.device(device), config)
 
-    assert waits()
+    assert waits() and waits(dropout=True) and waits(GRAD_CHECKPOINT="True")
     assert not waits("cpu") and not waits("mps")
-    assert not waits(parameters=10**10) and waits(parameters=10**10, BATCH_SIZE="2")
-    assert not waits(GRAD_ACCUM_STEPS="2") and not waits(GRAD_CHECKPOINT="True")
+    assert not waits(parameters=10**11) and waits(parameters=10**11, BATCH_SIZE="2")
+    assert not waits(GRAD_ACCUM_STEPS="2")
+    assert not waits(GRAD_CHECKPOINT="True", dropout=True)
     monkeypatch.setattr("hardware.processes.world_size", lambda: 2)
     assert not waits()

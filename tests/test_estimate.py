@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, TINY, start_script, succeeded
+from conftest import ON_CPU, TEXT, TINY, start_script, succeeded
 from test_exchange import published
 from torch import nn
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 def plan_of(folder: Path, **variables: str) -> Plan:
     sizes = {} if "BASE_CHECKPOINT" in variables else SIZES
     base = {"BASE_CHECKPOINT": str(folder / "base")} if "BASE_CHECKPOINT" in variables else {}
-    asked = sizes | {"DTYPE": "float32", "BATCH_SIZE": "4"} | variables | base
+    asked = sizes | ON_CPU | {"DTYPE": "float32", "BATCH_SIZE": "4"} | variables | base
     return plan_run(Config.from_environment(asked | {"OUT_DIR": str(folder / "none")}))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXT, TINY, refused, start_group, start_script, succeeded
+from conftest import ON_CPU, TEXT, TINY, refused, start_group, start_script, succeeded
 from safetensors.torch import save_file
 from test_llama_attacks import small_llama
 from test_resume import assert_same, files_of
@@ -287,12 +287,13 @@ def test_an_adapter_says_on_what_it_was_trained_and_fits_the_base_in_any_dtype(f
 
 
 def test_a_run_is_the_same_with_checkpointing_and_in_two_processes(folder):
-    first = losses(run(folder, **TRAINED, OUT_DIR="first"))
-    again = losses(run(folder, **TRAINED, OUT_DIR="again", GRAD_CHECKPOINT="True"))
+    trained = TRAINED | ON_CPU
+    first = losses(run(folder, **trained, OUT_DIR="first"))
+    again = losses(run(folder, **trained, OUT_DIR="again", GRAD_CHECKPOINT="True"))
     assert first == again
-    (log, *_) = start_group(folder, 2, **SMALL | TRAINED | {"OUT_DIR": "group"})
+    (log, *_) = start_group(folder, 2, **SMALL | trained | {"OUT_DIR": "group"})
     np.testing.assert_allclose(losses(succeeded(log)), first, atol=2e-4)
-    exact = losses(run(folder, USE_LORA="True", OUT_DIR="exact"))
+    exact = losses(run(folder, **ON_CPU, USE_LORA="True", OUT_DIR="exact"))
     assert first != exact
     np.testing.assert_allclose(first, exact, atol=0.02)
 

@@ -13,6 +13,7 @@ from ops.activations import swiglu
 from ops.attention import causal_attention
 from ops.norms import rms_norm
 from ops.products import base_slices
+from ops.rope import rotated
 
 TOLERANCE = {
     torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3,
@@ -72,6 +73,33 @@ def test_norms_and_gates_are_the_plain_ones(device, dtype, shape):
         expected.backward(grad.double())
         assert same(found, expected)
         assert all(same(one.grad, two.grad) for one, two in zip(own, exact, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (2, 5, 3, 8), (1, 7, 9, 64)])
+def test_heads_are_turned_by_their_angles_and_gradients_back(device, dtype, shape):
+    """As complex numbers are by a product, from rows that are not contiguous."""
+    torch.manual_seed(0)
+    B, T, _, D = shape
+    angles = 6 * torch.rand(B, T, 1, D // 2, dtype=torch.float64, device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    x, grad = torch.randn(2, *shape[:-1], D + 2, device=device).to(dtype)[..., :D]
+    x.requires_grad_()
+
+    def exact(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        one, two = x.detach().double().chunk(2, -1)
+        found = torch.complex(one, two) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([found.real, found.imag], -1)
+
+    found = rotated(x, cos, sin)
+    found.backward(grad)
+    assert found.dtype == dtype and same(found, exact(x, angles))
+    assert same(x.grad, exact(grad, -angles))
+    assert kept_by(rotated, x, cos, sin) == 0
+    with torch.no_grad():
+        assert torch.equal(rotated(x, cos, sin), found)
 
 
 def test_base_slices_are_the_weights_some_rows_at_a_time(monkeypatch):
