@@ -95,7 +95,7 @@ def test_adapters_change_the_text_and_combine(folder):
 @needs_posix
 def test_without_stderr_stdout_has_the_text_alone(folder):
     command = f'exec "{sys.executable}" "{ROOT}/generate.py" 2>&-'
-    environment = {"PATH": os.environ["PATH"]} | GENERATE
+    environment = {"PATH": os.environ["PATH"]} | ON_CPU | GENERATE
     process = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True
     )

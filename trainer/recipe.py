@@ -16,8 +16,10 @@ EVALUATIONS = 10
 # Evaluations in a row without a better loss after which fine-tuning ends, where it has EVALUATIONS.
 PATIENCE = 2
 
-# Dropout of a model that begins with random weights, beyond so many passes over the data.
-DROPOUT_BY_PASSES = ((6, 0.1), (20, 0.2))
+# Passes over the data beyond which a model that begins with random weights has dropout. Of fewer
+# tokens than MANY_TOKENS it takes more passes: steps count as well before it knows them by heart.
+DROPOUT_PASSES = 5.5
+MANY_TOKENS = 1e6
 
 
 def learning_rate(config: Config, width: int, has_base: bool) -> float:
@@ -47,8 +49,13 @@ def for_data(config: Config, corpus: Corpus, has_base: bool) -> Config:
         interval = max(1, steps // EVALUATIONS)
     dropout = config.dropout
     if dropout is None:
-        passes = corpus.passes(steps * config.tokens_per_step)
-        dropout = max((d for most, d in DROPOUT_BY_PASSES if passes > most), default=0.0)
+        dropout = dropout_for(corpus.passes(steps * config.tokens_per_step), 1 / corpus.passes(1))
     return dataclasses.replace(
         config, max_steps=steps, eval_interval=interval, patience=patience, dropout=dropout
     )
+
+
+def dropout_for(passes: float, tokens: float) -> float:
+    """The dropout of a new model for so many passes over so many tokens."""
+    beyond = passes / (DROPOUT_PASSES * max(1.0, MANY_TOKENS / tokens) ** 0.4)
+    return 0.2 if beyond > 1.5 else 0.1 if beyond > 1 else 0.0

@@ -311,8 +311,8 @@ class Config(Settings):
     )
     dropout: float | None = option(
         None,
-        "dropout of the model while training [0; from random weights 0.1 beyond 6 passes over the "
-        "data, 0.2 beyond 20]",
+        "dropout of the model while training [0; from random weights 0.1 or 0.2 beyond 5.5 passes "
+        "over a million tokens, or more passes over fewer]",
         base=0.0,
         lora=0.0,
         at_least=0,
