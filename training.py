@@ -39,6 +39,7 @@ from data import Batch, decode, vocabulary_size
 from files.streams import write_out
 from hardware import processes
 from models import LanguageModel
+from models.language_model import mask_is_too_large
 from trainer.console import (
     Interrupted,
     TrainingError,
@@ -73,7 +74,8 @@ from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
 # starts the next. On an H200 a step of 2**46.5 operations on a base of 8B parameters takes 0.85 of
-# its time in a graph, 0.66 in NF4 and 0.4 with GRAD_CHECKPOINT too, for 3 to 15% more memory.
+# its time in a graph, 0.66 in NF4 and 0.4 with GRAD_CHECKPOINT too. Graphs keep their memory
+# between steps, and take up to a quarter more of it.
 LAUNCH_BOUND_OPERATIONS = 2**48
 
 
@@ -124,7 +126,7 @@ def train(run: Run) -> None:
     if config.compile:
         model, compile_time = compiled(run, model)
         traffic.bytes = 0  # compiling ran a batch that is no part of a step
-    elif is_launch_bound(run.model, run.device, config):
+    elif is_launch_bound(run.model, step_batches(run, 0)):
         model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
     timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
     watch = Watch(progress.recent)
@@ -312,7 +314,7 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     TrainingError where torch cannot compile it.
     """
     started = time.perf_counter()
-    in_graphs = is_launch_bound(run.model, run.device, run.config)
+    in_graphs = is_launch_bound(run.model, step_batches(run, 0))
     in_graphs = in_graphs and not run.config.grad_checkpoint
     fast = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")
     try:
@@ -328,19 +330,21 @@ def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
     return fast, time.perf_counter() - started
 
 
-def is_launch_bound(model: LanguageModel, device: torch.device, config: Config) -> bool:
+def is_launch_bound(model: LanguageModel, batches: Sequence[Batch]) -> bool:
     """Whether a GPU would wait for Python in much of a step, and CUDA graphs can hold that step.
 
     A graph draws random numbers once for each time that it runs, and not again where a block is
-    computed again.
+    computed again. In it shapes are fixed, so that long blocks of records would need a mask.
     """
-    operations = 6 * model.get_parameter_info()["total"] * config.tokens_per_step
+    tokens, _, *segments = batches[0]
+    operations = 6 * model.get_parameter_info()["total"] * tokens.numel()
     return (
-        device.type == "cuda"
+        tokens.is_cuda
         and operations <= LAUNCH_BOUND_OPERATIONS
         and processes.world_size() == 1
-        and config.grad_accum_steps == 1
+        and len(batches) == 1
         and not (model.grad_checkpoint and model.has_dropout)
+        and not (segments and mask_is_too_large(segments[0]))
     )
 
 

@@ -225,12 +225,10 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
         store_base(model, dtype, tokens.numel())
     del base
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # as transformers shifts labels
-    config = Config(
-        optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0, batch_size=setting.batch,
-        block_size=setting.block,
-    )  # fmt: skip
-    optimizer = make_optimizer(config, model.train(), dtype)
-    in_graphs = is_launch_bound(model, device, config)
+    optimizer = make_optimizer(
+        Config(optimizer="adamw", learning_rate=1e-3, lora_plus_ratio=1.0), model.train(), dtype
+    )
+    in_graphs = is_launch_bound(model, [(tokens, targets)])
     if setting.compile:
         in_graphs = in_graphs and not setting.grad_checkpoint
         model = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")

@@ -192,11 +192,14 @@ class LanguageModel(nn.Module):
             mask = segments_lengths(segments)
         elif segments is not None:
             mask = segments_mask(segments, product_dtype(x))
+        again = self.grad_checkpoint and torch.is_grad_enabled()
+        draws = again and self.has_dropout
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             options = {"cache": cache, "mask": mask}
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                options |= {"use_reentrant": False, "preserve_rng_state": self.has_dropout}
+            if again:
+                options |= {"use_reentrant": False}
                 if not torch.compiler.is_compiling():
+                    options["preserve_rng_state"] = draws
                     options["context_fn"] = functools.partial(self._recomputing, block)
                 x = checkpoint(block, x, *shared, **options)
             else:

@@ -26,8 +26,9 @@ from ops.products import (
 )
 from ops.shapes import may_depend_on_values
 
-# Logits that exist at one time: 160 MiB in float32. Each chunk reads the whole weight, so that with
-# fewer a vocabulary of 151,936 takes longer than the plain form (`python benchmarks/head.py`).
+# Logits that exist at one time: 160 MiB in float32, of which a GPU has a second copy. Each chunk
+# reads the whole weight, so that with fewer a vocabulary of 151,936 takes longer than the plain
+# form (`python benchmarks/head.py`).
 LOGITS = 40 * 2**20
 
 # The logits of which a CPU computes the loss at a time, in float32: the next operation finds them
@@ -129,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not any(needed):
                 continue
             inputs = x[part].to(dtype)
-            if counts is not None:
+            if counts is not None and (dW is not None or A is not None):
                 inputs = inputs * counts[part].to(dtype)
             for outputs, weight in _slices(W, dtype):
                 if dx is not None:

@@ -111,7 +111,7 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     def checked(ctx, *gradients: Tensor) -> tuple:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the gradients of LoRALinear and of attention on a CPU cannot be differentiated "
+                "the gradients of LoRALinear and of what is in ops/ cannot be differentiated "
                 "again, as create_graph=True asks"
             )
         return backward(ctx, *gradients)

@@ -13,7 +13,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     It is computed in the wider dtype of the arguments and rounded once, to that of x. Autograd
     would take twice the passes over x, and more backward.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type == "mps":  # where the other was never tried
         one, two = x.chunk(2, -1)
         return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
     return _Rotation.apply(x, cos, sin)

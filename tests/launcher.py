@@ -53,7 +53,7 @@ def become(
 
 def warm_up() -> None:
     """Import what scripts import, and estimate the memory of a run, as each run does: the first
-    time takes twice as long. It computes nothing, so it starts no threads, which a fork would lose.
+    time takes twice as long. It starts no threads, which a fork would lose.
     """
     import hardware
     from trainer.estimate import estimate

@@ -1,6 +1,7 @@
 """Devices, threads and timers, as far as a machine without a GPU can show them."""
 
 import itertools
+import math
 import re
 import time
 from types import SimpleNamespace
@@ -249,19 +250,25 @@ def test_cuda_graphs_give_the_losses_and_gradients_of_python(options, dtype):
 
 def test_graphs_are_for_small_steps_of_one_batch_on_cuda(monkeypatch):
     def waits(
-        device: str = "cuda", parameters: int = 10**8, dropout: bool = False, **variables: str
-    ) -> bool:
-        config = Config.from_environment({"BATCH_SIZE": "32", "BLOCK_SIZE": "128"} | variables)
+        shape: tuple[int, int] = (32, 128), parameters: int = 10**8, device: str = "cuda",
+        dropout: bool = False, grad_checkpoint: bool = False, packed: bool = False, n: int = 1,
+    ) -> bool:  # fmt: skip
         model = SimpleNamespace(
             get_parameter_info=lambda: {"total": parameters}, has_dropout=dropout,
-            grad_checkpoint=config.grad_checkpoint,
+            grad_checkpoint=grad_checkpoint,
         )  # fmt: skip
-        return is_launch_bound(model, torch.device(device), config)
+        tensor = SimpleNamespace(
+            shape=shape, numel=lambda: math.prod(shape), device=torch.device(device),
+            is_cuda=device == "cuda", is_meta=False,
+        )  # fmt: skip
+        return is_launch_bound(model, [[tensor] * (3 if packed else 2)] * n)
 
-    assert waits() and waits(dropout=True) and waits(GRAD_CHECKPOINT="True")
-    assert not waits("cpu") and not waits("mps")
-    assert not waits(parameters=10**11) and waits(parameters=10**11, BATCH_SIZE="2")
-    assert not waits(GRAD_ACCUM_STEPS="2")
-    assert not waits(GRAD_CHECKPOINT="True", dropout=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert waits() and waits(dropout=True) and waits(grad_checkpoint=True) and waits(packed=True)
+    assert not waits(device="cpu") and not waits(device="mps")
+    assert not waits(parameters=10**11) and waits((2, 128), parameters=10**11)
+    assert not waits(n=2)
+    assert not waits(grad_checkpoint=True, dropout=True)
+    assert waits((1, 8192)) and not waits((1, 8192), packed=True)
     monkeypatch.setattr("hardware.processes.world_size", lambda: 2)
     assert not waits()

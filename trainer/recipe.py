@@ -16,8 +16,8 @@ EVALUATIONS = 10
 # Evaluations in a row without a better loss after which fine-tuning ends, where it has EVALUATIONS.
 PATIENCE = 2
 
-# Passes over the data beyond which a model that begins with random weights has dropout. Of fewer
-# tokens than MANY_TOKENS it takes more passes: steps count as well before it knows them by heart.
+# Passes over a million tokens, or more of them, beyond which a model that begins with random
+# weights has dropout. Of less data more passes go by before it is learned by heart.
 DROPOUT_PASSES = 5.5
 MANY_TOKENS = 1e6
 
@@ -56,6 +56,7 @@ def for_data(config: Config, corpus: Corpus, has_base: bool) -> Config:
 
 
 def dropout_for(passes: float, tokens: float) -> float:
-    """The dropout of a new model for so many passes over so many tokens."""
+    """The dropout of a new model for so many passes over so many tokens: 0.2 from half as many more
+    than where 0.1 begins."""
     beyond = passes / (DROPOUT_PASSES * max(1.0, MANY_TOKENS / tokens) ** 0.4)
     return 0.2 if beyond > 1.5 else 0.1 if beyond > 1 else 0.0

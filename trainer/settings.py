@@ -311,8 +311,8 @@ class Config(Settings):
     )
     dropout: float | None = option(
         None,
-        "dropout of the model while training [0; from random weights 0.1 or 0.2 beyond 5.5 passes "
-        "over a million tokens, or more passes over fewer]",
+        "dropout of the model while training [0; from random weights 0.1 beyond 5.5 passes over a "
+        "million tokens, or more over fewer, and 0.2 beyond half as many again]",
         base=0.0,
         lora=0.0,
         at_least=0,

@@ -170,6 +170,7 @@ def set_up(plan: Plan) -> Run:
     corpus = None if config.merge else open_data(config, base, plan.adapters)
     if corpus is not None:
         config = recipe.for_data(config, corpus, base is not None)
+        check_checkpointing(config, device)  # with the dropout that this has chosen
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     model = build_model(
         plan.family, plan.sizes, base, place, config.dropout or 0.0, plan.lora, config.base_dtype
