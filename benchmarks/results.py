@@ -163,13 +163,13 @@ def versions() -> dict[str, str]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command without the options of `add_results_options` and without this machine's paths."""
+    """The command without options that say where files go or what the commit is."""
     script, *words = arguments
-    kept = []
+    left_out, kept = ("--results", "--commit", "--output"), []
     for word in words:
-        if kept and kept[-1] in ("--results", "--commit"):
+        if kept and kept[-1] in left_out:
             kept.pop()
-        elif not word.startswith(("--results=", "--commit=")):
+        elif word.partition("=")[0] not in left_out or "=" not in word:
             kept.append(word)
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *kept])
 
