@@ -75,7 +75,7 @@ from trainer.watch import Watch
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
 # starts the next. On an H200 a step of 2**46.5 operations on a base of 8B parameters takes 0.85 of
 # its time in a graph, 0.66 in NF4 and 0.4 with GRAD_CHECKPOINT too. Graphs keep their memory
-# between steps, and take up to a quarter more of it.
+# between steps, and take up to 1.3 of it.
 LAUNCH_BOUND_OPERATIONS = 2**48
 
 

@@ -3,9 +3,9 @@
     python benchmarks/packing.py
     python benchmarks/packing.py --block-size 4096 --batch-size 1
 
-The default model, full and with LoRA, each with its default dropout; steps of all kinds of batch
-are interleaved in one process, and a peak of memory is the median of three processes of their own.
-`masked` are records whose attention has a mask at any block size, which up to MASK_MAX_CONTEXT of
+The default model, full and with LoRA, without dropout; steps of all kinds of batch are interleaved
+in one process, and a peak of memory is the median of three processes of their own. `masked`
+are records whose attention has a mask at any block size, which up to MASK_MAX_CONTEXT of
 ops/attention.py all records have.
 """
 
@@ -40,7 +40,7 @@ def make_step(
     config = Config.from_environment({"USE_LORA": str(use_lora)} | sizes)
     torch.manual_seed(config.seed)
     model = BigramLanguageModelLoRA(
-        256, config.n_embd, config.block_size, "cpu", config.dropout, config.n_head, config.n_layer,
+        256, config.n_embd, config.block_size, "cpu", 0.0, config.n_head, config.n_layer,
         use_lora=use_lora,
     )  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -48,7 +48,7 @@ def make_step(
     if kind == "text":
         corpus = load_corpus("python-docs", Path())
     else:
-        corpus = load_records("python-instructions", None, config.block_size)
+        corpus = load_records("python-instructions", config.block_size)
 
     numbers = itertools.count()
 

@@ -34,7 +34,7 @@ from loop_speed import SIZES, PlainGPT, estimated_loss, train_plain
 from step_time import Settings, Size, build_model, training_step
 from variables import compared, of_round
 
-from benchmarks import report, results
+from benchmarks import packing, report, results
 from data import load_corpus
 from lora import combine_adapters, lora_layers, switch_adapter, take_adapter
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -457,6 +457,28 @@ def test_the_study_runs_goes_on_and_reports(tmp_path):
     assert set(lost) <= set(list(whole)[-2:])
     with pytest.raises(SystemExit, match="another study"):
         quality.read_results(folder, quality.STUDY)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("head", "--sizes 576x32000 --kinds adapted --tokens 8 --rounds 1"),
+        ("memory", "--models tiny --methods lora --dtypes float32 --batches 1x16"),
+        ("parameters", ""),
+        ("recipe", "--questions passes --quick --processes 1"),
+    ],
+)
+def test_a_small_part_of_each_script_leaves_rows(name, options, tmp_path):
+    succeeded(start_benchmark(tmp_path, f"{name}.py", *options.split()))
+    rows = rows_in(tmp_path, name)
+    assert rows and all(any(type(value) is float for value in row.values()) for row in rows)
+
+
+@pytest.mark.parametrize("kind", packing.KINDS)
+def test_packing_takes_steps_of_each_kind_of_data(kind):
+    step = packing.make_step(kind, use_lora=True, dtype=torch.float32, batch_size=2, block_size=128)
+    step()
+    step()
 
 
 def test_the_recipes_questions_are_of_variables_and_bases_that_there_are():
