@@ -17,13 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
 from benchmarks.measure import names_of, other_variables, variables_of
+from trainer.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -95,9 +94,12 @@ def main() -> None:
     )
     results.add_results_options(parser)
     args = parser.parse_args()
-    device, _ = hardware.choose_device(args.common.get("DEVICE", "auto"))
-    if "NUM_THREADS" in args.common:
-        torch.set_num_threads(int(args.common["NUM_THREADS"]))
+    try:
+        config = Config.from_environment(args.common)
+        device, _ = hardware.choose_device(config.device)
+    except ValueError as error:
+        parser.error(f"--common: {error}")
+    hardware.choose_threads(config.num_threads, 1)
     curves: list[results.Row] = []
     outcomes: list[results.Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -81,9 +82,12 @@ def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 
 def variables_of(text: str) -> dict[str, str]:
     """An argparse type: variables as in 'A=1 B=2'."""
-    words = shlex.split(text)
-    if not all("=" in word for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is no set of variables, as in 'A=1 B=2'")
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation has no end
+        words = [""]
+    if not all(re.match(r"\w+=", word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!a} is no set of variables, as in 'A=1 B=2'")
     return dict(word.split("=", 1) for word in words)
 
 

@@ -43,10 +43,20 @@ LOAD = round(os.getloadavg()[0] / CORES, 2) if hasattr(os, "getloadavg") else No
 def add_results_options(parser: argparse.ArgumentParser) -> None:
     """--results and --commit, as `write` takes them."""
     parser.add_argument(
-        "--results", type=Path, default=FOLDER, metavar="FOLDER",
+        "--results", type=_folder, default=FOLDER, metavar="FOLDER",
         help="where the file of results is written (default: benchmarks/results)",
     )  # fmt: skip
     parser.add_argument("--commit", help="that of this code (default: what git says)")
+
+
+def _folder(text: str) -> Path:
+    """An argparse type: a folder to write to, which is made before anything is measured."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        words = f"{text!a} cannot be a folder of results: {error.strerror}"
+        raise argparse.ArgumentTypeError(words) from error
+    return Path(text)
 
 
 def write(name: str, rows: Iterable[Row], device: torch.device, args: argparse.Namespace) -> Path:

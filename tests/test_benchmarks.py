@@ -539,3 +539,19 @@ def test_a_file_of_results_is_written_again_by_the_same_run(tmp_path):
     assert path.name.startswith("b_") and found["threads"] == torch.get_num_threads()
     command = ["/x/b.py", "--results", "/y", "A=1 B=2", "--commit=z"]
     assert results.command_line(command) == "python benchmarks/b.py 'A=1 B=2'"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("parameters.py", ["--results", "text.txt"], "'text.txt' cannot be a folder of results"),
+        ("curves.py", ["--common", "NUM_THREADS=x"], "NUM_THREADS='x' is not a whole number"),
+        ("curves.py", ["--common", "DEVICE=nope"], "DEVICE='nope' is not one of"),
+        ("curves.py", ["--common", "A='1"], "is no set of variables, as in 'A=1 B=2'"),
+        ("variables.py", ["=1"], "'=1' is no set of variables, as in 'A=1 B=2'"),
+    ],
+)
+def test_bad_options_end_before_anything_is_measured(script, arguments, message, tmp_path):
+    (tmp_path / "text.txt").write_text("x")
+    done = start_script(tmp_path, *arguments, script=f"benchmarks/{script}")
+    assert done.returncode == 2 and done.stdout == "" and message in done.stderr

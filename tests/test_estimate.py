@@ -121,6 +121,9 @@ def test_what_would_fit_is_said(folder, monkeypatch):
 def test_the_script_announces_it_and_estimate_needs_no_weights(folder):
     log = succeeded(start_script(folder, **TINY))
     assert log.index("\nMemory: about ") < log.index("\nData:")
+    assert log.count("\nMemory: about ") == 1
+    by_heart = succeeded(start_script(folder, **TINY | {"MAX_STEPS": "14", "BATCH_SIZE": "512"}))
+    assert "DROPOUT: 0." in by_heart and by_heart.count("\nMemory: about ") == 2  # then with masks
     (folder / "shape").mkdir()
     config = (folder / "base" / "config.json").read_text()
     (folder / "shape" / "config.json").write_text(config)

@@ -144,6 +144,7 @@ def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
     first = succeeded(start_script(folder, **variables))
     again = succeeded(start_script(folder, RESUME="True", **variables))
     assert losses(again) == [] and "Resuming tuned/full-resume.pt at step 6" in again
+    assert "Note: it has done MAX_STEPS; a larger MAX_STEPS goes on\n" in again
     for line in ("Best validation loss", "Final validation loss"):
         assert first[first.index(line) :].split("\n")[0] in again
     longer = succeeded(start_script(folder, RESUME="True", **variables | {"MAX_STEPS": "9"}))

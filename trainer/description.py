@@ -1,5 +1,6 @@
 """What the log says of a run before its first step, and of what came of it."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,8 @@ def describe(plan: Plan, run: Run) -> list[str]:
         passes = run.corpus.passes(config.max_steps * config.tokens_per_step)
         lines.append(f"Passes: {passes:.3g} over the training data in MAX_STEPS")
         lines += describe_choices(plan, run)
+        if config.dropout != (plan.config.dropout or 0.0) and processes.is_main_process():
+            lines += memory_lines(dataclasses.replace(plan, config=config))  # of its masks too
     lines.append(describe_base(run))
     if config.base_dtype != "auto":
         lines.append(describe_base_weights(run))

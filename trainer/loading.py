@@ -74,8 +74,11 @@ def read_adapters(weighted: WeightedAdapters | None, family: Family, sizes: Any)
         adapter = adapter_from_folder(found, family)
         for name in adapter.alpha:
             if not isinstance(modules.get(name), nn.Linear):
+                base = adapter.metadata.get("base_checkpoint")
+                trained_on = f"; it was trained on BASE_CHECKPOINT={base}" if base else ""
                 raise FileError(
-                    f"ADAPTERS={weighted}: {path} is of another model: it has an adapter of {name}"
+                    f"ADAPTERS={weighted} is of another model: {path} has an adapter of {name}"
+                    f"{trained_on}"
                 )
         for name in found.extras:
             if name not in whole:

@@ -172,6 +172,8 @@ def resume(
     if sizes & set(changed) and not progress.has_ended(config):
         progress.step_times = []  # of steps of other sizes
     lines = [f"Resuming {path} at step {progress.step}"]
+    if progress.step == config.max_steps:
+        lines.append("Note: it has done MAX_STEPS; a larger MAX_STEPS goes on")
     if changed:
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
         lines.append(f"Note: changed since the interruption: {', '.join(differences)}")
