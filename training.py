@@ -73,9 +73,9 @@ from trainer.setup import Run, header, identity, plan_run, preview, set_up
 from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
-# starts the next. On an H200 a step of 2**46.5 operations on a base of 8B parameters takes 0.85 of
-# its time in a graph, 0.66 in NF4 and 0.4 with GRAD_CHECKPOINT too. Graphs keep their memory
-# between steps, and take up to 1.3 of it.
+# starts the next. An H200 waits even at 2048 tokens of a base of 8B parameters, which are 2**46.5
+# operations, and longest in NF4 and with GRAD_CHECKPOINT (`python benchmarks/families.py --device
+# cuda`). Graphs keep their memory between steps.
 LAUNCH_BOUND_OPERATIONS = 2**48
 
 
@@ -122,12 +122,12 @@ def train(run: Run) -> None:
     say(*lines)
     traffic = processes.Traffic()
     model = processes.replicate(run.model, traffic)
-    compile_time = None
+    compile_time, first_batches = None, step_batches(run, 0)
     if config.compile:
-        model, compile_time = compiled(run, model)
+        model, compile_time = compiled(run, model, first_batches)
         traffic.bytes = 0  # compiling ran a batch that is no part of a step
-    elif is_launch_bound(run.model, step_batches(run, 0)):
-        model = hardware.in_cuda_graphs(model, step_batches(run, 0)[0], run.dtype)
+    elif is_launch_bound(run.model, first_batches):
+        model = hardware.in_cuda_graphs(model, first_batches[0], run.dtype)
     timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
     watch = Watch(progress.recent)
     first_step, gradient_norm = progress.step, None
@@ -307,20 +307,19 @@ def accumulate(
     return loss
 
 
-def compiled(run: Run, model: nn.Module) -> tuple[nn.Module, float]:
+def compiled(run: Run, model: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, float]:
     """The model through torch.compile, and the seconds that compiling took.
 
-    It is compiled here, by a first batch that changes neither weights nor random numbers. Raises
-    TrainingError where torch cannot compile it.
+    It is compiled here, by the first of `batches`, which changes neither weights nor random
+    numbers. Raises TrainingError where torch cannot compile it.
     """
     started = time.perf_counter()
-    in_graphs = is_launch_bound(run.model, step_batches(run, 0))
-    in_graphs = in_graphs and not run.config.grad_checkpoint
+    in_graphs = is_launch_bound(run.model, batches) and not run.config.grad_checkpoint
     fast = torch.compile(model, mode="reduce-overhead" if in_graphs else "default")
     try:
         for _ in range(2 if in_graphs else 1):  # torch captures CUDA graphs in the second one
             with torch.random.fork_rng(hardware.gpus(run.device)), run.autocast():
-                loss = fast(*step_batches(run, 0)[0])[1]
+                loss = fast(*batches[0])[1]
             loss.backward()
             model.zero_grad(set_to_none=True)
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -4,8 +4,8 @@
     python benchmarks/packing.py --block-size 4096 --batch-size 1
 
 The default model, full and with LoRA, without dropout; steps of all kinds of batch are interleaved
-in one process, and a peak of memory is the median of three processes of their own. `masked`
-are records whose attention has a mask at any block size, which up to MASK_MAX_CONTEXT of
+in one process, and a peak of memory is the median of three processes of their own. `masked` are
+records whose attention has a mask at any block size, which up to MASK_MAX_CONTEXT of
 ops/attention.py all records have.
 """
 
