@@ -80,20 +80,28 @@ def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:
     return names
 
 
-def variables_of(text: str) -> dict[str, str]:
-    """An argparse type: variables as in 'A=1 B=2'."""
+def variables_of(text: str, more: Sequence[str] = ()) -> dict[str, str]:
+    """An argparse type: variables of training.py, or of `more`, as in 'A=1 B=2'."""
     try:
         words = shlex.split(text)
     except ValueError:  # a quotation has no end
         words = [""]
     if not all(re.match(r"\w+=", word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!a} is no set of variables, as in 'A=1 B=2'")
-    return dict(word.split("=", 1) for word in words)
+    variables = dict(word.split("=", 1) for word in words)
+    for name in variables.keys() - own_variables() - set(more):
+        raise argparse.ArgumentTypeError(f"{name} is no variable; training.py --help lists them")
+    return variables
+
+
+def own_variables() -> set[str]:
+    """The names of the variables of training.py."""
+    return {field.name.upper() for field in option_fields(Config)}
 
 
 def other_variables() -> dict[str, str]:
     """The environment without the variables of training.py, for runs that set their own."""
-    ours = {field.name.upper() for field in option_fields(Config)}
+    ours = own_variables()
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 

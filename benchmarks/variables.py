@@ -97,7 +97,7 @@ def bytes_sent() -> int:
 
 def parse(text: str) -> dict[str, str]:
     """The variables of a set. Raises ArgumentTypeError for what is none."""
-    variables = variables_of(text)
+    variables = variables_of(text, more=["PROCESSES"])
     for name in variables.keys() & set(NOT_IN_SETS):
         raise argparse.ArgumentTypeError(f"{name} is not for a set; --steps is the steps of a run")
     try:

@@ -326,7 +326,7 @@ def test_variables_compares_sets_of_them(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["DTPE=float32"], "error: DTPE is not a variable"),
+        (["DTPE=float32"], "DTPE is no variable; training.py --help lists them"),
         (["MAX_STEPS=3"], "MAX_STEPS is not for a set"),
         (["PROCESSES=x"], "PROCESSES='x' is not an integer of at least 1"),
         (["--rounds", "0", ""], "'0' is not an integer of at least 1"),
@@ -549,6 +549,7 @@ def test_a_file_of_results_is_written_again_by_the_same_run(tmp_path):
         ("curves.py", ["--common", "DEVICE=nope"], "DEVICE='nope' is not one of"),
         ("curves.py", ["--common", "A='1"], "is no set of variables, as in 'A=1 B=2'"),
         ("variables.py", ["=1"], "'=1' is no set of variables, as in 'A=1 B=2'"),
+        ("variables.py", ["SEED=1 FOO=1"], "FOO is no variable; training.py --help lists them"),
     ],
 )
 def test_bad_options_end_before_anything_is_measured(script, arguments, message, tmp_path):

@@ -230,6 +230,7 @@ BAD_INPUT = {
     "base is a folder": ({"BASE_CHECKPOINT": ".", "OUT_DIR": "b"}, "."),
     "base is an adapter": ({"BASE_CHECKPOINT": "out/lora.pt", "OUT_DIR": "b"}, "a LoRA adapter"),
     "output is a file": ({"OUT_DIR": "text.txt"}, "text.txt"),
+    "a folder where a file is written": ({"OUT_DIR": "taken"}, "OUT_DIR: taken/full-best.pt is a"),
     "dropout near 1 is legal, the heads are not": (
         {"DROPOUT": "0.999999", "N_HEAD": "5"},
         "N_HEAD=5",
@@ -246,6 +247,7 @@ def trained_folder(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("short")
+    (folder / "taken" / "full-best.pt").mkdir(parents=True)
     succeeded(start_script(folder, **TINY))
     succeeded(start_script(folder, **TINY | {"USE_LORA": "1"}))
     deep = {"USE_LORA": "1", "OUT_DIR": "deep", "N_LAYER": "3"}
@@ -323,6 +325,8 @@ def test_probable_mistakes_are_pointed_out(training):
     assert "Note: LORA_RANK set without USE_LORA=True" in log
     log = succeeded(training(USE_LORA="1", LORA_RANK="64", MAX_STEPS="1"))
     assert "Note: LORA_RANK=64 is larger than the smaller side" in log
+    log = succeeded(training(MAX_STEPS="1"))
+    assert "Note: out/lora.pt and out/lora-best.pt are adapters" in log
 
 
 def test_several_ranks_and_alphas_are_shown_as_ranges(training, tmp_path):

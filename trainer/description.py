@@ -167,6 +167,13 @@ def notes(run: Run) -> list[str]:
             f"{run.files.resume} is of an earlier run, which RESUME=True would go on with; this "
             "run replaces it at its first evaluation"
         )
+    adapters = [run.files.last.with_name(name) for name in ("lora.pt", "lora-best.pt")]
+    adapters = [str(path) for path in adapters if path.exists()]
+    if trains(config) and not config.use_lora and run.files.last.exists() and adapters:
+        found.append(
+            f"{' and '.join(adapters)} {'is an adapter' if len(adapters) == 1 else 'are adapters'} "
+            f"that may need {run.files.last}, which this run replaces at its first evaluation"
+        )
     unused = sorted(name for name in config.explicit if name.startswith("LORA_"))
     if unused and not config.use_lora:
         found.append(f"{', '.join(unused)} set without USE_LORA=True: no effect")

@@ -246,7 +246,7 @@ def trains(config: Config) -> bool:
 
 
 def output_files(config: Config) -> OutputFiles:
-    """The files that a run writes. Raises ConfigError when it writes and cannot write there."""
+    """The files that runs write. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
     writes = not (config.eval_only or config.estimate or config.preview)
     if writes and processes.is_main_process():
@@ -257,7 +257,11 @@ def output_files(config: Config) -> OutputFiles:
             raise ConfigError(f"OUT_DIR: {folder} cannot be written: {error.strerror}") from error
     mode = "lora" if config.use_lora else "full"
     names = ("{}.pt", "{}-best.pt", "{}-resume.pt", "{}-metrics.jsonl", "merged.pt")
-    return OutputFiles(*(folder / name.format(mode) for name in names))
+    files = [folder / name.format(mode) for name in names]
+    for path in (files[-1:] if config.merge else files[:-1]) if writes else ():
+        if path.is_dir():
+            raise ConfigError(f"OUT_DIR: {path} is a folder, where a run writes a file")
+    return OutputFiles(*files)
 
 
 def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
