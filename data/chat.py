@@ -10,28 +10,32 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data.corpus import DataError, printable
 from data.forms import Example
 from data.tokenizer import (
     NO_FILES,
+    Encoded,
     begun,
     characters,
     count_unread,
     encode,
+    encode_all,
     end_tokens,
     json_file,
     load_tokenizer,
     special_text,
     start_tokens,
-    tokens_with_offsets,
 )
+from files.streams import one_line
 
 Message = Mapping[str, Any]
 
@@ -60,6 +64,8 @@ TODAY = datetime(2024, 7, 26)
 # no character: Unicode sets it aside for use within a program.
 BREAK = "\ufdd0"
 
+SIDE_BY_SIDE = 2**20  # characters of examples that are encoded at a time
+
 # How often a template's loops and macros may turn for one chat, before it is taken for endless, and
 # how many characters it may write beside those of the chat itself.
 MOST_STEPS = 200_000
@@ -72,10 +78,22 @@ class Tokens(NamedTuple):
     `n_unread` is how many of its characters no token stands for.
     """
 
-    tokens: list[int]
-    counted: list[bool]
+    tokens: Sequence[int]
+    counted: Sequence[bool]
     is_text: bool = False
     n_unread: int = 0
+
+
+class Written(NamedTuple):
+    """An example as texts, each to be encoded by itself, and what makes its tokens of theirs.
+
+    Unless `special`, the text of a special token in them is a text like any other. `join` raises
+    ValueError where it cannot tell what the loss counts.
+    """
+
+    texts: list[str]
+    special: bool
+    join: Callable[[list[Encoded]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -102,19 +120,14 @@ class PlainFormat:
         """The tokens that every record begins with."""
         return start_tokens(self.tokenizer, self.files)
 
-    def encode(self, example: Example) -> list[Tokens]:
-        """The tokens of an example. Raises ValueError for what the format cannot say."""
+    def write(self, example: Example) -> list[Written]:
+        """The texts of an example. Raises ValueError for what the format cannot say."""
         return [_text(example, self) or self._chat(example)]
 
-    def _chat(self, example: Example) -> Tokens:
+    def _chat(self, example: Example) -> Written:
         if example.tools:
             raise ValueError("tools need a base with a chat template")
-        tokens, counted, n_unread = list(self.start), [False] * len(self.start), 0
-        for new, counts, unread in self._turns(example.messages):
-            tokens += new
-            counted += [counts] * len(new)
-            n_unread += unread
-        return Tokens(tokens, counted, n_unread=n_unread)
+        return self._turns(example.messages)
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue.
@@ -125,13 +138,10 @@ class PlainFormat:
             text = self.prompt_format.replace("{prompt}", messages[-1]["content"])
             return begun(encode(text, self.tokenizer), self.start)
         turns = self._turns(messages, opens=True)
-        return self.start + [token for new, _, _ in turns for token in new]
+        return list(turns.join(list(encode_all(turns.texts, self.tokenizer, special=False))).tokens)
 
-    def _turns(
-        self, messages: Sequence[Message], opens: bool = False
-    ) -> list[tuple[list[int], bool, int]]:
-        """The tokens of turns, in pieces of which the loss counts all or none; and how many of a
-        piece's characters none of its tokens stands for."""
+    def _turns(self, messages: Sequence[Message], opens: bool = False) -> Written:
+        """Turns in pieces of which the loss counts all or none."""
         parts: list[tuple[str | None, bool]] = []  # a text, or None for the end
         for message in messages:
             role, content = message["role"], message["content"]
@@ -148,12 +158,20 @@ class PlainFormat:
             parts.append((OPENING, False))
         # Neighbouring parts are encoded as one text: a tokenizer may join the end of one part with
         # the beginning of the next.
-        pieces = []
-        for (ends, counts), group in itertools.groupby(parts, lambda p: (p[0] is None, p[1])):
-            text = "".join(text or "" for text, _ in group)
-            new, unread = _encoded(text, self.tokenizer, special=False)
-            pieces.append((self.ends[:1] if ends else new, counts, unread))
-        return pieces
+        pieces = [
+            (None if ends else "".join(text for text, _ in group), counts)
+            for (ends, counts), group in itertools.groupby(parts, lambda p: (p[0] is None, p[1]))
+        ]
+
+        def join(encoded: list[Encoded]) -> Tokens:
+            tokens, counted, rest = list(self.start), [False] * len(self.start), iter(encoded)
+            for text, counts in pieces:
+                new = self.ends[:1] if text is None else next(rest).ids.tolist()
+                tokens += new
+                counted += [counts] * len(new)
+            return Tokens(tokens, counted, n_unread=sum(part.n_unread for part in encoded))
+
+        return Written([text for text, _ in pieces if text is not None], False, join)
 
     def of_texts(self) -> "PlainFormat":
         """The format of data that has texts alone, which a model continues."""
@@ -226,7 +244,7 @@ class TemplateFormat:
         _, found, after = self.render([question, answer]).rpartition(words)
         if not found:
             raise ValueError("it does not write what the assistant says")
-        behind = [t for t, _, _ in tokens_with_offsets(after, self.tokenizer)]
+        behind = encode(after, self.tokenizer)
         marks = [t for t in behind if t in self._special] + [t for t in behind if t in self._added]
         return list(dict.fromkeys(stated + marks[:1]))
 
@@ -280,8 +298,8 @@ class TemplateFormat:
             raise ValueError(f"the chat template makes {len(text):,} characters of it")
         return text
 
-    def encode(self, example: Example) -> list[Tokens]:
-        """The tokens of an example, or of each of the assistant's turns in it.
+    def write(self, example: Example) -> list[Written]:
+        """The text of an example, or of each of the assistant's turns in it.
 
         Raises ValueError where the template refuses it, and where it does not show which part of
         the text is the assistant's.
@@ -293,7 +311,7 @@ class TemplateFormat:
         tools = _guard(list(example.tools), self._guards[False])
         learned = [i for i, message in enumerate(messages) if is_learned(message)]
         if not learned:
-            return [self._counted(self.render(messages, tools), [])]
+            return [self._written(self.render(messages, tools), [])]
         spans = {}  # of each learned turn: its text with all before it, and where it begins
         for i in learned:
             before = self.render(messages[:i], tools, opens=True)
@@ -305,37 +323,44 @@ class TemplateFormat:
             spans[i] = (until, len(before))
         whole = spans[learned[-1]][0]
         if all(whole.startswith(until) for until, _ in spans.values()):
-            return [self._counted(whole, [(start, len(until)) for until, start in spans.values()])]
-        return [self._counted(until, [(start, len(until))]) for until, start in spans.values()]
+            return [self._written(whole, [(start, len(until)) for until, start in spans.values()])]
+        return [self._written(until, [(start, len(until))]) for until, start in spans.values()]
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue; see `PlainFormat.ask`."""
         guarded = [self._guarded(message) for message in messages]
         tools = _guard(list(tools), self._guards[False])
-        return self._counted(characters(self.render(guarded, tools, opens=True)), []).tokens
+        text = characters(self.render(guarded, tools, opens=True))
+        (encoded,) = encode_all([text], self.tokenizer)
+        return list(self._counted(encoded, text, []).tokens)
 
-    def _counted(self, text: str, spans: Sequence[tuple[int, int]]) -> Tokens:
+    def _written(self, text: str, spans: Sequence[tuple[int, int]]) -> Written:
+        return Written([text], True, lambda found: self._counted(found[0], text, spans))
+
+    def _counted(self, found: Encoded, text: str, spans: Sequence[tuple[int, int]]) -> Tokens:
         """The tokens of a rendered text; of each span (start, end) the loss counts those up to the
         mark that ends a turn, or where it has none, all but white space at its end."""
-        found = tokens_with_offsets(text, self.tokenizer)
+        ids, places, n_unread = found
         if BREAK in text:
-            found = [(t, a, b) for t, a, b in found if text[a:b] != BREAK]
-            if any(BREAK in text[a:b] for _, a, b in found):
+            parts = [text[a:b] for a, b in places.tolist()]
+            kept = np.array([part != BREAK for part in parts], bool)
+            if any(BREAK in part for part in itertools.compress(parts, kept)):
                 raise ValueError("a special token's text in it cannot be kept a text")
-        n_unread = count_unread(found, text, self.tokenizer) - text.count(BREAK)
-        tokens = [token for token, _, _ in found]
-        counted = [False] * len(found)
-        ends = set(self.ends) if spans else set()
+            ids, places = ids[kept], places[kept]
+            n_unread = count_unread(ids, places, len(text), self.tokenizer) - text.count(BREAK)
+        counted = np.zeros(len(ids), bool)
+        ends = np.isin(ids, self.ends) if spans else counted
         for start, end in spans:
             end = start + len(text[start:end].rstrip())
-            for i, (token, a, b) in enumerate(found):
-                # A token may begin in the line break before the span; an added one that does has
-                # only taken white space of it.
-                if a < end and (a >= start or (b > start and token not in self._added)):
-                    counted[i] = True
-                    if token in ends:
-                        break
-        return Tokens(tokens, counted, n_unread=n_unread)
+            inside = (places[:, 0] >= start) & (places[:, 0] < end)
+            # A token may begin in the line break before the span; an added one that does has only
+            # taken white space of it.
+            (across,) = np.nonzero((places[:, 0] < start) & (places[:, 1] > start))
+            inside[[i for i in across if start < end and ids[i] not in self._added]] = True
+            (marks,) = np.nonzero(inside & ends)
+            inside[marks[0] + 1 if len(marks) else len(ids) :] = False
+            counted |= inside
+        return Tokens(ids.tolist(), counted.tolist(), n_unread=n_unread)
 
     def _guarded(self, message: Message) -> dict[str, Any]:
         """The message with its texts guarded, without keys that have nothing to say: a template may
@@ -520,26 +545,59 @@ def compile_template(source: str) -> Callable[..., str]:
     return render
 
 
-def _text(example: Example, format: Format) -> Tokens | None:
-    """The tokens of a text alone, which begins and ends as the base's texts do; None for a chat."""
+def _text(example: Example, format: Format) -> Written | None:
+    """A text alone, which begins and ends as the base's texts do; None for a chat."""
     if example.text is None:
         return None
     if format.tokenizer is None:
         refuse_end(example.text)
-    start, end = format.start, format.ends[0]
-    tokens, n_unread = _encoded(example.text, format.tokenizer)
-    tokens = begun(tokens, start)
-    if tokens[-1:] != [end]:
-        tokens = [*tokens, end]
-    return Tokens(tokens, [True] * len(tokens), True, n_unread)
+
+    def join(found: list[Encoded]) -> Tokens:
+        tokens, end = begun(found[0].ids.tolist(), format.start), format.ends[0]
+        if tokens[-1:] != [end]:
+            tokens = [*tokens, end]
+        return Tokens(tokens, [True] * len(tokens), True, found[0].n_unread)
+
+    return Written([example.text], True, join)
 
 
-def _encoded(text: str, tokenizer: str | None, special: bool = True) -> tuple[list[int], int]:
-    """The tokens of a text, and how many of its characters none of them stands for."""
-    if tokenizer is None:
-        return encode(text, None), 0
-    found = tokens_with_offsets(text, tokenizer, special)
-    return [token for token, _, _ in found], count_unread(found, text, tokenizer)
+def encode_examples(examples: Sequence[Example], format: Format) -> Iterator[Tokens]:
+    """The tokens of examples, of which a template may make several each.
+
+    Raises DataError, with the example's place, for what the format cannot say.
+    """
+    batch: list[tuple[Example, Written]] = []
+    size = 0
+    for example in examples:
+        for written in _at(example, format.write, example):
+            batch.append((example, written))
+            size += sum(map(len, written.texts))
+        if size >= SIDE_BY_SIDE:
+            yield from _joined(batch, format)
+            batch, size = [], 0
+    yield from _joined(batch, format)
+
+
+def _joined(batch: Sequence[tuple[Example, Written]], format: Format) -> Iterator[Tokens]:
+    """The tokens of what is written of examples."""
+    for special, group in itertools.groupby(batch, lambda pair: pair[1].special):
+        alike = list(group)
+        texts = [text for _, written in alike for text in written.texts]
+        encoded = encode_all(texts, format.tokenizer, special)
+        for example, written in alike:
+            parts = list(itertools.islice(encoded, len(written.texts)))
+            yield _at(example, written.join, parts)
+
+
+def _at(example: Example, function: Callable[[Any], Any], argument: Any) -> Any:
+    """function(argument). Raises its ValueError as a DataError with the example's place."""
+    try:
+        return function(argument)
+    except ValueError as error:
+        reason = one_line(str(error))
+        raise DataError(f"{printable(example.place)}: {reason}") from error
+    except RecursionError as error:
+        raise DataError(f"{printable(example.place)}: it is nested too deeply") from error
 
 
 def refuse_end(text: str) -> None:

@@ -33,8 +33,8 @@ def open_corpus(
         default_path: the text that no name stands for, if it is there.
         tokenizer: the content of a tokenizer.json; None where tokens are bytes.
         count_prompts: whether the loss counts the prompts of records too.
-        token_folder: where a text in the tokens of `tokenizer` is kept; made when needed.
-        in_turn: entered while that file is looked for and made. Of several processes one should
+        token_folder: where data in the tokens of `tokenizer` are kept; made when needed.
+        in_turn: entered while their file is looked for and made. Of several processes one should
             make it, and the others find it.
         format: how chats are written; by default the plain format.
         columns: what records call the columns of a layout; see `parse_rows`.
@@ -46,7 +46,8 @@ def open_corpus(
     """
     if not text and is_records(name):
         format = format or PlainFormat(tokenizer)
-        return load_records(name, block_size, count_prompts, format, columns)
+        with in_turn:
+            return load_records(name, block_size, count_prompts, format, columns, token_folder)
     if columns:
         raise DataError("COLUMNS is of rows, but DATA is plain text; accepted: unset COLUMNS")
     corpus = load_corpus(name, default_path)

@@ -4,7 +4,6 @@ T is the block size: a block is T tokens and the one that follows them.
 """
 
 import bisect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,19 +65,17 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
     size = block_size + 1
     kept, n_cut, n_lost, n_masked, n_empty, n_endless = [], 0, 0, 0, 0, 0
     for tokens, counted, is_text, _ in examples:
+        tokens, counted = np.asarray(tokens), np.asarray(counted)
         n_cut += len(tokens) > size
         # The last token of a piece is the first of the next one, so that each is predicted once.
         starts = range(0, max(1, len(tokens) - 1), block_size) if is_text else [0]
         pieces = [(tokens[i : i + size], counted[i : i + size]) for i in starts]
-        pieces = [piece for piece in pieces if any(piece[1][1:])]
+        pieces = [piece for piece in pieces if piece[1][1:].any()]
         n_masked += not pieces
-        n_learned = sum(counted)
-        if 0 < n_learned <= len(ends):
-            learned = itertools.compress(tokens, counted)
-            n_empty += all(token in ends for token in learned)
-        if n_learned > 0:
-            last = len(counted) - 1 - counted[::-1].index(True)
-            n_endless += tokens[last] not in ends
+        learned = tokens[counted].tolist()
+        if learned:
+            n_empty += len(learned) <= len(ends) and set(learned) <= set(ends)
+            n_endless += learned[-1] not in ends
         n_lost += 0 if is_text else len(tokens[size:])
         kept += pieces
     blocks = best_fit([len(tokens) for tokens, _ in kept], size)
@@ -89,7 +86,7 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
     for row, block in enumerate(blocks):
         first = 0
         for segment, i in enumerate(block, start=1):
-            ids, counted = map(np.array, kept[i])
+            ids, counted = kept[i]
             stop = first + len(ids)
             tokens[row, first:stop] = ids
             targets[row, first + 1 : stop] = np.where(counted, ids, IGNORED)[1:]

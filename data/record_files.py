@@ -1,16 +1,27 @@
 """DATA to examples: which files hold records, and which of these train or validate."""
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data.corpus import DataError, printable
 from data.forms import COLUMNS, Example, parse_rows
 from data.rows import AS_TEXT, read_rows
-from data.text_files import BUILT_IN, BUILT_IN_RECORDS, ENDINGS, files_below, is_of_a_run, path_of
+from data.text_files import (
+    BUILT_IN,
+    BUILT_IN_RECORDS,
+    ENDINGS,
+    MIB,
+    files_below,
+    is_of_a_run,
+    path_of,
+)
 
 # What the words in a file's path say that it is for; see `_purpose`.
 WORDS = {"train": "train", "training": "train", "test": "test"}
@@ -20,21 +31,48 @@ EVERY = 10  # every tenth record is for validation, where no file is
 
 
 @dataclass(frozen=True)
+class RecordFiles:
+    """The files of DATA.
+
+    Attributes:
+        name: DATA.
+        train, validation: the files of either split. Where none is for validation, every tenth
+            example is.
+        left_out: the names of other files, each with the reason.
+    """
+
+    name: str
+    train: list[Path]
+    validation: list[Path]
+    left_out: dict[str, str]
+
+    def shown(self, file: Path) -> str:
+        """The name of a file as the log has it."""
+        folder = Path(path_of(self.name))
+        return str(file.relative_to(folder)) if file != folder else file.name
+
+    def checksum(self) -> str:
+        """Of the content of all files: "sha256:" and 16 hex digits. Raises DataError."""
+        digest = hashlib.sha256()
+        for path in self.train + self.validation:
+            with _opened(path) as file:
+                for block in iter(functools.partial(file.read, MIB), b""):
+                    digest.update(block)
+        return f"sha256:{digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
 class Splits:
     """The examples of DATA.
 
     Attributes:
         train, validation: the examples of either split.
-        checksum: "sha256:" and 16 hex digits, of all files that were read.
         found: for the log, by the file's name: its layout, how many rows, and what was ignored.
-        files: the paths of all files that were read.
     """
 
     train: list[Example]
     validation: list[Example]
-    checksum: str
     found: dict[str, str]
-    files: list[str]
 
 
 def is_records(name: str | None) -> bool:
@@ -54,47 +92,48 @@ def is_records(name: str | None) -> bool:
     return bool(_dataset_files(name, path)) if path.is_dir() else _is_dataset(path)
 
 
-def read_splits(name: str, columns: Mapping[str, str]) -> Splits:
-    """The examples that DATA=`name` stands for; `columns` as in `parse_rows`.
+def find_records(name: str) -> RecordFiles:
+    """The files of records that DATA=`name` stands for.
 
     In a folder, files whose path has the word train are for training, and those with valid,
     validation, val, dev or eval for validation; words stand between any other characters than
     letters. Where none has train, all files without such a word are for training. Others are left
-    out, and `found` says so. Where no file is for validation, every tenth example is.
+    out.
+
+    Raises DataError for a folder that cannot be read, or has none to train on.
+    """
+    path = Path(path_of(name))
+    if not path.is_dir():
+        return RecordFiles(name, [path], [], {})
+    files, left_out = _sort(name, path, _dataset_files(name, path))
+    reasons = {str(file.relative_to(path)): f"left out, as {why}" for file, why in left_out}
+    return RecordFiles(name, files["train"], files["validation"], reasons)
+
+
+def read_splits(files: RecordFiles, columns: Mapping[str, str]) -> Splits:
+    """The examples in the files; `columns` as in `parse_rows`.
 
     Raises DataError for a file that cannot be read, or has a row that is no example.
     """
-    path = Path(path_of(name))
-    files = {"train": [path], "validation": []}
-    found = {}
-    if path.is_dir():
-        files, left_out = _sort(name, path, _dataset_files(name, path))
-        found = {str(file.relative_to(path)): f"left out, as {why}" for file, why in left_out}
-    digest = hashlib.sha256()
-    examples: dict[str, list[Example]] = {"train": [], "validation": []}
-    for split, paths in files.items():
+    found = dict(files.left_out)
+    train: list[Example] = []
+    validation: list[Example] = []
+    for split, paths in ((train, files.train), (validation, files.validation)):
         for file in paths:
-            content = _read(file)
-            digest.update(content)
-            rows = read_rows(str(file), content, (*COLUMNS, *columns.values()))
+            rows = read_rows(str(file), _read(file), (*COLUMNS, *columns.values()))
             new, line = parse_rows(str(file), rows, columns)
-            examples[split] += new
-            shown = str(file.relative_to(path)) if file != path else file.name
-            found[shown] = line + ("; for validation" if split == "validation" else "")
-    train, validation = examples.values()
-    if not files["validation"]:
+            split += new
+            found[files.shown(file)] = line + ("; for validation" if split is validation else "")
+    if not files.validation:
         if len(train) < 2:
             raise DataError(
-                f"{printable(str(files['train'][0]))}: one record is too few, as validation needs "
+                f"{printable(str(files.train[0]))}: one record is too few, as validation needs "
                 "one too"
             )
         validation = train[EVERY - 1 :: EVERY] or train[-1:]
         kept = set(map(id, validation))
         train = [example for example in train if id(example) not in kept]
-    read = [str(file) for paths in files.values() for file in paths]
-    checksum = f"sha256:{digest.hexdigest()[:16]}"
-    found = {printable(file): line for file, line in sorted(found.items())}
-    return Splits(train, validation, checksum, found, read)
+    return Splits(train, validation, {printable(f): line for f, line in sorted(found.items())})
 
 
 # ---- the files of a folder
@@ -177,9 +216,17 @@ def _refuse_twins(name: str, files: list[Path]) -> None:
 
 def _read(path: Path) -> bytes:
     """The content of a file. Raises DataError when it cannot be read."""
+    with _opened(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read, whose errors are DataErrors."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
         raise DataError(f"DATA={printable(str(path))}: not a regular file")
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise DataError(f"DATA={printable(str(path))}: cannot be read: {error.strerror}") from error

@@ -3,23 +3,24 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
-from data.chat import Format, PlainFormat, Tokens
+from data.chat import Format, PlainFormat, Tokens, encode_examples
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
 from data.forms import NO_COLUMNS, Example
+from data.packed import Packed, kept_in
 from data.packing import Blocks, pack
 from data.preview import END_TOKENS, marked
-from data.record_files import read_splits
+from data.record_files import find_records, read_splits
 from data.text import n_bytes_of
 from data.tokenizer import end_token, vocabulary_size
-from files.streams import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +154,12 @@ def load_records(
     count_prompts: bool = False,
     format: Format | None = None,
     columns: Mapping[str, str] = NO_COLUMNS,
+    folder: Path | None = None,
 ) -> RecordCorpus:
-    """Read and pack the records that DATA=`name` stands for, as `read_splits` reads them.
+    """Read and pack the records that DATA=`name` stands for; see `find_records`.
 
     Chats are written in `format`, by default that of models of bytes. `columns` are what the files
-    call the columns of a layout.
+    call the columns of a layout. In a tokenizer's tokens they are kept in a file in `folder`.
 
     Raises DataError for a file that cannot be read or has no records, for a row that is no record,
     and for a tokenizer without an end.
@@ -165,39 +167,45 @@ def load_records(
     format = PlainFormat() if format is None else format
     if not format.ends:
         end_token(format.tokenizer, format.files)  # which says so
-    found = read_splits(name, columns)
-    checksum = found.checksum
-    if format.tokenizer is not None:  # other tokens are other data
+    files = find_records(name)
+    checksum = files.checksum()
+
+    def make() -> Packed:
+        splits = read_splits(files, columns)
+        blocks = []
+        for examples in (splits.train, splits.validation):
+            encoded = list(_encode(examples, format, count_prompts))
+            n_tokens = vocabulary_size(format.tokenizer)
+            blocks.append(pack(encoded, block_size, n_tokens, format.ends))
+            if len(blocks[-1]) == 0:
+                raise DataError(
+                    f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
+                    f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are "
+                    "empty"
+                )
+        texts = [example.text is not None for example in splits.train + splits.validation]
+        return Packed(*blocks, all(texts), splits.found)
+
+    if format.tokenizer is None:
+        packed = make()
+    else:  # other tokens are other data
         said = [checksum, format.tokenizer, format.metadata(), format.start, format.ends]
         checksum = f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
-    splits = (found.train, found.validation)
-    if all(example.text is not None for examples in splits for example in examples):
+        beside = {file: content.hex() for file, content in format.files.items()}
+        shown = [list(map(files.shown, split)) for split in (files.train, files.validation)]
+        identity = [said, beside, shown, files.left_out, dict(columns), block_size, count_prompts]
+        packed = make() if folder is None else kept_in(folder, identity, make)
+    if packed.are_texts:
         format = format.of_texts()
-    blocks = []
-    for examples in splits:
-        encoded = [tokens for e in examples for tokens in _encode(e, format, count_prompts)]
-        n_tokens = vocabulary_size(format.tokenizer)
-        blocks.append(pack(encoded, block_size, n_tokens, format.ends))
-        if len(blocks[-1]) == 0:
-            raise DataError(
-                f"DATA={printable(name)}: the loss would count no token of {len(examples):,} "
-                f"records, as their prompts fill BLOCK_SIZE={block_size} or their answers are empty"
-            )
-    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer, found.found)
+    blocks = (packed.train, packed.validation)
+    return RecordCorpus(name, checksum, *blocks, format, format.tokenizer, packed.found)
 
 
-def _encode(example: Example, format: Format, count_prompts: bool) -> list[Tokens]:
-    """The tokens of an example. Raises DataError that names its place."""
-    try:
-        found = format.encode(example)
-    except ValueError as error:
-        reason = one_line(str(error))
-        raise DataError(f"{printable(example.place)}: {reason}") from error
-    except RecursionError as error:
-        raise DataError(f"{printable(example.place)}: it is nested too deeply") from error
-    if count_prompts:
-        found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
-    return found
+def _encode(examples: Sequence[Example], format: Format, count_prompts: bool) -> Iterator[Tokens]:
+    """The tokens of examples, in arrays: lists of numbers take ten times the memory."""
+    for found in encode_examples(examples, format):
+        tokens, counted = np.array(found.tokens, np.uint32), np.array(found.counted, bool)
+        yield found._replace(tokens=tokens, counted=counted | count_prompts)
 
 
 def _batch(

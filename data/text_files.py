@@ -34,7 +34,7 @@ NOT_PYTHON_CODE = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encoding
 NOT_PYTHON_CODE |= {"site-packages", "dist-packages", "__pycache__"}
 
 # What runs write beside these, where the output folder is a folder of texts itself.
-OF_A_RUN = re.compile(r".*\.pt|tokens-[0-9a-f]{16}\.bin|(full|lora)-metrics\.jsonl")
+OF_A_RUN = re.compile(r".*\.pt|(tokens|records)-[0-9a-f]{16}\.bin|(full|lora)-metrics\.jsonl")
 
 MIB = 1024 * 1024
 N_SAMPLES = 64  # the checksum of a corpus of more MiB than this reads so many samples of 1 MiB

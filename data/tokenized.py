@@ -15,7 +15,7 @@ import numpy as np
 from data.corpus import DataError
 from data.text import TextCorpus
 from data.text_files import MIB, map_file
-from data.tokenizer import load_tokenizer, unknown_token, vocabulary_size
+from data.tokenizer import count_unread, encode_all, vocabulary_size
 from files.writing import replacing
 
 BATCH_CHUNKS = 16  # chunks of text that are tokenized side by side
@@ -98,16 +98,12 @@ def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[tuple[np.ndarr
     overlap, and follow each other where both have the same tokens for some way. Where they never
     have, they become one chunk.
     """
-    unknown = unknown_token(tokenizer)
     end = 0  # of the last token given
 
-    def given(ids: np.ndarray, places: np.ndarray, stop: int | None) -> tuple[np.ndarray, int]:
+    def given(ids: np.ndarray, places: np.ndarray, stop: int) -> tuple[np.ndarray, int]:
         nonlocal end
-        ends = np.maximum.accumulate(np.concatenate([[end], places[:, 1]]))
-        gaps = np.concatenate([places[:, 0], [ends[-1] if stop is None else stop]]) - ends
-        unread = gaps.clip(min=0).sum() + np.diff(places[ids == unknown]).sum()
-        end = ends[-1]
-        return ids, int(unread)
+        start, end = end, places[:, 1].max(initial=end)
+        return ids, count_unread(ids, places, max(stop, end), tokenizer, start)
 
     left = None
     for right in _chunks(corpus, tokenizer):
@@ -121,7 +117,7 @@ def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[tuple[np.ndarr
             left = joined._replace(first=left.first)
             continue
         kept = (left.places[:, 0] >= left.first) & (left.places[:, 0] < seam)
-        yield given(left.ids[kept], left.places[kept], None)
+        yield given(left.ids[kept], left.places[kept], 0)
         left = right._replace(first=seam)
     if left is not None:
         kept = left.places[:, 0] >= left.first
@@ -159,11 +155,9 @@ def _chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[_Chunk]:
 
 def _encoded(tokenizer: str, batch: list[tuple[str, int]]) -> Iterator[_Chunk]:
     """The chunks of texts, each given with its place in the whole text."""
-    texts = [text for text, _ in batch]
-    encodings = load_tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
-    for (text, start), encoding in zip(batch, encodings, strict=True):
-        places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + start
-        yield _Chunk(text, start, start, np.array(encoding.ids, np.int64), places)
+    found = encode_all([text for text, _ in batch], tokenizer)
+    for (text, start), encoded in zip(batch, found, strict=True):
+        yield _Chunk(text, start, start, encoded.ids, encoded.places + start)
 
 
 def _text_chunks(corpus: TextCorpus) -> Iterator[tuple[str, int]]:

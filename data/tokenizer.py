@@ -9,9 +9,11 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from data.corpus import DataError
 
@@ -33,22 +35,42 @@ def encode(text: str, tokenizer: str | None) -> list[int]:
     return load_tokenizer(tokenizer).encode(characters(text), add_special_tokens=False).ids
 
 
-def tokens_with_offsets(
-    text: str, tokenizer: str, special: bool = True
-) -> list[tuple[int, int, int]]:
-    """The tokens of a text, each with the first of its characters and the one after the last.
+class Encoded(NamedTuple):
+    """A text in tokens.
+
+    Attributes:
+        ids: (n,) int64.
+        places: (n, 2) int64, the first character of each token and the one after its last; empty
+            where tokens are bytes.
+        n_unread: how many characters no token stands for, or the unknown one.
+    """
+
+    ids: np.ndarray
+    places: np.ndarray
+    n_unread: int
+
+
+def encode_all(
+    texts: Sequence[str], tokenizer: str | None, special: bool = True
+) -> Iterator[Encoded]:
+    """Texts in tokens, which all cores encode side by side.
 
     Unless `special`, the text of a special token is a text like any other.
     """
+    if tokenizer is None:
+        for text in texts:
+            yield Encoded(np.array(encode(text, None), np.int64), np.empty((0, 2), np.int64), 0)
+        return
     loaded = load_tokenizer(tokenizer)
     loaded.encode_special_tokens = not special
     try:
-        encoding = loaded.encode(characters(text), add_special_tokens=False)
+        found = loaded.encode_batch(list(map(characters, texts)), add_special_tokens=False)
     finally:
         loaded.encode_special_tokens = False
-    return [
-        (token, *offsets) for token, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-    ]
+    for text, encoding in zip(texts, found, strict=True):
+        ids = np.array(encoding.ids, np.int64)
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        yield Encoded(ids, places, count_unread(ids, places, len(text), tokenizer))
 
 
 @functools.lru_cache(maxsize=1)
@@ -59,14 +81,15 @@ def unknown_token(tokenizer: str) -> int | None:
     return load_tokenizer(tokenizer).token_to_id(name) if name else getattr(model, "unk_id", None)
 
 
-def count_unread(found: list[tuple[int, int, int]], text: str, tokenizer: str) -> int:
-    """How many characters of a text no token of `tokens_with_offsets` stands for, or the unknown
-    one."""
-    unknown, end, unread = unknown_token(tokenizer), 0, 0
-    for token, start, stop in found:
-        unread += max(0, start - end) + (stop - start if token == unknown else 0)
-        end = max(end, stop)
-    return unread + len(text) - end
+def count_unread(
+    ids: np.ndarray, places: np.ndarray, stop: int, tokenizer: str, start: int = 0
+) -> int:
+    """How many characters of a text from `start` to `stop` no token stands for, or the unknown one;
+    `ids` and `places` are those of its tokens, as in `Encoded`."""
+    ends = np.maximum.accumulate(np.concatenate([[start], places[:, 1]]))
+    gaps = np.concatenate([places[:, 0], [stop]]) - ends
+    unknown = np.diff(places[ids == unknown_token(tokenizer)])
+    return int(gaps.clip(min=0).sum() + unknown.sum())
 
 
 def characters(text: str) -> str:

@@ -15,14 +15,26 @@ from test_exchange import byte_fallback
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
+import data.chat
 from data import DataError, chat_format, load_records
-from data.chat import Format, PlainFormat, TemplateFormat, Tokens, template_in
+from data.chat import (
+    Format,
+    PlainFormat,
+    TemplateFormat,
+    Tokens,
+    encode_examples,
+    template_in,
+)
 from data.corpus import IGNORED
 from data.forms import Example
 from data.tokenizer import decode, encode
 
 DAY = {"date_string": "26 Jul 2024"}
 TOKENIZERS = ("bytes", "bytes with BOS", "fallback", "unigram", "cut and padded")
+
+
+def encoded(format: Format, example: Example) -> list[Tokens]:
+    return list(encode_examples([example], format))
 
 
 def tokenizer_of(kind: str, model: Published) -> tokenizers.Tokenizer:
@@ -181,7 +193,7 @@ def test_tokens_are_those_of_transformers_and_the_answers_count(kind, name, tmp_
         # Mistral has the tools before the last question.
         moves = bool(tools) and "mistral" in name and "user" in [m["role"] for m in messages[1:]]
         alone = model.per_turn or moves
-        found = base.format.encode(Example(tuple(messages), tuple(tools)))
+        found = encoded(base.format, Example(tuple(messages), tuple(tools)))
         ends = until if alone else until[-1:]
         assert [t.tokens for t in found] == [base.tokens(messages[:n], tools or None) for n in ends]
         expected = [
@@ -220,12 +232,12 @@ def test_a_turn_of_weight_0_does_not_count_and_the_end_of_a_chat_is_not_needed(n
     base = base_of(tmp_path, "bytes", model)
     messages = [dict(message) for message in LONG]
     messages[1]["weight"], messages[5]["weight"] = 0, 0.0
-    (found,) = base.format.encode(Example(tuple(messages)))
+    (found,) = encoded(base.format, Example(tuple(messages)))
     assert base.counted(found) == ["the fox\n\njumps" + model.mark]
     messages[3]["weight"] = 0
-    (found,) = base.format.encode(Example(tuple(messages)))
+    (found,) = encoded(base.format, Example(tuple(messages)))
     assert found.tokens == base.tokens(LONG) and not any(found.counted)
-    (found,) = base.format.encode(Example((*HI, ON)))
+    (found,) = encoded(base.format, Example((*HI, ON)))
     assert found.tokens == base.tokens(HI)
 
 
@@ -235,22 +247,34 @@ def test_what_a_model_thinks_counts_where_its_template_shows_it(tmp_path):
     expected = base.tokens([*HI, ON, says("assistant", "yes", reasoning_content="hm")])
     for name in ("reasoning_content", "reasoning", "thinking"):
         chat = [*HI, ON, says("assistant", "yes", **{name: "hm"})]
-        first, second = base.format.encode(Example(tuple(chat)))
+        first, second = encoded(base.format, Example(tuple(chat)))
         assert second.tokens == expected and first.tokens == base.tokens(HI)
         assert base.counted(second) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
     chat = [ON, says("assistant", "<think>\nhm\n</think>\n\nyes")]
-    (found,) = base.format.encode(Example(tuple(chat)))
+    (found,) = encoded(base.format, Example(tuple(chat)))
     assert found.tokens == base.tokens(chat)
     assert found.tokens.count(base.number("</think>")) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-3.1", None])
+def test_examples_are_encoded_side_by_side_as_one_by_one(name, tmp_path, monkeypatch):
+    """Chats and texts in turn, whose special tokens the plain format takes differently."""
+    base = base_of(tmp_path, "bytes", PUBLISHED[name or "qwen3"])
+    format = base.format if name else PlainFormat(base.format.tokenizer, base.format.files)
+    examples = [Example(tuple(HI)), Example(text="a <|im_end|> b"), Example(tuple(LONG))] * 9
+    alone = [tokens for example in examples for tokens in encoded(format, example)]
+    for size in (1, 100, 10**6):
+        monkeypatch.setattr(data.chat, "SIDE_BY_SIDE", size)
+        assert list(encode_examples(examples, format)) == alone
 
 
 def test_keys_without_a_value_are_as_if_they_were_not_there(tmp_path):
     """As tables have them: a template may ask whether a message has tool calls."""
     base = base_of(tmp_path, "bytes", PUBLISHED["llama-3.1"])
     empty = {"tool_calls": None, "name": None, "tool_call_id": None}
-    expected = base.format.encode(Example(tuple(HI)))
+    expected = encoded(base.format, Example(tuple(HI)))
     for more in (empty, {"tool_calls": []}):
-        assert base.format.encode(Example(tuple(m | more for m in HI))) == expected
+        assert encoded(base.format, Example(tuple(m | more for m in HI))) == expected
 
 
 @pytest.mark.parametrize(("kind", "name"), BASES)
@@ -283,7 +307,7 @@ def test_special_tokens_in_contents_stay_text(kind, name, tmp_path):
         return "".join(base.theirs.decode(tokens).split())
 
     assert written(asked) == written(base.tokens(messages, tools or None, opens=True))
-    for tokens in base.format.encode(Example(tuple(messages[:2]))):
+    for tokens in encoded(base.format, Example(tuple(messages[:2]))):
         assert base.counted(tokens)[0].replace(" ", "").count(marks.replace(" ", "")) == 1
         assert base.counted(tokens)[0].endswith(f"c{model.mark}")
 
@@ -322,7 +346,7 @@ def test_white_space_that_a_mark_takes_does_not_make_the_mark_count(tmp_path):
     words = tokenizers.Tokenizer.from_str(base.format.tokenizer)
     words.add_special_tokens([AddedToken("<|assistant|>", rstrip=True)])
     format = TemplateFormat(PUBLISHED["phi-3.5"].template, words.to_str(), base.format.files)
-    (found,) = format.encode(Example((ON, says("assistant", "  fox"))))
+    (found,) = encoded(format, Example((ON, says("assistant", "  fox"))))
     assert base.counted(found) == ["fox<|end|>"]
 
 
@@ -333,7 +357,7 @@ def test_a_mark_that_is_no_special_token_ends_a_turn(tmp_path):
     words.add_tokens(["<end>"])
     format = TemplateFormat(template, words.to_str())
     assert format.ends == [words.token_to_id("</s>"), words.token_to_id("<end>")]
-    (found,) = format.encode(Example(tuple(HI)))
+    (found,) = encoded(format, Example(tuple(HI)))
     tokens = [t for t, counts in zip(found.tokens, found.counted, strict=True) if counts]
     assert words.decode(tokens, skip_special_tokens=False).strip() == "does not mind<end>"
     # A special token does rather than another one before it.
@@ -345,7 +369,7 @@ def test_a_template_without_a_mark_counts_the_answer(tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     base = base_of(tmp_path, "bytes", Published(template, "<b>", "</s>", ends=("</s>",)))
-    (found,) = base.format.encode(Example(tuple(LONG)))
+    (found,) = encoded(base.format, Example(tuple(LONG)))
     assert base.counted(found) == ["does not mind", "the fox\n\njumps", "ok"]
     assert base.format.ends == [base.number("</s>")]
 
@@ -359,7 +383,7 @@ def test_where_a_template_lies(tmp_path):
         folder = tmp_path / str(number)
         base = base_of(folder, "bytes", model, **config)
         assert base.format.template == other
-        (found,) = base.format.encode(Example(tuple(HI)))
+        (found,) = encoded(base.format, Example(tuple(HI)))
         assert found.tokens == base.tokens(HI)
         (folder / "chat_template.jinja").write_text(model.template)
         assert template_in(files_of(folder)) == model.template
@@ -383,7 +407,7 @@ def test_records_are_packed_with_their_marks(tmp_path):
         base = base_of(tmp_path / model, "bytes", PUBLISHED[model])
         corpus = load_records(name, 256, format=base.format)
         assert (corpus.train.n_records, corpus.train.n_cut, corpus.train.n_masked) == (n, 0, 0)
-        expected = base.format.encode(Example(tuple(LONG)))
+        expected = encoded(base.format, Example(tuple(LONG)))
         counted = [t for e in expected for t, c in zip(e.tokens, e.counted, strict=True) if c]
         assert sorted(corpus.train.counted.tolist()) == sorted(counted * 3)
         assert (corpus.train.targets == IGNORED).any()
@@ -505,7 +529,7 @@ def test_tags_of_generation_are_no_text(tmp_path):
     )
     model = Published(template, None, "<|im_end|>", ends=("<|im_end|>",))
     base = base_of(tmp_path, "bytes", model)
-    (found,) = base.format.encode(Example(tuple(LONG)))
+    (found,) = encoded(base.format, Example(tuple(LONG)))
     assert found.tokens == base.tokens(LONG)
     marked = base.theirs.apply_chat_template(
         LONG, return_assistant_tokens_mask=True, return_dict=True
@@ -529,7 +553,7 @@ def test_json_is_written_as_transformers_writes_it(tmp_path):
 
 def test_plain_texts_begin_and_end_as_the_bases_do(tmp_path):
     base = base_of(tmp_path, "bytes with BOS", PUBLISHED["gemma-2"])
-    (found,) = base.format.encode(Example(text="the dog"))
+    (found,) = encoded(base.format, Example(text="the dog"))
     words = encode("the dog", base.format.tokenizer)
     assert found.tokens == [base.number("<bos>"), *words, base.number("<eos>")]
     assert found.is_text and all(found.counted)

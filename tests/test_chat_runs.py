@@ -12,10 +12,11 @@ import torch
 import transformers
 from chat_templates import PUBLISHED
 from conftest import ROOT, environment_of, needs_posix, refused, start_script, succeeded
-from test_chat import base_of, files_of, rows, says, tokenizer_of, write_tokenizer
+from test_chat import base_of, encoded, files_of, rows, says, tokenizer_of, write_tokenizer
 
 from data import chat_format, decode, vocabulary_size
 from data.chat import TemplateFormat
+from data.forms import Example
 from lora import read_adapter
 from models.checkpoint import read_checkpoint
 from models.huggingface import read_base
@@ -151,7 +152,7 @@ def test_the_plain_format_goes_out_as_a_template(kind, tmp_path):
     asked = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=False)
     assert asked == ours.ask(CHAT[:1])
     written = theirs.apply_chat_template(CHAT, tokenize=False)
-    (found,) = ours.encode(type("", (), {"messages": CHAT, "tools": (), "text": None})())
+    (found,) = encoded(ours, Example(tuple(CHAT)))
     assert written == decode(found.tokens, ours.tokenizer)
 
 

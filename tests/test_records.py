@@ -15,12 +15,15 @@ import torch
 from conftest import ON_CPU, ROOT, TINY, needs_posix, refused, start_script, succeeded
 from hypothesis import given
 from hypothesis import strategies as st
+from test_chat import encoded
 from test_training import losses
 
 from data import DataError, RecordCorpus, open_corpus
-from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens
+from data import records as data_records
+from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens, encode_examples
 from data.corpus import IGNORED
-from data.forms import Example
+from data.forms import NO_COLUMNS, Example
+from data.packed import ARRAYS
 from data.packing import Blocks, pack
 from data.record_files import is_records
 from data.records import load_records
@@ -40,7 +43,7 @@ def packed(
 ) -> Blocks:
     """The blocks of examples in the plain format."""
     format = PlainFormat(tokenizer)
-    found = [tokens for example in examples for tokens in format.encode(example)]
+    found = list(encode_examples(examples, format))
     if prompts:
         found = [tokens._replace(counted=[True] * len(tokens.tokens)) for tokens in found]
     return pack(found, block_size, vocabulary_size(tokenizer), format.ends)
@@ -61,9 +64,9 @@ def of_bytes(*parts: tuple[str, bool]) -> Tokens:
 
 def test_a_prompt_and_a_completion_are_two_turns_of_which_the_second_counts():
     question = TURN.format(role="user", content="2 + 2?")
-    (tokens,) = PlainFormat().encode(asked("2 + 2?", "4"))
+    (tokens,) = encoded(PlainFormat(), asked("2 + 2?", "4"))
     assert tokens == of_bytes((question, False), (OPENING, False), ("4\0", True))
-    (tokens,) = PlainFormat().encode(Example(text="four"))
+    (tokens,) = encoded(PlainFormat(), Example(text="four"))
     assert tokens == of_bytes(("four\0", True))._replace(is_text=True)
     assert PROMPT_FORMAT.replace("{prompt}", "2 + 2?") == question + OPENING
     question = [{"role": "user", "content": "2 + 2?"}]
@@ -76,10 +79,10 @@ def test_of_a_conversation_all_turns_of_the_assistant_count():
     roles = ("system", "user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": role[0]} for role in roles]
     messages[2]["weight"] = 0
-    (tokens,) = PlainFormat().encode(Example(tuple(messages)))
+    (tokens,) = encoded(PlainFormat(), Example(tuple(messages)))
     assert bytes(np.array(tokens.tokens)[tokens.counted].tolist()) == b"a\0"
     del messages[2]["weight"]
-    (tokens,) = PlainFormat().encode(Example(tuple(messages)))
+    (tokens,) = encoded(PlainFormat(), Example(tuple(messages)))
     assert bytes(np.array(tokens.tokens)[tokens.counted].tolist()) == b"a\0a\0"
 
 
@@ -95,11 +98,44 @@ def test_of_a_conversation_all_turns_of_the_assistant_count():
 def test_a_content_cannot_forge_the_end_of_a_record(example, bpe):
     """Where tokens are bytes it is refused, and where they are not its text stays a text."""
     with pytest.raises(ValueError, match="the mark that ends a record"):
-        PlainFormat().encode(example)
+        encoded(PlainFormat(), example)
     mark = json.dumps(dataclasses.asdict(example)).replace("\\u0000", "<|endoftext|>")
-    (tokens,) = PlainFormat(bpe).encode(Example(**json.loads(mark)))
+    (tokens,) = encoded(PlainFormat(bpe), Example(**json.loads(mark)))
     end = end_tokens(bpe)[0]
     assert tokens.tokens.count(end) == 1 and tokens.tokens[-1] == end
+
+
+def test_records_in_tokens_are_kept_in_a_file(tmp_path, bpe, monkeypatch):
+    """It is made once, again where it is not whole, and another one for other data or formats."""
+    file, out = tmp_path / "train.jsonl", tmp_path / "out"
+    file.write_bytes(
+        lines(*[{"prompt": f"{i} + {i}?", "completion": str(2 * i)} for i in range(40)])
+    )
+    plain = PlainFormat(bpe)
+
+    def blocks(prompts=False, format=plain, columns=NO_COLUMNS, size=32, folder=out) -> list:
+        found = load_records(str(file), size, prompts, format, columns, folder)
+        arrays = [getattr(s, n) for s in (found.train, found.validation) for n in ARRAYS]
+        return [a.tolist() for a in arrays] + [found.describe(), found.passes(1), found.checksum]
+
+    expected = blocks(folder=None)
+    assert blocks() == expected
+    (kept,) = out.glob("records-*.bin")
+    with monkeypatch.context() as patched:
+        patched.setattr(data_records, "pack", lambda *_: pytest.fail("it is packed again"))
+        assert blocks() == expected
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:-1], whole + b"x", b"{}\n" + whole, whole[len(whole) // 2 :]):
+        kept.write_bytes(damaged)
+        assert blocks() == expected and kept.read_bytes() == whole
+    others = [{"prompts": True}, {"format": PlainFormat(bpe, {"config.json": b"{}"})}, {"size": 33}]
+    others.append({"columns": {"prompt": "prompt", "completion": "completion"}})
+    for n, other in enumerate(others, start=2):
+        assert blocks(**other) == blocks(folder=None, **other)
+        assert len(list(out.glob("records-*.bin"))) == n
+    file.write_bytes(file.read_bytes().replace(b"39 + 39", b"39+39"))
+    assert blocks() == blocks(folder=None) != expected
+    assert blocks(folder=file) == blocks(folder=None)  # where no file can be
 
 
 @pytest.mark.parametrize("prompt", ["a", "a ", "a\n", "a\n\n", " a  \n "])

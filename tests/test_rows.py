@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data import DataError, load_records
 from data.forms import ACCEPTED, COLUMNS, LAYOUTS, Example, parse_rows
-from data.record_files import is_records, read_splits
+from data.record_files import find_records, is_records, read_splits
 from data.rows import read_rows
 from trainer.settings import Config, ConfigError
 
@@ -488,14 +488,14 @@ def test_parquet_is_read_where_pyarrow_is_installed(tmp_path):
     ]
     path = tmp_path / "train-00000-of-00001.Parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    splits = read_splits(str(path), {})
+    splits = read_splits(find_records(str(path)), {})
     assert [found.messages for found in splits.train + splits.validation] == [
         tuple(row["messages"]) for row in rows
     ]  # without the nulls that parquet has in a turn that lacks another's key
     assert splits.found == {path.name: "OpenAI (messages), 2 rows; ignored columns: n, when"}
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"Parquet: it is not parquet that pyarrow reads \("):
-        read_splits(str(path), {})
+        read_splits(find_records(str(path)), {})
 
 
 def test_nulls_of_parquet_are_left_out(monkeypatch):
@@ -556,7 +556,8 @@ def test_names_say_what_the_files_of_a_folder_are_for(tmp_path, train, validatio
     (tmp_path / "README.md").write_text("about")
     (tmp_path / ".gitattributes").write_text("hidden")
     assert is_records(name)
-    splits = read_splits(name, {})
+    files = find_records(name)
+    splits = read_splits(files, {})
     if validation:
         assert files_of(splits.train) == set(train)
         assert files_of(splits.validation) == set(validation)
@@ -568,7 +569,9 @@ def test_names_say_what_the_files_of_a_folder_are_for(tmp_path, train, validatio
         assert len(splits.validation) == 2 * len(train)
     assert set(splits.found) == {*train, *validation, *left_out}
     assert all(splits.found[name].startswith("left out, as ") for name in left_out)
-    assert {str(tmp_path / name) for name in train + validation} == set(splits.files)
+    assert {str(tmp_path / name) for name in train + validation} == set(
+        map(str, files.train + files.validation)
+    )
 
 
 def test_a_folder_of_text_is_text_with_datasets_among_its_files(tmp_path):
@@ -598,7 +601,7 @@ def test_a_folder_of_text_is_text_with_datasets_among_its_files(tmp_path):
 )
 def test_a_folder_that_leaves_doubts_is_refused(tmp_path, names, message):
     with pytest.raises(DataError, match=r"^DATA=.*; accepted: ") as error:
-        read_splits(folder_of(tmp_path, *names), {})
+        find_records(folder_of(tmp_path, *names))
     assert message in str(error.value)
 
 
@@ -616,7 +619,7 @@ def test_a_file_is_a_dataset_by_its_ending(name, expected):
 
 
 def test_every_tenth_example_validates_without_a_file_for_it(tmp_path):
-    splits = read_splits(folder_of(tmp_path, "a.jsonl", "b.jsonl", n=15), {})
+    splits = read_splits(find_records(folder_of(tmp_path, "a.jsonl", "b.jsonl", n=15)), {})
     assert [found.text for found in splits.validation] == [
         "a.jsonl 9", "b.jsonl 4", "b.jsonl 14",
     ]  # fmt: skip
@@ -625,13 +628,13 @@ def test_every_tenth_example_validates_without_a_file_for_it(tmp_path):
 
 def test_the_checksum_is_of_all_files_that_are_read(tmp_path):
     name = folder_of(tmp_path, "train.jsonl", "valid.jsonl", "test.jsonl")
-    before = read_splits(name, {}).checksum
+    before = find_records(name).checksum()
     content = b"".join((tmp_path / file).read_bytes() for file in ("train.jsonl", "valid.jsonl"))
     assert before == f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
     folder_of(tmp_path, "test.jsonl", n=3)
-    assert read_splits(name, {}).checksum == before
+    assert find_records(name).checksum() == before
     folder_of(tmp_path, "valid.jsonl", n=3)
-    assert read_splits(name, {}).checksum != before
+    assert find_records(name).checksum() != before
 
 
 # ---- the whole way
