@@ -21,6 +21,8 @@ class Blocks:
         inputs: (n, T) unsigned integers.
         targets: (n, T) int32, the tokens that follow, IGNORED where the loss does not count them.
         segments: (n, T) uint16, 1, 2, ... for the tokens of a block's records and 0 for padding.
+        n_used: how many tokens of `inputs` are no padding.
+        n_counted: how many of `targets` the loss counts.
         n_records: how many records there were.
         n_cut: how many of them were longer than T + 1 tokens.
         n_lost: how many tokens of these are in no block; a long text loses none.
@@ -33,6 +35,8 @@ class Blocks:
     inputs: np.ndarray
     targets: np.ndarray
     segments: np.ndarray
+    n_used: int
+    n_counted: int
     n_records: int
     n_cut: int
     n_lost: int
@@ -93,9 +97,13 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
             segments[row, first:stop] = segment
             first = stop
     parts = (tokens[:, :-1], targets[:, 1:], segments[:, :-1])
-    parts = map(np.ascontiguousarray, parts)
+    inputs, targets, segments = map(np.ascontiguousarray, parts)
+    n_used, n_counted = int((segments > 0).sum()), int((targets != IGNORED).sum())
     n_unread = sum(example.n_unread for example in examples)
-    return Blocks(*parts, len(examples), n_cut, n_lost, n_masked, n_unread, n_empty, n_endless)
+    return Blocks(
+        inputs, targets, segments, n_used, n_counted, len(examples), n_cut, n_lost, n_masked,
+        n_unread, n_empty, n_endless,
+    )  # fmt: skip
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -45,10 +45,10 @@ class RecordCorpus(Corpus):
     def describe(self) -> list[str]:
         rows = {"name": printable(self.name), "checksum": self.checksum}
         for name, blocks in (("train", self.train), ("validation", self.validation)):
-            used = (blocks.segments > 0).sum()
+            used, counted = blocks.n_used, blocks.n_counted
             rows[name] = (
-                f"{blocks.n_records:,} records, {used:,} tokens ({len(blocks.counted):,} counted, "
-                f"{len(blocks.counted) / used:.1%}) in {len(blocks):,} blocks, "
+                f"{blocks.n_records:,} records, {used:,} tokens ({counted:,} counted, "
+                f"{counted / used:.1%}) in {len(blocks):,} blocks, "
                 f"{1 - used / blocks.segments.size:.1%} padding"
             )
             if blocks.n_cut:

@@ -16,6 +16,7 @@ from hardware.device import (
     is_out_of_memory,
     keep_freed_memory,
     peak_memory,
+    return_freed_memory,
     synchronize,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "keep_freed_memory",
     "peak_memory",
     "postpone_compiler",
+    "return_freed_memory",
     "synchronize",
 ]

@@ -148,6 +148,13 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Have the C library give the system what was freed, such as after reading data."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
+
+
 def peak_memory(device: torch.device) -> float:
     """Peak memory in MiB; nan where the system does not tell.
 

@@ -168,6 +168,7 @@ def set_up(plan: Plan) -> Run:
     if trains(asked) and processes.is_main_process():
         lock = lock_folder(asked.output_folder)
     corpus = None if config.merge else open_data(config, base, plan.adapters)
+    hardware.return_freed_memory()  # a step would not find room in all of it
     if corpus is not None:
         config = recipe.for_data(config, corpus, base is not None)
         check_checkpointing(config, device)  # with the dropout that this has chosen
