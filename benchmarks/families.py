@@ -145,10 +145,10 @@ class Setting:
 # The models
 
 
-def write_folder(folder: Path, model: str) -> None:
+def write_folder(folder: Path, model: str, **changes: object) -> None:
     """A folder of random weights in bfloat16: norms are 1, all else is normal with a deviation of
-    STD. It is written in parts, so that no model is ever in memory."""
-    config = MODELS[model] | {"hidden_act": "silu", "dtype": "bfloat16"}
+    STD. It is written in parts, so that no model is ever in memory. `changes` are to its config."""
+    config = MODELS[model] | {"hidden_act": "silu", "dtype": "bfloat16"} | changes
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")  # none is needed
     header, end = {"__metadata__": {"format": "pt"}}, 0

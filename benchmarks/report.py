@@ -169,6 +169,12 @@ SECTIONS = {
         "files, over those of a plain trainer of nanoGPT's kind in float32, which is part of the "
         "benchmark. Above 1 is faster; medians and range of the rounds.",
     ),
+    "start": Section(
+        "Starting",
+        "`python benchmarks/start.py`. Seconds of a process from its start to its end, or to the "
+        "log's line of the first step of the default model. A second run on the same chats finds "
+        "their tokens.",
+    ),
     "whole_runs": Section(
         "Whole runs beside a plain trainer",
         "`python benchmarks/loop_speed.py --to-the-end`: the final loss on the same windows.",

@@ -464,6 +464,7 @@ def test_the_study_runs_goes_on_and_reports(tmp_path):
     [
         ("head", "--sizes 576x32000 --kinds adapted --tokens 8 --rounds 1"),
         ("memory", "--models tiny --methods lora --dtypes float32 --batches 1x16"),
+        ("start", "--rounds 1 --megabytes 1"),
         ("parameters", ""),
         ("recipe", "--questions passes --quick --processes 1"),
     ],
