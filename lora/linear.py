@@ -37,7 +37,6 @@ from ops.products import (
     product_dtype,
     rows_of,
     scaled_product,
-    stacked,
     sums_to_float32,
 )
 
@@ -495,8 +494,10 @@ def _merge(W: Tensors, A: Tensors, B: Tensors, s: float) -> Tensor:
     In place, which keeps autocast from adding up in its own dtype and swallowing small updates.
     """
     M = base_weight(W, W[0].dtype, copy=True)
-    if len({len(w) for w in W}) == 1:
-        M.unflatten(0, (len(W), -1)).baddbmm_(stacked(B), stacked(A), alpha=s)
+    if len(W) == 1:
+        M.addmm_(B[0], A[0], alpha=s)
+    elif len({len(w) for w in W}) == 1:
+        M.unflatten(0, (len(W), -1)).baddbmm_(torch.stack(B), torch.stack(A), alpha=s)
     else:
         for part, a, b in zip(M.split([len(w) for w in W]), A, B, strict=True):
             part.addmm_(b, a, alpha=s)
@@ -528,7 +529,8 @@ def _adapter_gradients(
         product = float32_product if sums_to_float32(x) else torch.mm
         dB = [product(g_layer.t(), h_layer.t()) for h_layer, g_layer in pairs]
         return product(gB, x).split(rank), dB, gB
-    dA, dB = gB @ x, [h_layer @ g_layer for h_layer, g_layer in pairs]
+    product = torch.mm if x.dim() == 2 else torch.bmm
+    dA, dB = product(gB, x), [product(h_layer, g_layer) for h_layer, g_layer in pairs]
     if x.dim() == 3:
         dA, dB = dA.sum(0), [t.sum(0) for t in dB]
     return dA.split(rank) if n > 1 else [dA], [t.t() for t in dB], gB

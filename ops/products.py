@@ -95,11 +95,6 @@ def block_diagonal(matrices: Tensors) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.block_diag(*matrices)
 
 
-def stacked(tensors: Tensors) -> Tensor:
-    """The n tensors as a batch (n, ...); of a single one a view, without a copy."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
 def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """A backward function that raises when its gradients are to be differentiated again.
 
