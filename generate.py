@@ -41,7 +41,7 @@ from data import (
     vocabulary_size,
 )
 from files import FileError
-from files.streams import set_stdout, write_err, write_out
+from files.streams import read_stdin, set_stdout, waits_on_stdin, write_err, write_out
 from lora import lies_below_adapter, lora_layers, merge_adapter
 from models import Caches, LanguageModel
 from models.checkpoint import Checkpoint
@@ -184,7 +184,11 @@ def write_text(writer: Writer) -> None:
     Raises ConfigError for a prompt without tokens, and for a question longer than the context.
     """
     config, size = writer.config, writer.model.block_size
+    if config.prompt is None and waits_on_stdin():
+        write_err("stdin is not read: PROMPT=- takes the prompt from it")
     text = "\n" if config.prompt is None else config.prompt
+    if text == "-":
+        text = read_stdin().removesuffix("\n")
     prompt = asked(writer, [{"role": "user", "content": text}])
     if not prompt:
         raise ConfigError(f"PROMPT={text!r} has no tokens that the base's tokenizer knows")

@@ -1,4 +1,4 @@
-"""Train a small GPT-style language model on text, or fine-tune it with LoRA.
+"""Train a language model on text or chats, or fine-tune a published one, with LoRA or fully.
 
     python training.py                                  train every weight
     DATA=python-docs USE_LORA=True python training.py   fine-tune that model with LoRA
@@ -57,7 +57,14 @@ from trainer.evaluation import (
     shows_progress,
     tokens_per_second,
 )
-from trainer.log import SAMPLE, evaluation_line, stopped_line, summary_lines, wrote_line
+from trainer.log import (
+    SAMPLE,
+    evaluation_line,
+    stopped_line,
+    summary_lines,
+    time_left_line,
+    wrote_line,
+)
 from trainer.metrics import Metrics
 from trainer.optimization import (
     clip_gradients,
@@ -92,7 +99,9 @@ def work() -> None:
     plan = plan_run(config)
     if config.preview:
         colour = sys.stdout is not None and sys.stdout.isatty()
-        write_out("".join(f"{line}\n" for line in preview(plan, colour)))
+        lines = preview(plan, colour)
+        write_out("".join(f"{line}\n" for line in lines if processes.is_main_process()))
+        processes.destroy_process_group()
         return
     say(*describe_plan(plan))
     if config.estimate:
@@ -112,7 +121,11 @@ def work() -> None:
 
 
 def train(run: Run) -> None:
-    """Train: steps, evaluations, files, and the closing summary."""
+    """Train: steps, evaluations, files, and the closing summary.
+
+    Raises Interrupted after a signal, TrainingError for a loss that is no number, and FileError for
+    a file that cannot be read or written.
+    """
     config, n_processes = run.config, processes.world_size()
     hardware.allow_tf32(run.device)
     optimizer = make_optimizer(config, run.model, run.dtype)
@@ -238,6 +251,10 @@ def train(run: Run) -> None:
             timer.end()
             progress.step = step + 1
             bar.update()
+            if step + 1 == first_step + 10 and bar.disable and progress.step_times:
+                left = (config.max_steps - progress.step) * statistics.median(progress.step_times)
+                if left > 60:
+                    show(time_left_line(left, config.max_steps))
 
     summary = {
         "best_val_loss": progress.best_loss,

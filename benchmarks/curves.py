@@ -10,8 +10,6 @@ folder. `curves` gets a row for each evaluation, `runs` one for each run.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
-from benchmarks.measure import names_of, other_variables, variables_of
+from benchmarks.measure import metrics_of, names_of, variables_of
 from trainer.settings import Config
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
     "base": "python training.py",
     "LoRA": "DATA=python-docs USE_LORA=True python training.py",
@@ -35,26 +32,12 @@ OLD = {
     "old": "OPTIMIZER=adamw SCHEDULE=cosine LEARNING_RATE=0.003 DROPOUT=0.2 MAX_STEPS=1000 "
     "OUT_DIR=out-old python training.py"
 }
-METRICS = {
-    "base": "out/full-metrics.jsonl",
-    "LoRA": "out/lora-metrics.jsonl",
-    "full": "out-tuned/full-metrics.jsonl",
-    "old": "out-old/full-metrics.jsonl",
-}
 
 
 def lines_of(run: str, folder: Path, common: dict[str, str]) -> list[dict[str, Any]]:
     """Start a run in `folder`; the lines of its metrics.jsonl. Exits where the run fails."""
     own = variables_of((RUNS | OLD)[run].removesuffix("python training.py"))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "training.py")],
-        env=other_variables() | {"SAMPLE_TOKENS": "0"} | common | own,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-    )
-    if done.returncode != 0:
-        sys.exit(done.returncode)  # it has said why
-    return [json.loads(line) for line in (folder / METRICS[run]).read_text().splitlines()]
+    return metrics_of(common | own, folder)
 
 
 def rows_of(

@@ -1,6 +1,7 @@
 """What benchmarks share: times of things in turn, memory in a process of its own, options."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.settings import Config, option_fields
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def interleaved(
@@ -63,6 +67,30 @@ def printed_by(
             f"{child.stderr.strip()[-2000:]}"
         )
     return child.stdout
+
+
+def metrics_of(
+    variables: Mapping[str, str],
+    folder: Path,
+    script: str = "training.py",
+    launcher: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Run training.py in a folder with these variables of its own and no others; the lines of its
+    metrics.jsonl. `launcher` are Python's options before the script. Exits with the run's exit code
+    where it fails, which has said why."""
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script)],
+        cwd=folder,
+        env=other_variables() | {"SAMPLE_TOKENS": "0"} | variables,
+        stdout=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    written = (folder / variables.get("OUT_DIR", "out")).glob("*-metrics.jsonl")
+    newest = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        sys.exit("error: a run of these variables trains nothing, or has an OUT_DIR of its own")
+    return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
 def names_of(accepted: Sequence[str]) -> Callable[[str], list[str]]:

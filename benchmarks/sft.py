@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hardware
 from benchmarks import results
 from benchmarks.families import MODELS, RANK, TARGETS, batches_of
-from benchmarks.measure import at_least_one, names_of, other_variables, printed_by
+from benchmarks.measure import at_least_one, metrics_of, names_of, printed_by
 from benchmarks.memory import write_base
 from data import load_corpus
 
@@ -45,13 +45,11 @@ def ours(folder: Path, model: str, batch: tuple[int, int], dtype: str, steps: in
         "BASE_CHECKPOINT": model, "DATA": "text.txt", "OUT_DIR": "out", "DEVICE": "cpu",
         "USE_LORA": "True", "LORA_RANK": str(RANK), "LORA_ALPHA": str(2 * RANK), "DTYPE": dtype,
         "BATCH_SIZE": str(batch[0]), "BLOCK_SIZE": str(batch[1]), "MAX_STEPS": str(steps),
-        "EVAL_INTERVAL": str(steps // 2), "EVAL_BATCHES": str(EVAL_BATCHES), "SAMPLE_TOKENS": "0",
+        "EVAL_INTERVAL": str(steps // 2), "EVAL_BATCHES": str(EVAL_BATCHES),
         "LEARNING_RATE": str(RATE), "LORA_PLUS_RATIO": "1", "WARMUP_STEPS": "0",
         "ADAM_BETA2": "0.999",
     }  # fmt: skip
-    printed_by([str(ROOT / "training.py")], "ours", folder, other_variables() | variables)
-    lines = (folder / "out" / "lora-metrics.jsonl").read_text().splitlines()
-    summary = json.loads(lines[-1])["summary"]
+    summary = metrics_of(variables, folder)[-1]["summary"]
     return {
         "loss": summary["final_val_loss"],
         "time_s": summary["training_time"],

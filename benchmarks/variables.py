@@ -19,10 +19,7 @@ this run and one of a single step. Nothing else may use it meanwhile.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,10 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
-from benchmarks.measure import at_least_one, variables_of
+from benchmarks.measure import at_least_one, metrics_of, variables_of
 from trainer.settings import Config
 
-ROOT = Path(__file__).resolve().parents[1]
 # What is given by options, or would write elsewhere.
 NOT_IN_SETS = ("MAX_STEPS", "SAMPLE_TOKENS", "OUT_DIR", "TEST_MODE")
 
@@ -46,30 +42,14 @@ NOT_IN_SETS = ("MAX_STEPS", "SAMPLE_TOKENS", "OUT_DIR", "TEST_MODE")
 def summary_of(script: str, variables: dict[str, str], steps: int) -> dict[str, Any]:
     """The summary that a run of so many steps leaves, and the bytes that it sent."""
     processes = int(variables.get("PROCESSES", 1))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    own = {name: value for name, value in variables.items() if name != "PROCESSES"}
     with tempfile.TemporaryDirectory() as folder:
-        environment = {n: v for n, v in variables.items() if n != "PROCESSES"}
-        environment |= {"MAX_STEPS": str(steps), "SAMPLE_TOKENS": "0", "OUT_DIR": folder}
+        own |= {"MAX_STEPS": str(steps), "OUT_DIR": folder}
         before = bytes_sent()
-        done = subprocess.run(
-            [*command, str(ROOT / script)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-            print((errors or [done.stderr[-2000:]])[0], file=sys.stderr)
-            sys.exit(done.returncode)
-        sent = bytes_sent() - before
-        metrics = next(Path(folder).glob("*-metrics.jsonl"), None)
-        if metrics is None:
-            sys.exit("error: a run of these variables trains nothing or has an OUT_DIR of its own")
-        first, *_, last = map(json.loads, metrics.read_text().splitlines())
-        facts = {name: first["run"][name] for name in ("device", "dtype")}
-        return last["summary"] | facts | {"sent": sent}
+        first, *_, last = metrics_of(own, Path.cwd(), script, launcher if processes > 1 else ())
+    facts = {name: first["run"][name] for name in ("device", "dtype")}
+    return last["summary"] | facts | {"sent": bytes_sent() - before}
 
 
 def of_round(variables: dict[str, str], number: int) -> dict[str, str]:

@@ -9,9 +9,10 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
                     batches.py draws windows
     records.py      chats and texts: record_files.py finds their files, rows.py reads a file's rows,
                     forms.py makes examples of them, chat.py writes these in a chat template or the
-                    plain format, packing.py fills blocks
+                    plain format, packing.py fills blocks, packed.py keeps them in a file
     preview.py      what a model will see, with what the loss counts marked
     tokenizer.py    text to tokens and back
+    make_instructions.py   made the built-in python-instructions
 """
 
 from data.chat import (
@@ -30,10 +31,7 @@ from data.preview import preview_lines
 from data.records import RecordCorpus, load_records
 from data.text import TextCorpus, load_corpus
 from data.tokenizer import (
-    begun,
     decode,
-    encode,
-    end_token,
     end_tokens,
     start_tokens,
     stream_decoder,
@@ -49,12 +47,9 @@ __all__ = [
     "Format",
     "RecordCorpus",
     "TextCorpus",
-    "begun",
     "chat_format",
     "continues_text",
     "decode",
-    "encode",
-    "end_token",
     "end_tokens",
     "ends_of",
     "load_corpus",

@@ -120,8 +120,9 @@ class PlainFormat:
         """The tokens that every record begins with."""
         return start_tokens(self.tokenizer, self.files)
 
-    def write(self, example: Example) -> list[Written]:
-        """The texts of an example. Raises ValueError for what the format cannot say."""
+    def write(self, example: Example, whole: bool = False) -> list[Written]:
+        """The texts of an example, always `whole`. Raises ValueError for what the format cannot
+        say."""
         return [_text(example, self) or self._chat(example)]
 
     def _chat(self, example: Example) -> Written:
@@ -129,7 +130,7 @@ class PlainFormat:
             raise ValueError("tools need a base with a chat template")
         return self._turns(example.messages)
 
-    def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+    def ask(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a chat that the assistant is to continue.
 
         Raises ValueError for what the format cannot say.
@@ -201,8 +202,9 @@ class PlainFormat:
 class TemplateFormat:
     """The format of a chat template, rendered as `transformers` renders it.
 
-    A template that writes earlier turns differently from the last one, such as those that drop a
-    model's reasoning, makes each of the assistant's turns an example of its own.
+    A template may write earlier turns differently from the last one, such as those that drop a
+    model's reasoning. Then each of the assistant's turns is an example of its own, but for turns
+    that are written the same in a later example.
 
     Attributes:
         template: Jinja's source text.
@@ -296,10 +298,15 @@ class TemplateFormat:
             raise ValueError(f"the chat template refuses it: {reason}") from error
         if len(text) > MOST_CHARACTERS and len(text) > 10 * len(str([messages, tools])):
             raise ValueError(f"the chat template makes {len(text):,} characters of it")
+        try:
+            text.encode("utf-8", "surrogateescape")  # which stand for bytes that are no UTF-8
+        except UnicodeEncodeError as error:
+            raise ValueError("the chat template writes half of a surrogate pair") from error
         return text
 
-    def write(self, example: Example) -> list[Written]:
-        """The text of an example, or of each of the assistant's turns in it.
+    def write(self, example: Example, whole: bool = False) -> list[Written]:
+        """The text of an example up to the last turn that the loss counts, or the `whole` text; or
+        the text of each of these turns.
 
         Raises ValueError where the template refuses it, and where it does not show which part of
         the text is the assistant's.
@@ -310,9 +317,10 @@ class TemplateFormat:
         messages = [self._guarded(message) for message in example.messages]
         tools = _guard(list(example.tools), self._guards[False])
         learned = [i for i, message in enumerate(messages) if is_learned(message)]
-        if not learned:
+        if whole or not learned:
             return [self._written(self.render(messages, tools), [])]
-        spans = {}  # of each learned turn: its text with all before it, and where it begins
+        texts: list[str] = []  # up to a learned turn, without those that a later one begins with
+        spans: list[list[tuple[int, int]]] = []  # of the learned turns in each
         for i in learned:
             before = self.render(messages[:i], tools, opens=True)
             until = self.render(messages[: i + 1], tools)
@@ -320,11 +328,16 @@ class TemplateFormat:
                 raise ValueError(
                     f"the chat template does not show which part of turn {i + 1} is the assistant's"
                 )
-            spans[i] = (until, len(before))
-        whole = spans[learned[-1]][0]
-        if all(whole.startswith(until) for until, _ in spans.values()):
-            return [self._written(whole, [(start, len(until)) for until, start in spans.values()])]
-        return [self._written(until, [(start, len(until))]) for until, start in spans.values()]
+            span = (len(before), len(until))
+            if texts and until.startswith(texts[-1]):
+                texts[-1] = until
+                spans[-1].append(span)
+            else:
+                texts.append(until)
+                spans.append([span])
+        if len(texts) == 1:
+            return [self._written(texts[0], spans[0])]
+        return [self._written(text, part) for text, part in zip(texts, spans, strict=True)]
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue; see `PlainFormat.ask`."""
@@ -561,24 +574,29 @@ def _text(example: Example, format: Format) -> Written | None:
     return Written([example.text], True, join)
 
 
-def encode_examples(examples: Sequence[Example], format: Format) -> Iterator[Tokens]:
-    """The tokens of examples, of which a template may make several each.
+def encode_examples(
+    examples: Sequence[Example], format: Format, whole: bool = False
+) -> Iterator[Tokens]:
+    """The tokens of examples, of which a template may make several each. If they are to be `whole`,
+    the loss counts all of them.
 
     Raises DataError, with the example's place, for what the format cannot say.
     """
     batch: list[tuple[Example, Written]] = []
     size = 0
     for example in examples:
-        for written in _at(example, format.write, example):
+        for written in _at(example, format.write, example, whole):
             batch.append((example, written))
             size += sum(map(len, written.texts))
         if size >= SIDE_BY_SIDE:
-            yield from _joined(batch, format)
+            yield from _joined(batch, format, whole)
             batch, size = [], 0
-    yield from _joined(batch, format)
+    yield from _joined(batch, format, whole)
 
 
-def _joined(batch: Sequence[tuple[Example, Written]], format: Format) -> Iterator[Tokens]:
+def _joined(
+    batch: Sequence[tuple[Example, Written]], format: Format, whole: bool
+) -> Iterator[Tokens]:
     """The tokens of what is written of examples."""
     for special, group in itertools.groupby(batch, lambda pair: pair[1].special):
         alike = list(group)
@@ -586,13 +604,14 @@ def _joined(batch: Sequence[tuple[Example, Written]], format: Format) -> Iterato
         encoded = encode_all(texts, format.tokenizer, special)
         for example, written in alike:
             parts = list(itertools.islice(encoded, len(written.texts)))
-            yield _at(example, written.join, parts)
+            tokens = _at(example, written.join, parts)
+            yield tokens._replace(counted=[True] * len(tokens.tokens)) if whole else tokens
 
 
-def _at(example: Example, function: Callable[[Any], Any], argument: Any) -> Any:
-    """function(argument). Raises its ValueError as a DataError with the example's place."""
+def _at(example: Example, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments). Raises its ValueError as a DataError with the example's place."""
     try:
-        return function(argument)
+        return function(*arguments)
     except ValueError as error:
         reason = one_line(str(error))
         raise DataError(f"{printable(example.place)}: {reason}") from error
@@ -609,6 +628,8 @@ def refuse_end(text: str) -> None:
 def _guard(value: Any, pattern: re.Pattern | None) -> Any:
     """`value` with a BREAK after the first character of each text that `pattern` finds in it."""
     if isinstance(value, str):
+        if BREAK in value:
+            raise ValueError("it has U+FDD0, which stands for no character")
         if pattern is None:
             return value
         return pattern.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)

@@ -64,6 +64,8 @@ COLUMNS = tuple(dict.fromkeys(column for layout in LAYOUTS for column in layout.
 ACCEPTED = f"{', '.join('+'.join(layout.needs) for layout in LAYOUTS)}, or COLUMNS; {AS_TEXT}"
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 PREFERENCES = {"chosen", "rejected"}
+TREE = {"text", "role", "parent_id"}  # OASST's messages
+MESSAGES = ({"role", "content"}, {"from", "value"})  # a chat's, where a row would be
 
 # Who speaks, by the words that files have for it.
 ROLES = ("system", "user", "assistant", "tool")
@@ -128,8 +130,21 @@ def layout_of(row: Mapping[str, Any]) -> Layout:
             "it has chosen and rejected: preference pairs, which nothing here trains on; "
             "accepted: one completion, as COLUMNS=prompt,completion:chosen has it"
         )
+    if set(row) >= TREE:
+        raise ValueError(
+            "it has text, role and parent_id: one message of a tree, which is no chat; accepted: "
+            "a row for each chat, or the texts alone, as COLUMNS=text has them"
+        )
     found = _layouts(_columns_with_values(row)) or _layouts(frozenset(row))
+    if not found and any(set(row) >= message for message in MESSAGES):
+        raise ValueError(
+            'it is one message; accepted: a row for each chat, as in {"messages": [...]}'
+        )
     if not found:
+        named = {str(name).strip().lower(): name for name in row}
+        if meant := _layouts(frozenset(named)):
+            pairs = [f"{n}:{named[n]}" for n in meant[0].columns if n in named]
+            raise ValueError(f"it has {_names(row)}; COLUMNS={','.join(pairs)} takes them")
         begun = [layout for layout in LAYOUTS if set(layout.needs) & set(row)]
         if begun:
             raise ValueError(f"it has {_names(row)} and lacks {_missing(row, begun[0])}")

@@ -20,7 +20,7 @@ def open_corpus(
     tokenizer: str | None = None,
     block_size: int = 1,
     count_prompts: bool = False,
-    token_folder: Path = Path(),
+    token_folder: Path | None = None,
     in_turn: AbstractContextManager = nullcontext(),  # noqa: B008  it has no state
     format: Format | None = None,
     columns: Mapping[str, str] = NO_COLUMNS,
@@ -33,7 +33,8 @@ def open_corpus(
         default_path: the text that no name stands for, if it is there.
         tokenizer: the content of a tokenizer.json; None where tokens are bytes.
         count_prompts: whether the loss counts the prompts of records too.
-        token_folder: where data in the tokens of `tokenizer` are kept; made when needed.
+        token_folder: where data in the tokens of `tokenizer` are kept; made when needed. With None
+            a text's tokens are kept in the current folder, and records' are not.
         in_turn: entered while their file is looked for and made. Of several processes one should
             make it, and the others find it.
         format: how chats are written; by default the plain format.
@@ -55,6 +56,6 @@ def open_corpus(
         corpus = dataclasses.replace(corpus, n_records=0)  # it is what was asked for
     if tokenizer is not None:
         with in_turn:
-            corpus = tokenize_corpus(corpus, tokenizer, token_folder)
+            corpus = tokenize_corpus(corpus, tokenizer, token_folder or Path())
     check_length(corpus, block_size)
     return corpus

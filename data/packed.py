@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from data.packing import Blocks
-from data.text_files import map_file
+from data.text_files import MIB, map_file
 from files import FileError
 from files.writing import replacing
 
 ARRAYS = ("inputs", "targets", "segments")  # of Blocks; the rest of it are numbers
 ALIGNED = 64  # each part of the file begins at a multiple of so many bytes
+CHECK = 4  # bytes of the CRC-32
+MOST_FILES = 8  # in a folder; the oldest ones are removed
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,15 @@ def kept_in(folder: Path, identity: Any, make: Callable[[], Packed]) -> Packed:
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, packed)
             packed = _read(path) or packed
+            others = sorted(folder.glob("records-*.bin"), key=os.path.getmtime)
+            for other in others[:-MOST_FILES]:
+                other.unlink()
     return packed
 
 
 def _write(path: Path, packed: Packed) -> None:
-    """A line of JSON that says what follows, and the arrays. Raises FileError."""
+    """A line of JSON that says what follows, the arrays, and at last the CRC-32 of all that. Raises
+    FileError."""
     header: dict[str, Any] = {"are_texts": packed.are_texts, "found": dict(packed.found)}
     arrays = []
     for split in ("train", "validation"):
@@ -67,21 +75,31 @@ def _write(path: Path, packed: Packed) -> None:
         fields |= {name: [a.dtype.str, list(a.shape)] for name, a in parts.items()}
         header[split] = fields
         arrays += parts.values()
+    check = 0
     with replacing(path) as file:
         for part in (json.dumps(header).encode() + b"\n", *arrays):
-            file.write(part)
-            file.write(b"\0" * (-file.tell() % ALIGNED))
+            padding = b"\0" * (-(file.tell() + memoryview(part).nbytes) % ALIGNED)
+            for piece in (part, padding):
+                file.write(piece)
+                check = zlib.crc32(piece, check)
+        file.write(check.to_bytes(CHECK, "little"))
 
 
 def _read(path: Path) -> Packed | None:
-    """What a file holds; None where it is not there, or not whole."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        line = file.readline()
-        place = file.tell() + -file.tell() % ALIGNED
-        content = map_file(file) if line else np.empty(0, np.uint8)
+    """What a file holds; None where it is not there, cannot be read, or is not what was written."""
     try:
+        if not path.is_file() or path.stat().st_size <= CHECK:
+            return None
+        with open(path, "rb") as file:
+            check, left = 0, path.stat().st_size - CHECK
+            while piece := file.read(min(left, MIB)):
+                check, left = zlib.crc32(piece, check), left - len(piece)
+            if file.read(CHECK) != check.to_bytes(CHECK, "little"):
+                return None
+            file.seek(0)
+            line = file.readline()
+            place = file.tell() + -file.tell() % ALIGNED
+            content = map_file(file)[:-CHECK]
         header = json.loads(line)
         splits = {}
         for split in ("train", "validation"):
@@ -93,6 +111,6 @@ def _read(path: Path) -> Packed | None:
                 place = stop + -stop % ALIGNED
             splits[split] = Blocks(**fields)
         packed = Packed(**splits, are_texts=header["are_texts"], found=header["found"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return packed if place == len(content) else None

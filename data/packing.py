@@ -12,6 +12,8 @@ import numpy as np
 from data.chat import Tokens
 from data.corpus import IGNORED
 
+AFTER_END = 3  # tokens among which an end is, where the loss counts what a template writes after it
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
@@ -23,8 +25,9 @@ class Blocks:
         segments: (n, T) uint16, 1, 2, ... for the tokens of a block's records and 0 for padding.
         n_used: how many tokens of `inputs` are no padding.
         n_counted: how many of `targets` the loss counts.
-        n_records: how many records there were.
+        n_records: how many records there were; a template may make several of one chat.
         n_cut: how many of them were longer than T + 1 tokens.
+        fits: the block sizes that would cut a tenth of the records, and none of them.
         n_lost: how many tokens of these are in no block; a long text loses none.
         n_masked: how many were left out, because the loss would count no token of what was left.
         n_unread: how many characters of them no token of the tokenizer stands for.
@@ -39,6 +42,7 @@ class Blocks:
     n_counted: int
     n_records: int
     n_cut: int
+    fits: tuple[int, int]
     n_lost: int
     n_masked: int
     n_unread: int
@@ -76,12 +80,13 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
         pieces = [(tokens[i : i + size], counted[i : i + size]) for i in starts]
         pieces = [piece for piece in pieces if piece[1][1:].any()]
         n_masked += not pieces
-        learned = tokens[counted].tolist()
-        if learned:
-            n_empty += len(learned) <= len(ends) and set(learned) <= set(ends)
-            n_endless += learned[-1] not in ends
+        learned = np.isin(tokens[counted], ends)  # whether each is an end
+        n_empty += bool(learned.size and learned.all())
+        n_endless += bool(learned.size and not learned[-AFTER_END:].any())
         n_lost += 0 if is_text else len(tokens[size:])
         kept += pieces
+    lengths = [len(example.tokens) for example in examples]
+    fits = np.quantile(lengths, (0.9, 1.0), method="higher") - 1 if lengths else (0, 0)
     blocks = best_fit([len(tokens) for tokens, _ in kept], size)
     np.random.default_rng(0).shuffle(blocks)
     tokens = np.full((len(blocks), size), ends[0], np.min_scalar_type(n_tokens - 1))
@@ -98,12 +103,21 @@ def pack(examples: Sequence[Tokens], block_size: int, n_tokens: int, ends: Seque
             first = stop
     parts = (tokens[:, :-1], targets[:, 1:], segments[:, :-1])
     inputs, targets, segments = map(np.ascontiguousarray, parts)
-    n_used, n_counted = int((segments > 0).sum()), int((targets != IGNORED).sum())
-    n_unread = sum(example.n_unread for example in examples)
     return Blocks(
-        inputs, targets, segments, n_used, n_counted, len(examples), n_cut, n_lost, n_masked,
-        n_unread, n_empty, n_endless,
-    )  # fmt: skip
+        inputs=inputs,
+        targets=targets,
+        segments=segments,
+        n_used=int((segments > 0).sum()),
+        n_counted=int((targets != IGNORED).sum()),
+        n_records=len(examples),
+        n_cut=n_cut,
+        fits=tuple(map(int, fits)),
+        n_lost=n_lost,
+        n_masked=n_masked,
+        n_unread=sum(example.n_unread for example in examples),
+        n_empty=n_empty,
+        n_endless=n_endless,
+    )
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

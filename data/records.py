@@ -55,6 +55,9 @@ class RecordCorpus(Corpus):
                 rows[name] += (
                     f"; {blocks.n_cut:,} longer than a block, {blocks.n_lost:,} tokens lost"
                 )
+            if blocks.n_lost:
+                tenth, none = blocks.fits
+                rows[name] += f": BLOCK_SIZE={tenth} would cut a tenth, {none} none"
             if blocks.n_empty:
                 rows[name] += f"; {blocks.n_empty:,} with an empty answer"
             if blocks.n_endless:
@@ -65,7 +68,8 @@ class RecordCorpus(Corpus):
                 rows[name] += f"; {blocks.n_masked:,} left out, of which nothing would be counted"
         rows["prompt"] = self.format.describe()
         ((tokens, counted),) = self.examples(1, self.train.inputs.shape[1])
-        rows["end"] = json.dumps(marked(tokens[-END_TOKENS:], counted[-END_TOKENS:], self))
+        end = json.dumps(marked(tokens[-END_TOKENS:], counted[-END_TOKENS:], self))
+        rows["end"] = f"{end}, of the first record, with what the loss counts in brackets"
         return aligned(rows) + (aligned(self.found) if self.found else [])
 
     def passes(self, n_tokens: int) -> float:
@@ -203,9 +207,9 @@ def load_records(
 
 def _encode(examples: Sequence[Example], format: Format, count_prompts: bool) -> Iterator[Tokens]:
     """The tokens of examples, in arrays: lists of numbers take ten times the memory."""
-    for found in encode_examples(examples, format):
+    for found in encode_examples(examples, format, whole=count_prompts):
         tokens, counted = np.array(found.tokens, np.uint32), np.array(found.counted, bool)
-        yield found._replace(tokens=tokens, counted=counted | count_prompts)
+        yield found._replace(tokens=tokens, counted=counted)
 
 
 def _batch(

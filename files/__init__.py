@@ -1,4 +1,9 @@
-"""Files: written whole or not at all, read without running code, checked before use."""
+"""Files and streams: what a user has is not lost, and what is wrong is said in one line.
+
+writing.py    files and folders that are written whole or not at all, the lock of a folder
+tensors.py    files of tensors, read without running code and checked before use
+streams.py    stdout and stderr, errors in one line, signals
+"""
 
 
 class FileError(ValueError):

@@ -1,5 +1,6 @@
 """stdout and stderr: whole lines, written at once, and errors that name the stream; signals."""
 
+import array
 import contextlib
 import difflib
 import os
@@ -32,6 +33,31 @@ def write_out(text: str) -> None:
     except (OSError, ValueError) as error:
         _give_up(sys.stdout)
         raise FileError(f"stdout: {reason_of(error)}") from error
+
+
+def read_stdin() -> str:
+    """All of stdin, with surrogates for bytes that are no UTF-8. Raises FileError when it cannot be
+    read, or is empty."""
+    try:
+        content = sys.stdin.buffer.read()
+    except (OSError, ValueError, AttributeError) as error:  # the caller has closed it
+        raise FileError(f"stdin: {reason_of(error)}") from error
+    if not content:
+        raise FileError("stdin is empty")
+    return content.decode("utf-8", "surrogateescape")
+
+
+def waits_on_stdin() -> bool:
+    """Whether a pipe or a file at stdin has something to read; False where no system call says."""
+    try:
+        import fcntl
+        import termios
+
+        size = array.array("i", [0])
+        fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, size)
+        return size[0] > 0 and not sys.stdin.isatty()
+    except (ImportError, OSError, ValueError, AttributeError):
+        return False
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

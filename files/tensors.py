@@ -123,6 +123,8 @@ def how_to_get(path: str | os.PathLike) -> str:
     if not found or os.fspath(path).endswith((".pt", ".bin")) or (parent and os.path.isdir(parent)):
         return ""
     name, folder = found.groups()
+    if "/" not in name and not name.startswith("gpt2"):  # which the hub has without one
+        name = f"OWNER/{name}"
     return f"; to get it from Hugging Face: hf download {name} --local-dir {folder}"
 
 

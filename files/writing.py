@@ -72,6 +72,7 @@ def write_folder(
                 file.write(b"" if callable(content) else content)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(Path(partial) / name, 0o666 & ~_umask())
         os.chmod(partial, 0o777 & ~_umask())
         if path.exists():
             path.rmdir()  # an empty folder, which Windows would not replace
@@ -92,7 +93,10 @@ def lock_folder(folder: str | os.PathLike) -> BinaryIO:
     to for IDLE seconds, since some files are written without this lock. Raises FileError when
     another process has the folder, or when it cannot be reserved.
     """
-    lock = open(Path(folder) / LOCK, "ab")  # noqa: SIM115 (closing it releases the lock)
+    path = Path(folder) / LOCK
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
+        raise FileError(f"{path} is no regular file; remove it, or set OUT_DIR to another folder")
+    lock = open(path, "ab")  # noqa: SIM115 (closing it releases the lock)
     try:
         if sys.platform == "win32":
             import msvcrt

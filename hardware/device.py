@@ -236,9 +236,9 @@ class StepTimer:
     On a CPU each step is timed. A GPU works through a queue, and would idle if Python waited for it
     at each step. There, `together` steps are timed as one, and each counts as their mean.
 
-    CUDA notes in its queue when it comes to each part of a step, for which nothing waits: what
-    Python does while the GPU computes takes no time, and where the GPU waits for Python, that is
-    the time of the part that it waits for. On MPS parts are what Python takes to ask for them.
+    The parts of a step are timed by marks in CUDA's queue, for which nothing waits. So a part is
+    the GPU's time for it, with the time that the GPU waits there for Python. On MPS it is the time
+    that Python takes to ask for it.
     """
 
     def __init__(

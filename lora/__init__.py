@@ -1,11 +1,17 @@
-"""LoRA for PyTorch: the layer, its injection into a model, and adapter files."""
+"""LoRA for PyTorch: for this project's models, and for any other.
+
+linear.py         the layer
+inject.py         putting it into a model
+adapters.py       adapters: their files, switching, combining and merging
+peft_format.py    the files of Hugging Face PEFT
+"""
 
 import sys
 
 from files import FileError
 from files.streams import report_ctrl_c_in_a_line
 
-if sys.argv[:1] == ["-m"]:  # `python -m lora`, which comes by here; torch takes seconds
+if sys.argv[:1] == ["-m"] and "lora" in sys.orig_argv:  # `python -m lora`; torch takes seconds
     report_ctrl_c_in_a_line()
 
 from lora.adapters import (

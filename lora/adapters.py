@@ -99,7 +99,7 @@ def save_adapter(
 
     `base` is the `fingerprint` of the model that the adapter was trained on. `metadata` (numbers,
     strings and dicts of these) is stored beside it. `whole` are weights that did not train here and
-    are the adapter's own all the same, by name.
+    are the adapter's own all the same, by name. Raises FileError when it cannot be written.
     """
     adapter = take_adapter(model, base, metadata)
     tensors = {**(whole or {}), **adapter.tensors}
@@ -107,7 +107,8 @@ def save_adapter(
 
 
 def write_adapter(path: str | os.PathLike, adapter: Adapter) -> int:
-    """Write an adapter and return the file's size in bytes."""
+    """Write an adapter and return the file's size in bytes. Raises FileError when it cannot be
+    written."""
     content = {"format": FORMAT, "version": VERSION, "base": adapter.base, "alpha": adapter.alpha}
     tensors = {name: tensor.cpu() for name, tensor in adapter.tensors.items()}
     return write_file(path, content | {"metadata": adapter.metadata, "tensors": tensors})

@@ -10,9 +10,9 @@ takes one of two forms:
 
     both        dB = s g^T (x A^T)  and  dA = s (g B)^T x
 
-Only x is kept for backward, or what it is quickly made of again; and M or W where it was cast for
-the step, or M where it and the batch are small. With dropout it is what is left of x, and a byte an
-element for the mask.
+Kept for backward is x, or in its place what it is quickly made of again. With dropout it is what
+the mask left of x, and a byte an element for the mask. M or W is kept too where it was cast for the
+step, and a small M in a small batch.
 """
 
 import contextlib
@@ -52,14 +52,13 @@ ENOUGH_TOKENS = 512
 # what one operation has written is in the cache for the next (section "slices").
 SLICE = 1024
 
-# A group of layers is one product from so many tokens on, unless it is this many times wider than
-# its input: stacking the weights, and in backward the outputs' gradients, then takes longer than
-# it saves. Of unequal widths, or without adapters and biases, it is so only where each token has at
-# most so many outputs, and without adapters only up to so many weights (section "groups").
-FEW_TOKENS = 16
-WIDE_GROUP = 4
-OUTPUTS_PER_TOKEN = 8
-PLAIN_GROUP = 2**20
+# Whether a group of layers is one product: see `stacking_pays` (section "groups"). It stacks the
+# weights, and in backward the outputs' gradients, which must take less than it saves.
+FEW_TOKENS = 16  # fewer are too few
+WIDE_GROUP = 4  # outputs for each input from which a group is too wide
+# For layers of unequal widths, and for plain ones without biases:
+OUTPUTS_PER_TOKEN = 8  # more outputs for each token are too many
+PLAIN_GROUP = 2**20  # more weights of plain layers are too many
 
 # Merged weights of up to this many numbers a layer are kept for backward of up to so many tokens,
 # where the time to make them again counts more than their memory (section "kept weights").

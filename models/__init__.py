@@ -1,4 +1,12 @@
-"""Language models: what all families share, a file for each family, and their files in and out."""
+"""Language models: families of them, and their files in and out.
+
+language_model.py       what all families share
+bigram_lm_v2_lora.py    GPT-2's kind
+llama.py                Llama, Mistral, Qwen, SmolLM
+checkpoint.py           our checkpoint files
+huggingface.py          Hugging Face's folders
+byte_tokenizer.py       the tokenizer of a model of bytes, for other programs
+"""
 
 from models.bigram_lm_v2_lora import FAMILY as GPT2
 from models.language_model import Caches, Family, LanguageModel

@@ -215,8 +215,6 @@ def read_config(config: dict[str, Any]) -> Sizes:
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name}={config[name]} is not supported, only {value}")
-    if sizes["n_embd"] % sizes["n_head"] != 0:
-        raise ValueError("n_embd is not a multiple of n_head")
     tied_head = config.get("tie_word_embeddings", True) is True
     return Sizes(**sizes, gelu=ACTIVATIONS[activation], tied_head=tied_head)
 

@@ -38,8 +38,7 @@ class Checkpoint:
 
 def sizes_of(model: LanguageModel) -> Any:
     """The sizes to write with this model: `tied_head` is False where LoRA parted a tied head."""
-    tied = {"tied_head": model.tied_head} if hasattr(model.sizes, "tied_head") else {}
-    return dataclasses.replace(model.sizes, **tied)
+    return dataclasses.replace(model.sizes, tied_head=model.tied_head)
 
 
 def family_of(model: LanguageModel) -> Family:

@@ -59,14 +59,14 @@ class Family:
         name: as checkpoint files have it.
         model: its class, which takes the fields of `sizes` as arguments.
         sizes: its dataclass of numbers and options that fix the arithmetic, with at least
-            `vocab_size`, `block_size`, `n_embd`, `n_head` and `n_layer`. Raises ValueError for
-            values that do not go together.
+            `vocab_size`, `block_size`, `n_embd`, `n_head`, `n_layer` and `tied_head`. Raises
+            ValueError for values that do not go together.
         model_types: the `model_type`s of config.json that it reads.
         read_config: the sizes that a config.json states. Raises ValueError for what is not
             supported, without the file's name.
         write_config: the config.json for these sizes; None where a model of the family always
             begins as a folder that has one.
-        layout: every tensor of a folder with these sizes.
+        layout: every tensor of a folder with these sizes, the token embedding first.
         ignored: whether a folder's tensor of this name holds nothing that the model needs.
     """
 

@@ -25,6 +25,13 @@ MODULES = sorted(
 )
 
 
+def test_each_package_says_what_its_files_are_for():
+    for path in MODULES:
+        if len(path.parts) == 2 and not path.name.startswith("__"):
+            package = ast.get_docstring(tree_of(path.parent / "__init__.py"))
+            assert re.search(rf"\b{path.name}\b", package), f"{path} is not in its package's list"
+
+
 def package_of(path: Path) -> str:
     return path.parts[0].removesuffix(".py")
 

@@ -494,7 +494,9 @@ def test_the_recipes_questions_are_of_variables_and_bases_that_there_are():
 
 def test_a_curve_has_the_evaluations_of_its_run(training, tmp_path):
     succeeded(training(DEVICE="cpu"))
-    lines = list(map(json.loads, (tmp_path / curves.METRICS["base"]).read_text().splitlines()))
+    lines = list(
+        map(json.loads, (tmp_path / "out" / "full-metrics.jsonl").read_text().splitlines())
+    )
     points, outcome = curves.rows_of("base", lines, {"DEVICE": "cpu"})
     assert [(point["run"], point["step"]) for point in points] == [("base", n) for n in (0, 3, 6)]
     assert outcome["loss_before"] == points[0]["loss"] > outcome["final_loss"] == points[-1]["loss"]

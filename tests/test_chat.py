@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,13 +195,13 @@ def test_tokens_are_those_of_transformers_and_the_answers_count(kind, name, tmp_
         moves = bool(tools) and "mistral" in name and "user" in [m["role"] for m in messages[1:]]
         alone = model.per_turn or moves
         found = encoded(base.format, Example(tuple(messages), tuple(tools)))
-        ends = until if alone else until[-1:]
+        texts = {n: base.text(messages[:n], tools or None) for n in until}
+        ends = [a for a, b in pairwise(until) if not texts[b].startswith(texts[a])] + until[-1:]
+        assert (ends == until[-1:]) or alone
         assert [t.tokens for t in found] == [base.tokens(messages[:n], tools or None) for n in ends]
         expected = [
-            (model.opening if n == end or not alone else "") + messages[n - 1]["content"]
-            for end in ends
+            (model.opening if n in ends or not alone else "") + messages[n - 1]["content"]
             for n in until
-            if n == end or not alone
         ]
         counted = [text for tokens in found for text in base.counted(tokens)]
         for text, content, n in zip(counted, expected, until, strict=True):
@@ -431,6 +432,36 @@ def test_a_chat_that_a_template_refuses_is_named(tmp_path):
     nemo = base_of(tmp_path / "nemo", "bytes", PUBLISHED["mistral-nemo"])
     with pytest.raises(DataError, match="line 2: the chat template does not show which part of"):
         load_records(name, 256, format=nemo.format)
+
+
+def test_what_a_template_or_a_text_may_not_hold_is_named(tmp_path):
+    base = base_of(tmp_path / "base", "bytes", PUBLISHED["qwen2.5"])
+    late = "{% if messages[0].content == 'late' %}{{ '\\ud83d' }}{% endif %}"
+    name = rows(tmp_path / "a.jsonl", HI, HI, [says("user", "late"), HI[1]])
+    format = TemplateFormat(base.format.template + late, base.format.tokenizer, base.format.files)
+    with pytest.raises(DataError, match=r"line 3: the chat template writes half of a surrogate"):
+        load_records(name, 256, format=format)
+    name = rows(tmp_path / "b.jsonl", HI, HI, [says("user", "\ufdd0"), HI[1]])
+    with pytest.raises(DataError, match=r"line 3: it has U\+FDD0, which stands for no character"):
+        load_records(name, 256, format=base.format)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama-3.1", "gemma-2", "qwen3"])
+def test_with_prompts_all_of_a_chat_counts_and_has_its_end(name, tmp_path):
+    """Also the turns after the last one that would count."""
+    base = base_of(tmp_path / "base", "bytes", PUBLISHED[name])
+    chat = [*LONG, says("user", "more"), says("assistant", "no", weight=0)]
+    (whole,) = encode_examples([Example(tuple(chat))], base.format, whole=True)
+    assert whole.tokens == base.tokens(chat) and all(whole.counted)
+    corpus = load_records(rows(tmp_path / "a.jsonl", chat, chat), 512, True, base.format)
+    assert (corpus.train.n_records, corpus.train.n_endless, corpus.train.n_lost) == (1, 0, 0)
+
+
+def test_chats_of_empty_answers_are_counted(tmp_path):
+    base = base_of(tmp_path / "base", "bytes", PUBLISHED["qwen2.5"])
+    silent = [says("user", "a"), says("assistant", ""), ON, says("assistant", "")] * 3
+    corpus = load_records(rows(tmp_path / "a.jsonl", silent, HI, HI), 512, format=base.format)
+    assert corpus.train.n_empty == 1
 
 
 RANGE = "{% for x in range(99999) %}"

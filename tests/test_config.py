@@ -137,6 +137,9 @@ def test_a_minimum_above_the_peak_is_refused(rate):
         ("MREGE", "MERGE"),
         ("OUTDIR", "OUT_DIR"),
         ("LORA", "(USE_)?LORA.*"),
+        ("EPOCHS", "MAX_STEPS"),
+        ("lr", "LEARNING_RATE"),
+        ("PER_DEVICE_TRAIN_BATCH_SIZE", "BATCH_SIZE"),
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_right_one(misspelt, meant):

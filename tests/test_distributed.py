@@ -54,6 +54,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["tensors"]
 
 
+def test_a_preview_is_printed_once(folder):
+    assert record_of_group(folder, **STEPS | {"PREVIEW": "1"}).count("Example 1: ") == 1
+
+
 @pytest.mark.parametrize("fsdp", ["False", "True"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_as_one(folder, mode, fsdp):

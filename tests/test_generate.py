@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_CPU, ROOT, TEXT, TINY, needs_posix, refused, start_script, succeeded
+from conftest import (
+    ON_CPU,
+    ROOT,
+    TEXT,
+    TINY,
+    environment_of,
+    needs_posix,
+    refused,
+    start_script,
+    succeeded,
+)
 
 from data import load_corpus
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -43,6 +53,25 @@ def model_of(path: Path) -> BigramLanguageModelLoRA:
     model = BigramLanguageModelLoRA(**dataclasses.asdict(base.sizes), device="cpu", dropout=0.0)
     load_base(model, base)
     return model
+
+
+@needs_posix
+def test_a_prompt_comes_from_stdin_where_that_is_asked_for(folder):
+    """Else what waits there is not read, and the show says so."""
+
+    def from_stdin(text: bytes, **variables: str) -> subprocess.CompletedProcess:
+        environment = environment_of(ON_CPU | GENERATE | {"TEMPERATURE": "0"} | variables)
+        command = [sys.executable, str(ROOT / "generate.py")]
+        return subprocess.run(command, cwd=folder, env=environment, input=text, capture_output=True)
+
+    asked = from_stdin("the caf\u00e9\n".encode(), PROMPT="-")
+    expected = generate(folder, PROMPT="the caf\u00e9", TEMPERATURE="0")
+    assert asked.stdout.decode() == succeeded(expected).replace("\r", "")
+    ignored = from_stdin(b"the quick")
+    assert b"stdin is not read: PROMPT=- takes the prompt from it" in ignored.stderr
+    assert ignored.returncode == 0 and b"the quick" not in ignored.stdout[:9]
+    empty = from_stdin(b"", PROMPT="-")
+    assert (empty.returncode, empty.stderr.splitlines()[-1]) == (2, b"error: stdin is empty")
 
 
 def test_it_writes_what_the_model_generates(folder):

@@ -269,7 +269,7 @@ def test_an_adapter_that_peft_trained_on_gpt2_gives_its_logits_here(targets, fol
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"n_inner": 64}, "n_inner=64"),
-        ({"n_head": 5}, "not a multiple"),
+        ({"n_head": 5}, "not divisible"),
         ({"n_embd": "32"}, "n_embd is '32'"),
         ({"n_embd": 64}, "has shape"),
         ({"n_layer": 3}, "lacks tensor transformer.h.2"),

@@ -76,6 +76,7 @@ def refusals(folder: Path, **variables: str) -> str:
         ("HuggingFaceTB/SmolLM2-135M/", "HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
         ("gpt2", "gpt2 --local-dir gpt2"),
+        ("SmolLM2-135M", "OWNER/SmolLM2-135M --local-dir SmolLM2-135M"),
     ],
 )
 def test_the_name_of_a_model_is_refused_with_the_command_that_gets_it(name, command, tmp_path):

@@ -23,7 +23,7 @@ from data import records as data_records
 from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens, encode_examples
 from data.corpus import IGNORED
 from data.forms import NO_COLUMNS, Example
-from data.packed import ARRAYS
+from data.packed import ARRAYS, MOST_FILES
 from data.packing import Blocks, pack
 from data.record_files import is_records
 from data.records import load_records
@@ -125,7 +125,10 @@ def test_records_in_tokens_are_kept_in_a_file(tmp_path, bpe, monkeypatch):
         patched.setattr(data_records, "pack", lambda *_: pytest.fail("it is packed again"))
         assert blocks() == expected
     whole = kept.read_bytes()
-    for damaged in (b"", whole[:-1], whole + b"x", b"{}\n" + whole, whole[len(whole) // 2 :]):
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    half, cut = whole[len(whole) // 2 :], whole[:-1]
+    for damaged in (b"", cut, whole + b"x", b"{}\n" + whole, half, flipped, b"[" * 10**6):
         kept.write_bytes(damaged)
         assert blocks() == expected and kept.read_bytes() == whole
     others = [{"prompts": True}, {"format": PlainFormat(bpe, {"config.json": b"{}"})}, {"size": 33}]
@@ -136,6 +139,9 @@ def test_records_in_tokens_are_kept_in_a_file(tmp_path, bpe, monkeypatch):
     file.write_bytes(file.read_bytes().replace(b"39 + 39", b"39+39"))
     assert blocks() == blocks(folder=None) != expected
     assert blocks(folder=file) == blocks(folder=None)  # where no file can be
+    for size in range(34, 44):
+        blocks(size=size)
+    assert len(list(out.glob("records-*.bin"))) == MOST_FILES
 
 
 @pytest.mark.parametrize("prompt", ["a", "a ", "a\n", "a\n\n", " a  \n "])
@@ -244,10 +250,11 @@ def test_a_description_counts_records_tokens_and_padding():
         # 10 tokens in a block of 9 and the one that follows them, which is no input
         "train:      2 records, 9 tokens (4 counted, 44.4%) in 1 blocks, 0.0% padding",
         "validation: 2 records, 9 tokens (9 counted, 100.0%) in 1 blocks, 0.0% padding; "
-        "2 longer than a block, 42 tokens lost; 2 without the mark of an end; "
+        "2 longer than a block, 42 tokens lost: BLOCK_SIZE=30 would cut a tenth, 30 none; "
+        "2 without the mark of an end; "
         "1 left out, of which nothing would be counted",
         r'prompt:     "{prompt}\n"',
-        r'end:        "qqq[[a\\x00]]"',
+        r'end:        "qqq[[a\\x00]]", of the first record, with what the loss counts in brackets',
     ]
     half = pack([of_bytes(("a" * 5, True))], 9, 256, [0])
     described = RecordCorpus("x", "sha256:0", half, half, PlainFormat()).describe()

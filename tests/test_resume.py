@@ -17,10 +17,11 @@ import torch
 from conftest import ROOT, TEXT, TINY, Started, needs_posix, refused, start_script, succeeded
 from test_training import losses
 
+from data import DataError
 from files import FileError
 from files.tensors import write_file
 from files.writing import lock_folder
-from trainer.console import TrainingError
+from trainer.console import TrainingError, exit_code_of
 from trainer.resuming import read_training_state, restore_training_state, save_training_state
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -103,6 +104,21 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(base_folder, 
 
 
 @needs_posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_is_no_error_of_what_it_interrupts(name):
+    """Such as a chat template, whose errors of any kind are the data's."""
+    number = getattr(signal, name)
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except Exception as error:
+            raise DataError("the template refuses it") from error
+
+    assert exit_code_of(work) == 128 + number
+
+
+@needs_posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -150,8 +166,9 @@ def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
     longer = succeeded(start_script(folder, RESUME="True", **variables | {"MAX_STEPS": "9"}))
     assert "MAX_STEPS 6 -> 9" in longer
     assert [step for step, *_ in losses(longer)] == ["9"]
-    assert "Note: tuned/full-resume.pt is of an earlier run" in succeeded(
-        start_script(folder, **variables)
+    assert (
+        "tuned/full-resume.pt are of an earlier run, which RESUME=True would go on with"
+        in succeeded(start_script(folder, **variables))
     )
 
 
@@ -341,6 +358,10 @@ def test_what_others_may_be_writing_is_left_and_a_folder_without_locks_is_refuse
 
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(FileError, match="cannot be reserved for this run: Function not impl"):
+        lock_folder(tmp_path)
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(FileError, match=r"\.lock is no regular file; remove it"):
         lock_folder(tmp_path)
 
 

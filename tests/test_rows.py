@@ -262,6 +262,12 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"instruction": "a", "output": "b", "history": [["a", 1]]}, "history is the number 1"),
         ({"instruction": "a", "output": "b", "input": 7}, "input is the number 7"),
         ({"text": "\ud800"}, "text has half of a surrogate pair"),
+        ({"text": "a", "role": "prompter", "parent_id": None}, "one message of a tree"),
+        ({"role": "user", "content": "a"}, "it is one message; accepted: a row for each chat"),
+        (
+            {"Question": "a", "Answer ": "b", "n": 1},
+            "COLUMNS=question:Question,answer:Answer  takes them",
+        ),
         ({"messages": [BOT | {"name": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [BOT], "tools": [{"name": "\ud800"}]}, "tools has half of a surrogate pair"),
         (
@@ -629,8 +635,16 @@ def test_every_tenth_example_validates_without_a_file_for_it(tmp_path):
 def test_the_checksum_is_of_all_files_that_are_read(tmp_path):
     name = folder_of(tmp_path, "train.jsonl", "valid.jsonl", "test.jsonl")
     before = find_records(name).checksum()
-    content = b"".join((tmp_path / file).read_bytes() for file in ("train.jsonl", "valid.jsonl"))
-    assert before == f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+    train, valid = ((tmp_path / file).read_bytes() for file in ("train.jsonl", "valid.jsonl"))
+    of_train, of_valid = (hashlib.sha256(content).hexdigest() for content in (train, valid))
+    said = f"train {of_train}\nvalidation {of_valid}\n".encode()
+    assert before == f"sha256:{hashlib.sha256(said).hexdigest()[:16]}"
+    first, _, rest = valid.partition(b"\n")  # a record that moves to the other split
+    (tmp_path / "train.jsonl").write_bytes(train + first + b"\n")
+    (tmp_path / "valid.jsonl").write_bytes(rest)
+    assert find_records(name).checksum() != before
+    (tmp_path / "train.jsonl").write_bytes(train)
+    (tmp_path / "valid.jsonl").write_bytes(valid)
     folder_of(tmp_path, "test.jsonl", n=3)
     assert find_records(name).checksum() == before
     folder_of(tmp_path, "valid.jsonl", n=3)

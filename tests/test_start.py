@@ -1,5 +1,6 @@
 """How commands begin and end: help without torch, Ctrl-C at any time, closed streams, arguments."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,13 @@ def test_ctrl_c_while_the_package_lora_imports_torch_takes_one_line(tmp_path):
 def test_a_full_stderr_changes_no_exit_code(tmp_path):
     code = "from files.streams import write_err; write_err('a note')"
     assert python(tmp_path, "-c", code, shell="2>/dev/full").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["training.py", "generate.py"])
+def test_a_missing_package_is_named_in_one_line(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / script)],  # without the folder of packages
+        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+    )  # fmt: skip
+    expected = "error: the package torch is not installed: pip install -r requirements.txt\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, expected, "")

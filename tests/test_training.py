@@ -320,6 +320,17 @@ def test_a_run_needs_no_stderr(tmp_path):
     assert "Final validation loss" in succeeded(process)
 
 
+@needs_posix
+def test_a_long_run_says_how_long_it_takes(tmp_path):
+    """In a log that is redirected, and so has no progress bar."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    much = {"MAX_STEPS": "1000000", "EVAL_INTERVAL": "1000000"}
+    process = Started(tmp_path, ["training.py"], TINY | much)
+    process.wait_for("to MAX_STEPS=1000000, by the steps so far")
+    process.send_signal(signal.SIGINT)
+    assert re.search(r"^Time: about [\d.]+ (h|min) to MAX_STEPS", process.wait().stdout, re.M)
+
+
 def test_probable_mistakes_are_pointed_out(training):
     log = succeeded(training(LORA_RANK="4", MAX_STEPS="1"))
     assert "Note: LORA_RANK set without USE_LORA=True" in log

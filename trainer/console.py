@@ -24,8 +24,9 @@ class TrainingError(ValueError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C or another signal, after the run was saved; holds the message and its number."""
+class Interrupted(BaseException):
+    """Ctrl-C or another signal, after the run was saved; holds the message and its number. As with
+    KeyboardInterrupt, nobody who expects errors of any kind takes it for one."""
 
 
 BAD_INPUT = (

@@ -112,6 +112,7 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
             *([f"   Trainable (all): {info['trainable']:,}"] if info["trainable"] else []),
         ]
     embeddings = info["trainable"] - info["lora"]
+    savings = f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!"
     layers = [f"   LoRA layers: {config.lora_targets}"] if config.lora_targets != "all" else []
     adapters = lora_layers(model).values()
     return [
@@ -126,7 +127,7 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         f"   Frozen (base): {info['frozen']:,}",
         f"   LoRA percentage: {info['lora_percentage']:.2f}%",
         f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
-        f"   Cost savings: Training only {info['lora_percentage']:.2f}% of parameters!",
+        *([savings] if trains(config) else []),
     ]
 
 
@@ -162,10 +163,14 @@ def describe_defaults(run: Run) -> list[str]:
 def notes(run: Run) -> list[str]:
     """What is legal and probably not what the user meant."""
     config, found = run.config, []
-    if trains(config) and not config.resume and run.files.resume.exists():
+    files = run.files
+    earlier = [str(p) for p in (files.last, files.best, files.resume) if p.exists()]
+    if trains(config) and not config.resume and earlier:
+        goes_on = ", which RESUME=True would go on with" if files.resume.exists() else ""
         found.append(
-            f"{run.files.resume} is of an earlier run, which RESUME=True would go on with; this "
-            "run replaces it at its first evaluation"
+            f"{', '.join(earlier)} {'is' if len(earlier) == 1 else 'are'} of an earlier run"
+            f"{goes_on}; this run replaces {'it' if len(earlier) == 1 else 'them'} at its first "
+            "evaluation, and in another OUT_DIR it would not"
         )
     adapters = [run.files.last.with_name(name) for name in ("lora.pt", "lora-best.pt")]
     adapters = [str(path) for path in adapters if path.exists()]

@@ -22,15 +22,16 @@ Each evaluation is a line, with losses in nats per token and `elapsed` in second
 
 `gradient_norm` is that of the last step before it was clipped, and `tokens` those of all batches so
 far, with padding. `skipped_steps` are those so far whose gradients were too large for float16.
-`seconds` are those since the evaluation before: of this evaluation, and of the
-writing of files after the one before. Earlier versions had none of these five.
+`seconds` are those of the steps since the evaluation before, of this `evaluation`, and of `saving`
+the files of the evaluation before. Earlier versions had none of these five.
 
 The last line is there when the run has ended, with seconds, MiB of memory and bytes of files:
 
     {"summary": {"best_val_loss": 1.46, "final_val_loss": 1.46, "training_time": 178.6,
                  "median_step_time": 0.1696, "tokens_per_second": 24075, "peak_memory": 792,
-                 "files": {"out/full.pt": 13316789}}}
+                 "skipped_steps": 0, "files": {"out/full.pt": 13316789}}}
 
+With COMPILE it has `compile_time`, of several processes the `bytes_exchanged` by each in a step.
 A number that is not finite is null. The reader ignores keys that are not named here, and takes a
 missing one for unknown. A run that goes on after an interruption begins with a first line of its
 own when its log is appended to the earlier one.
@@ -89,6 +90,13 @@ SUMMARY = (
     Figure("tokens_per_second", "Tokens per second: {value:.0f}"),
     Figure("peak_memory", "Peak memory: {value:.0f} MiB"),
 )
+
+
+def time_left_line(seconds: float, max_steps: int) -> str:
+    """How long the rest of a run takes, by the steps so far."""
+    minutes = seconds / 60
+    words = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"Time: about {words} to MAX_STEPS={max_steps}, by the steps so far"
 
 
 def evaluation_line(evaluation: Mapping[str, Any]) -> str:

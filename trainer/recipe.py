@@ -56,7 +56,7 @@ def for_data(config: Config, corpus: Corpus, has_base: bool) -> Config:
 
 
 def dropout_for(passes: float, tokens: float) -> float:
-    """The dropout of a new model for so many passes over so many tokens: 0.2 from half as many more
-    than where 0.1 begins."""
+    """The dropout of a new model for so many passes over so many tokens: 0.1 beyond a number of
+    passes, and 0.2 beyond 1.5 times as many."""
     beyond = passes / (DROPOUT_PASSES * max(1.0, MANY_TOKENS / tokens) ** 0.4)
     return 0.2 if beyond > 1.5 else 0.1 if beyond > 1 else 0.0

@@ -112,11 +112,16 @@ class Progress:
 class TrainingState:
     """What a run needs to go on as if it had not been interrupted.
 
-    `identity` says which run it is, `progress` how far it is; both are of plain values. `tensors`
-    are the trained parameters by name; `optimizer` is its class and its state, as it is, by
-    `<parameter>.<name>`; `random` are the states of the random generators by device, those of
-    further processes as in `cpu.1`; `scaler` is the state of a GradScaler, empty but in float16;
-    `digest` tells the file from others.
+    Attributes:
+        identity: which run it is, as plain values.
+        progress: how far it is, as plain values.
+        tensors: the trained parameters by name.
+        optimizer: the optimizer's state by `<parameter>.<name>`.
+        random: the states of the random generators by device; those of further processes as in
+            `cpu.1`.
+        scaler: the state of a GradScaler, empty but in float16.
+        optimizer_class: the optimizer's.
+        digest: tells the file from others.
     """
 
     identity: dict[str, Any]

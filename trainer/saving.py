@@ -18,7 +18,8 @@ from trainer.setup import Run
 def save(run: Run, path: Path, step: int, val_loss: float) -> int:
     """Write the checkpoint, or under LoRA the adapter; returns the file's size in bytes.
 
-    Every process must call it; the first writes, and the others return 0.
+    Every process must call it; the first writes, and the others return 0. Raises FileError when it
+    cannot be written.
     """
     with processes.full_parameters(run.model):
         return write_model(run, path, step, val_loss) if processes.is_main_process() else 0
@@ -44,7 +45,8 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
 
 
 def write_merged(run: Run) -> None:
-    """Write base and adapters as one checkpoint, which is a base like any other."""
+    """Write base and adapters as one checkpoint, which is a base like any other. Raises FileError
+    when it cannot be written."""
     dtypes = {layer.weight.dtype for layer in lora_layers(run.model).values()} - {torch.float32}
     merge_adapter(run.model)
     path = run.files.merged

@@ -1,8 +1,8 @@
 """Every setting of a script: one dataclass for each, one field for each environment variable.
 
 `MAX_STEPS=200 USE_LORA=True python training.py` sets the fields `max_steps` and `use_lora` of
-`Config`; generate.py has `GenerateConfig`. A field knows its default, its check and its help line,
-and nothing else in the project does.
+`Config`; generate.py has `GenerateConfig`. A field knows its default, its check and its help line.
+A default of None follows from other settings, the base or the data (recipe.py, setup.py).
 """
 
 import dataclasses
@@ -21,6 +21,17 @@ from files.streams import did_you_mean
 PREFIXES = ("LORA_", "USE_LORA", "EVAL_", "ADAM_", "GRAD_", "WARMUP_", "MIN_LEARNING_", "LEARNING_")
 PREFIXES += ("TRAIN_EMB",)
 FOREIGN = ("COMPILER",)  # of build systems, and no misspelt COMPILE
+
+# What other trainers call ours.
+ELSEWHERE = dict.fromkeys(("EPOCHS", "NUM_EPOCHS", "MAX_EPOCHS", "NUM_TRAIN_EPOCHS"), "MAX_STEPS")
+ELSEWHERE |= dict.fromkeys(("NUM_STEPS", "TRAIN_STEPS", "MAX_ITERS"), "MAX_STEPS")
+ELSEWHERE |= dict.fromkeys(("SEQ_LEN", "MAX_SEQ_LENGTH", "CONTEXT_LENGTH"), "BLOCK_SIZE")
+ELSEWHERE |= dict.fromkeys(("PER_DEVICE_TRAIN_BATCH_SIZE", "TRAIN_BATCH_SIZE"), "BATCH_SIZE")
+ELSEWHERE |= dict.fromkeys(("BASE_MODEL", "MODEL_NAME_OR_PATH"), "BASE_CHECKPOINT")
+ELSEWHERE |= {"LR": "LEARNING_RATE", "LOAD_IN_4BIT": "BASE_DTYPE", "MAX_GRAD_NORM": "GRAD_CLIP"}
+ELSEWHERE |= {"GRADIENT_ACCUMULATION_STEPS": "GRAD_ACCUM_STEPS"}
+ELSEWHERE |= {"GRADIENT_CHECKPOINTING": "GRAD_CHECKPOINT"}
+
 LARGEST_WEIGHT = 1e3  # of an adapter in a sum: far beyond any use
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
@@ -408,8 +419,8 @@ class GenerateConfig(Settings):
 
     prompt: str | None = option(
         None,
-        "text to continue, or a question to answer [a line break; on a terminal a model that "
-        "answers chats]",
+        "text to continue, or a question to answer; - reads it from stdin [a line break; on a "
+        "terminal a model that answers chats]",
         verbatim=True,
     )
     system_prompt: str | None = option(
@@ -546,10 +557,13 @@ def _one_slip_apart(name: str, known: str) -> bool:
 def _refuse_misspelt(name: str, known: Collection[str]) -> None:
     """Raise ConfigError for a variable that was probably meant to be one of ours.
 
-    The environment is full of other programs' variables, so only two kinds are refused: those
-    that begin like ours, and those that are almost spelled as one of ours. A known name behind
-    another program's prefix (OMP_NUM_THREADS) is left alone.
+    The environment is full of other programs' variables, so only three kinds are refused: those
+    that other trainers have, those that begin like ours, and those that are almost spelled as one
+    of ours. A known name behind another program's prefix (OMP_NUM_THREADS) is left alone.
     """
+    if name.upper() in ELSEWHERE and name not in known:
+        ours = ELSEWHERE[name.upper()]
+        raise ConfigError(f"{name} is not a variable of this script; did you mean {ours}?")
     begins_like_ours = name.upper().startswith(PREFIXES) or name.upper() == "LORA"
     foreign = name.endswith(tuple("_" + k for k in known)) and not begins_like_ours
     if name in known or name in FOREIGN or foreign:

@@ -74,9 +74,7 @@ class Run:
 
     config: Config
     device: torch.device
-    device_reason: str
     dtype: torch.dtype
-    dtype_reason: str
     corpus: Corpus | None  # None for MERGE
     base: Checkpoint | None  # without its tensors; None for random weights
     base_id: str  # fingerprint of the weights that the run starts from
@@ -192,8 +190,8 @@ def set_up(plan: Plan) -> Run:
         store_base(model, plan.dtype, plan.batch_size * config.block_size)
     base = None if base is None else dataclasses.replace(base, tensors={})
     run = Run(
-        config, device, plan.device_reason, plan.dtype, plan.dtype_reason, corpus, base, base_id,
-        plan.adapters, metadata, model, old, plan.files, lock,
+        config, device, plan.dtype, corpus, base, base_id, plan.adapters, metadata, model, old,
+        plan.files, lock,
     )  # fmt: skip
     if processes.world_size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -246,11 +244,15 @@ def trains(config: Config) -> bool:
     return not (config.eval_only or config.merge or config.preview)
 
 
+def writes(config: Config) -> bool:
+    """Whether a run writes results."""
+    return not (config.eval_only or config.estimate or config.preview)
+
+
 def output_files(config: Config) -> OutputFiles:
     """The files that runs write. Raises ConfigError when it writes and cannot write there."""
     folder = Path(config.output_folder)
-    writes = not (config.eval_only or config.estimate or config.preview)
-    if writes and processes.is_main_process():
+    if writes(config) and processes.is_main_process():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -259,7 +261,8 @@ def output_files(config: Config) -> OutputFiles:
     mode = "lora" if config.use_lora else "full"
     names = ("{}.pt", "{}-best.pt", "{}-resume.pt", "{}-metrics.jsonl", "merged.pt")
     files = [folder / name.format(mode) for name in names]
-    for path in (files[-1:] if config.merge else files[:-1]) if writes else ():
+    written = files[-1:] if config.merge else files[:-1]
+    for path in written if writes(config) else ():
         if path.is_dir():
             raise ConfigError(f"OUT_DIR: {path} is a folder, where a run writes a file")
     return OutputFiles(*files)
@@ -299,10 +302,8 @@ def start_from(
 def refuse_to_replace(name: str, source: str, config: Config, files: OutputFiles) -> None:
     """Raise ConfigError when the run would write the file that it starts from."""
     written: list[Path] = []
-    if config.merge:
-        written = [files.merged]
-    elif trains(config):
-        written = [files.last, files.best]
+    if writes(config):
+        written = [files.merged] if config.merge else [files.last, files.best]
     for output in written:
         if output.exists() and os.path.exists(source) and output.samefile(source):
             raise ConfigError(

@@ -2,11 +2,14 @@
 
 import atexit
 import gc
+import importlib.util
 import sys
 
 from files import FileError
 from files.streams import report_ctrl_c_in_a_line, write_err, write_out
 from trainer.settings import ConfigError, Settings, help_table
+
+PACKAGES = ("torch", "numpy", "tqdm")  # that every run needs
 
 
 def start(documentation: str, settings: type[Settings] | None = None, example: str = "") -> None:
@@ -27,6 +30,11 @@ def start(documentation: str, settings: type[Settings] | None = None, example: s
             for line in [*documentation.strip().split("\n"), *([""] if rows else []), *table(rows)]:
                 write_out(line + "\n")
             sys.exit(0)
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        if missing and settings is not None:
+            raise ConfigError(
+                f"the package {missing[0]} is not installed: pip install -r requirements.txt"
+            )
         if arguments and settings is not None:
             raise ConfigError(
                 f"{arguments[0]!r} is not understood: configuration comes from the environment, "
