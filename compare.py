@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from files import FileError
-from files.streams import exit_on_signals, reason_of, set_stdout, write_err, write_out
+from files.streams import exit_on_signals, run_command, write_out
 from files.writing import replacing
 from trainer.log import wrote_line
 from trainer.log_reader import LogError, RunLog, join, printable, read_logs
@@ -79,16 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Run the script; returns its exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C."""
-    set_stdout(errors="backslashreplace")
-    try:
-        work(parse(arguments))
-    except (LogError, FileError) as error:
-        return fail(str(error), 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        return fail(reason_of(error), 2)
-    return 0
+    return run_command(lambda: work(parse(arguments)), LogError, FileError)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -298,12 +289,6 @@ def say(*lines: str) -> None:
     """Print whole lines to stdout at once. Raises FileError when that cannot be written."""
     for line in lines:
         write_out(printable(line) + "\n")
-
-
-def fail(message: str, exit_code: int) -> int:
-    """Print an error to stderr, if it is open; returns the exit code."""
-    write_err(f"error: {printable(message)}")
-    return exit_code
 
 
 if __name__ == "__main__":

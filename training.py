@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -55,6 +54,7 @@ from trainer.evaluation import (
     evaluation_at,
     evaluation_windows,
     shows_progress,
+    summary_of,
     tokens_per_second,
 )
 from trainer.log import (
@@ -62,7 +62,7 @@ from trainer.log import (
     evaluation_line,
     stopped_line,
     summary_lines,
-    time_left_line,
+    time_left_lines,
     wrote_line,
 )
 from trainer.metrics import Metrics
@@ -251,20 +251,10 @@ def train(run: Run) -> None:
             timer.end()
             progress.step = step + 1
             bar.update()
-            if step + 1 == first_step + 10 and bar.disable and progress.step_times:
-                left = (config.max_steps - progress.step) * statistics.median(progress.step_times)
-                if left > 60:
-                    show(time_left_line(left, config.max_steps))
+            if progress.step == first_step + 10 and bar.disable:
+                show(*time_left_lines(config.max_steps, progress.step, progress.step_times))
 
-    summary = {
-        "best_val_loss": progress.best_loss,
-        "final_val_loss": progress.val_loss,
-        "training_time": time.perf_counter() - started,
-        "median_step_time": statistics.median(progress.step_times),
-        "tokens_per_second": tokens_per_second(config, progress.step_times),
-        "peak_memory": hardware.peak_memory(run.device),
-        "skipped_steps": int(progress.skipped),
-    }
+    summary = summary_of(run, progress, time.perf_counter() - started)
     if compile_time is not None:
         summary["compile_time"] = compile_time
     if traffic.bytes:

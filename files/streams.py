@@ -6,7 +6,7 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -33,6 +33,27 @@ def write_out(text: str) -> None:
     except (OSError, ValueError) as error:
         _give_up(sys.stdout)
         raise FileError(f"stdout: {reason_of(error)}") from error
+
+
+def run_command(work: Callable[[], None], *bad_input: type[Exception]) -> int:
+    """Do a command's work; returns 0, or says in one line what failed and returns its exit code: 2
+    for `bad_input` and for what the system refuses, 130 for Ctrl-C."""
+    set_stdout(errors="backslashreplace")
+    try:
+        work()
+    except bad_input as error:
+        return fail(str(error), 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except OSError as error:
+        return fail(reason_of(error), 2)
+    return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Say what failed, on stderr; returns the exit code."""
+    write_err(f"error: {message}")
+    return exit_code
 
 
 def read_stdin() -> str:

@@ -12,14 +12,7 @@ import sys
 from pathlib import Path
 
 from files import FileError, OtherKind
-from files.streams import (
-    exit_on_signals,
-    one_line,
-    reason_of,
-    set_stdout,
-    write_err,
-    write_out,
-)
+from files.streams import exit_on_signals, one_line, run_command, write_out
 from lora.adapters import read_adapter, write_adapter
 from lora.peft_format import CONFIG, is_peft_folder, write_peft
 
@@ -28,33 +21,23 @@ HEADER = ("file", "rank", "alpha", "trained on", "steps", "val loss", "base", "M
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say; returns 2 when a file cannot be read, used or written."""
-    set_stdout(errors="backslashreplace")
-    try:
-        if arguments in (["--help"], ["-h"]):
-            write_out(f"{__doc__.strip()}\n")
-        elif options := [argument for argument in arguments if argument.startswith("-")]:
-            raise FileError(f"{options[0]!r} is no option; python -m lora --help shows what is")
-        elif arguments[:1] in (["export"], ["import"]):
-            exchange(*arguments)
-        else:
-            unread: list[FileError] = []
-            print_table([row for name in arguments or ["."] for row in rows_of(Path(name), unread)])
-            if unread:
-                more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-                raise FileError(f"{unread[0]}{more}")
-    except FileError as error:
-        return fail(str(error), 2)
-    except OSError as error:
-        return fail(reason_of(error), 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    return 0
+    return run_command(lambda: work(arguments), FileError)
 
 
-def fail(message: str, exit_code: int) -> int:
-    """Print an error to stderr; returns the exit code."""
-    write_err(f"error: {message}")
-    return exit_code
+def work(arguments: list[str]) -> None:
+    """Do what the arguments say. Raises FileError when a file cannot be read, used or written."""
+    if arguments in (["--help"], ["-h"]):
+        write_out(f"{__doc__.strip()}\n")
+    elif options := [argument for argument in arguments if argument.startswith("-")]:
+        raise FileError(f"{options[0]!r} is no option; python -m lora --help shows what is")
+    elif arguments[:1] in (["export"], ["import"]):
+        exchange(*arguments)
+    else:
+        unread: list[FileError] = []
+        print_table([row for name in arguments or ["."] for row in rows_of(Path(name), unread)])
+        if unread:
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            raise FileError(f"{unread[0]}{more}")
 
 
 def exchange(command: str, *names: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from models import GPT2
 from models.checkpoint import Checkpoint
+from trainer.resolving import lora_targets, resolve
 from trainer.settings import (
     Config,
     ConfigError,
@@ -12,7 +13,6 @@ from trainer.settings import (
     help_table,
     option_fields,
 )
-from trainer.setup import lora_targets, resolve
 
 LINEARS = ("query", "key", "value", "proj")
 

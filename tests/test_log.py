@@ -15,6 +15,7 @@ from trainer.log import (
     evaluation_line,
     fields_of,
     summary_lines,
+    time_left_lines,
     wrote_line,
 )
 from trainer.log_reader import Evaluation, LogError, RunLog, read_logs
@@ -75,6 +76,13 @@ def expected(name: str) -> RunLog:
         files={"out/full.pt": 12.7},
         **{key: SUMMARY[key] for key in SUMMARY if key not in ("compile_time", "bytes_exchanged")},
     )
+
+
+def test_the_time_that_is_left_is_said_where_it_is_more_than_a_minute():
+    (line,) = time_left_lines(400, 10, [2.0, 9.0, 2.5])
+    assert line == "Time: about 16 min to MAX_STEPS=400, by the steps so far"
+    assert "about 10.8 h" in time_left_lines(400, 10, [100.0])[0]
+    assert time_left_lines(400, 10, [0.1]) == time_left_lines(400, 10, []) == []
 
 
 def test_what_the_log_says_is_read_again(tmp_path):

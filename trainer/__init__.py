@@ -2,7 +2,8 @@
 
 settings.py       every environment variable, and what it may be
 recipe.py         defaults that follow from the model and the data
-setup.py          a plan: what the variables mean for this base and these adapters; then a run
+setup.py          a plan of a run, then the run: its device, base, adapters, data and files
+resolving.py      what the variables mean for this base and these adapters
 loading.py        the model on its base, with its adapters
 own_head.py       a base or adapters of PEFT's with a head of their own
 estimate.py       the memory that a run needs, before a weight is read

@@ -14,9 +14,10 @@ from trainer.console import indent
 from trainer.estimate import memory_lines
 from trainer.loading import describe_adapters
 from trainer.log import START
+from trainer.resolving import is_published
 from trainer.resuming import Progress
 from trainer.settings import Config
-from trainer.setup import Plan, Run, is_published, trains
+from trainer.setup import Plan, Run
 
 
 def describe_plan(plan: Plan) -> list[str]:
@@ -27,7 +28,7 @@ def describe_plan(plan: Plan) -> list[str]:
     lines.append(f"dtype: {str(plan.dtype).removeprefix('torch.')}, {plan.dtype_reason}")
     if processes.world_size() > 1:
         lines.append(f"Processes: {describe_processes(config)}")
-    if trains(config) and processes.is_main_process():
+    if config.trains and processes.is_main_process():
         lines += memory_lines(plan)
     return lines
 
@@ -38,7 +39,7 @@ def describe(plan: Plan, run: Run) -> list[str]:
     lines = []
     if run.corpus is not None:
         lines += ["Data:", *indent(run.corpus.describe())]
-    if trains(config):
+    if config.trains:
         passes = run.corpus.passes(config.max_steps * config.tokens_per_step)
         lines.append(f"Passes: {passes:.3g} over the training data in MAX_STEPS")
         lines += describe_choices(plan, run)
@@ -51,7 +52,7 @@ def describe(plan: Plan, run: Run) -> list[str]:
         run.adapters, run.adapter_metadata, config.lora_rank, config.base_dtype
     )
     lines += describe_parameters(config, run.model)
-    if trains(config) and is_published(run.base):
+    if config.trains and is_published(run.base):
         lines += describe_defaults(run)
     return lines + [f"Note: {note}" for note in notes(run)]
 
@@ -127,7 +128,7 @@ def describe_parameters(config: Config, model: LanguageModel) -> list[str]:
         f"   Frozen (base): {info['frozen']:,}",
         f"   LoRA percentage: {info['lora_percentage']:.2f}%",
         f"   Of the trainable: adapters {info['lora']:,}, embeddings {embeddings:,}",
-        *([savings] if trains(config) else []),
+        *([savings] if config.trains else []),
     ]
 
 
@@ -165,7 +166,7 @@ def notes(run: Run) -> list[str]:
     config, found = run.config, []
     files = run.files
     earlier = [str(p) for p in (files.last, files.best, files.resume) if p.exists()]
-    if trains(config) and not config.resume and earlier:
+    if config.trains and not config.resume and earlier:
         goes_on = ", which RESUME=True would go on with" if files.resume.exists() else ""
         found.append(
             f"{', '.join(earlier)} {'is' if len(earlier) == 1 else 'are'} of an earlier run"
@@ -174,7 +175,7 @@ def notes(run: Run) -> list[str]:
         )
     adapters = [run.files.last.with_name(name) for name in ("lora.pt", "lora-best.pt")]
     adapters = [str(path) for path in adapters if path.exists()]
-    if trains(config) and not config.use_lora and run.files.last.exists() and adapters:
+    if config.trains and not config.use_lora and run.files.last.exists() and adapters:
         found.append(
             f"{' and '.join(adapters)} {'is an adapter' if len(adapters) == 1 else 'are adapters'} "
             f"that may need {run.files.last}, which this run replaces at its first evaluation"

@@ -5,6 +5,7 @@ An evaluation at a step also gathers what the loop knows by then, for the log an
 
 import dataclasses
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from trainer.console import TrainingError
 from trainer.optimization import learning_rate
 from trainer.resuming import Progress
 from trainer.settings import Config
-from trainer.setup import Run, trains
+from trainer.setup import Run
 
 # How much of the adapters' change is taken, which trades what was learned for what was forgotten
 # (Wortsman et al. 2022, arXiv 2109.01903).
@@ -115,7 +116,7 @@ def window_losses(run: Run, windows: np.ndarray, length: int) -> tuple[Tensor, T
     losses, counts, numbers = [], [], []
     batches = np.array_split(np.arange(len(windows)), -(-len(windows) // run.config.batch_size))
     for batch in tqdm(
-        batches, "evaluating", disable=trains(run.config) or not shows_progress(run.config)
+        batches, "evaluating", disable=run.config.trains or not shows_progress(run.config)
     ):
         numbers.append(batch[processes.rank() :: processes.world_size()])
         x, y, *segments = run.corpus.validation_batch(windows[numbers[-1]], length, run.device)
@@ -161,6 +162,19 @@ def evaluation_at(
         ),
         "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
         "tokens": progress.tokens,
+        "peak_memory": hardware.peak_memory(run.device),
+        "skipped_steps": int(progress.skipped),
+    }
+
+
+def summary_of(run: Run, progress: Progress, seconds: float) -> dict[str, float]:
+    """What a run of so many seconds has come to, by the keys of metrics.jsonl."""
+    return {
+        "best_val_loss": progress.best_loss,
+        "final_val_loss": progress.val_loss,
+        "training_time": seconds,
+        "median_step_time": statistics.median(progress.step_times),
+        "tokens_per_second": tokens_per_second(run.config, progress.step_times),
         "peak_memory": hardware.peak_memory(run.device),
         "skipped_steps": int(progress.skipped),
     }

@@ -39,8 +39,9 @@ own when its log is appended to the earlier one.
 
 import functools
 import re
+import statistics
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,13 @@ SUMMARY = (
 )
 
 
-def time_left_line(seconds: float, max_steps: int) -> str:
-    """How long the rest of a run takes, by the steps so far."""
-    minutes = seconds / 60
+def time_left_lines(max_steps: int, step: int, step_times: Sequence[float]) -> list[str]:
+    """A line on how long the steps after `step` take, by the seconds of those so far; none where
+    that is less than a minute."""
+    minutes = (max_steps - step) * statistics.median(step_times or [0.0]) / 60
     words = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    return f"Time: about {words} to MAX_STEPS={max_steps}, by the steps so far"
+    line = f"Time: about {words} to MAX_STEPS={max_steps}, by the steps so far"
+    return [line] if minutes > 1 else []
 
 
 def evaluation_line(evaluation: Mapping[str, Any]) -> str:

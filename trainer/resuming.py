@@ -16,8 +16,9 @@ from files.streams import ending_signals
 from files.tensors import check_tensors, read_file, write_file
 from hardware import processes
 from trainer.console import TrainingError
+from trainer.resolving import SIZES
 from trainer.settings import Config
-from trainer.setup import SIZES, Run, identity
+from trainer.setup import Run, identity
 
 FORMAT = "training state"
 VERSION = 2

@@ -408,6 +408,17 @@ class Config(Settings):
             )
 
     @property
+    def trains(self) -> bool:
+        """Whether a run trains, or says what training needs, and does not evaluate, merge or show
+        its data."""
+        return not (self.eval_only or self.merge or self.preview)
+
+    @property
+    def writes(self) -> bool:
+        """Whether a run writes results."""
+        return not (self.eval_only or self.estimate or self.preview)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of an optimizer step, of all processes."""
         return self.grad_accum_steps * self.batch_size * self.block_size
