@@ -130,6 +130,13 @@ def test_a_full_stderr_changes_no_exit_code(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["training.py", "generate.py"])
+def test_few_compiled_shapes_are_kept_and_torch_is_told_before_it_is_imported(script, tmp_path):
+    told = "import os; raise SystemExit(os.environ['LRU_CACHE_CAPACITY'])"
+    process = with_torch(tmp_path, told, script)
+    assert (process.returncode, process.stderr) == (1, "256\n")
+
+
+@pytest.mark.parametrize("script", ["training.py", "generate.py"])
 def test_a_missing_package_is_named_in_one_line(script, tmp_path):
     done = subprocess.run(
         [sys.executable, "-S", str(ROOT / script)],  # without the folder of packages
