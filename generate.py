@@ -11,16 +11,16 @@
 The text goes to stdout as it is made, as UTF-8; what made it goes to stderr.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # before the imports that take seconds
     from trainer.settings import GenerateConfig
     from trainer.start import start
 
-    start(__doc__, GenerateConfig, 'PROMPT="The " python generate.py')
+    start(__doc__, GenerateConfig, 'PROMPT="The " python generate.py', os.environ)
 
 import itertools
-import os
 import time
 import unicodedata
 from collections.abc import Sequence

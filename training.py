@@ -13,16 +13,16 @@ The environment configures everything (trainer/settings.py). The log goes to std
 progress bar to stderr.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # before the imports that take seconds
     from trainer.settings import Config
     from trainer.start import start
 
-    start(__doc__, Config, "MAX_STEPS=200 python training.py")
+    start(__doc__, Config, "MAX_STEPS=200 python training.py", os.environ)
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager

@@ -3,8 +3,8 @@
 import atexit
 import gc
 import importlib.util
-import os
 import sys
+from collections.abc import MutableMapping
 
 from files import FileError
 from files.streams import report_ctrl_c_in_a_line, write_err, write_out
@@ -19,7 +19,12 @@ PACKAGES = ("torch", "numpy", "tqdm")  # that every run needs
 KEPT_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
-def start(documentation: str, settings: type[Settings] | None = None, example: str = "") -> None:
+def start(
+    documentation: str,
+    settings: type[Settings] | None = None,
+    example: str = "",
+    environment: MutableMapping[str, str] | None = None,
+) -> None:
     """Print the help and end, if the command line asks for it; from here on Ctrl-C takes one line,
     and torch keeps less.
 
@@ -28,10 +33,11 @@ def start(documentation: str, settings: type[Settings] | None = None, example: s
         settings: what it reads from the environment, for the help; None for a command that takes
             arguments. Of others any but --help ends in an error.
         example: a command line with a variable, for that error.
+        environment: that of the process, which torch will read.
     """
     report_ctrl_c_in_a_line()
-    for name, capacity in KEPT_SHAPES.items():
-        os.environ.setdefault(name, capacity)
+    for name, capacity in KEPT_SHAPES.items() if environment is not None else ():
+        environment.setdefault(name, capacity)
     atexit.register(gc.freeze)  # looking through torch's objects for garbage at the end takes 0.5 s
     arguments = sys.argv[1:]
     try:
