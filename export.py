@@ -6,14 +6,13 @@
 The folders must not exist yet. They have the chat template that the model was trained in.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # before the imports that take seconds
     from trainer.start import start
 
-    start(__doc__)
-
-import os
+    start(__doc__, os.environ)
 
 from data import TEMPLATE_FILE, chat_format, continues_text, ends_of, template_in, text_format
 from files import OtherKind

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     from trainer.settings import GenerateConfig
     from trainer.start import start
 
-    start(__doc__, GenerateConfig, 'PROMPT="The " python generate.py', os.environ)
+    start(__doc__, os.environ, GenerateConfig, 'PROMPT="The " python generate.py')
 
 import itertools
 import time

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     from trainer.settings import Config
     from trainer.start import start
 
-    start(__doc__, Config, "MAX_STEPS=200 python training.py", os.environ)
+    start(__doc__, os.environ, Config, "MAX_STEPS=200 python training.py")
 
 import itertools
 import time

@@ -16,9 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import ROOT
 from trainer.settings import Config, option_fields
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def interleaved(

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import results
 from benchmarks.families import write_folder
 from benchmarks.measure import at_least_one, other_variables
+from benchmarks.results import ROOT
 from data import load_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINING = str(ROOT / "training.py")
 FIRST_STEP = {"MAX_STEPS": "1", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0", "DEVICE": "cpu"}
 PREVIEW = {"BASE_CHECKPOINT": "base", "DATA": "chats.jsonl", "PREVIEW": "1", "BLOCK_SIZE": "128"}

@@ -335,8 +335,6 @@ class TemplateFormat:
             else:
                 texts.append(until)
                 spans.append([span])
-        if len(texts) == 1:
-            return [self._written(texts[0], spans[0])]
         return [self._written(text, part) for text, part in zip(texts, spans, strict=True)]
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:

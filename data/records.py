@@ -206,7 +206,7 @@ def load_records(
 
 
 def _encode(examples: Sequence[Example], format: Format, count_prompts: bool) -> Iterator[Tokens]:
-    """The tokens of examples, in arrays: lists of numbers take ten times the memory."""
+    """The tokens of examples, in arrays, which take far less memory than lists."""
     for found in encode_examples(examples, format, whole=count_prompts):
         tokens, counted = np.array(found.tokens, np.uint32), np.array(found.counted, bool)
         yield found._replace(tokens=tokens, counted=counted)

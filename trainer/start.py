@@ -7,36 +7,35 @@ import sys
 from collections.abc import MutableMapping
 
 from files import FileError
-from files.streams import report_ctrl_c_in_a_line, write_err, write_out
+from files.streams import fail, report_ctrl_c_in_a_line, write_out
 from trainer.settings import ConfigError, Settings, help_table
 
 PACKAGES = ("torch", "numpy", "tqdm")  # that every run needs
 
-
 # On a CPU torch and oneDNN each keep what they compiled for 1,024 shapes of bfloat16 products, and
-# packed records of many lengths would fill that with hundreds of MiB. A step of fixed shapes,
-# which has about 130, must fit, or they would be compiled in every step. torch reads both early.
+# packed records of many lengths would fill that. Those of a step of fixed shapes must fit, or they
+# would be compiled in every step. torch reads both early.
 KEPT_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
 def start(
     documentation: str,
+    environment: MutableMapping[str, str],
     settings: type[Settings] | None = None,
     example: str = "",
-    environment: MutableMapping[str, str] | None = None,
 ) -> None:
     """Print the help and end, if the command line asks for it; from here on Ctrl-C takes one line,
     and torch keeps less.
 
     Args:
         documentation: the docstring of the command.
+        environment: that of the process, which torch will read.
         settings: what it reads from the environment, for the help; None for a command that takes
             arguments. Of others any but --help ends in an error.
         example: a command line with a variable, for that error.
-        environment: that of the process, which torch will read.
     """
     report_ctrl_c_in_a_line()
-    for name, capacity in KEPT_SHAPES.items() if environment is not None else ():
+    for name, capacity in KEPT_SHAPES.items():
         environment.setdefault(name, capacity)
     atexit.register(gc.freeze)  # looking through torch's objects for garbage at the end takes 0.5 s
     arguments = sys.argv[1:]
@@ -57,8 +56,7 @@ def start(
                 f"as in {example}; --help lists the variables"
             )
     except (ConfigError, FileError) as error:
-        write_err(f"error: {error}")
-        sys.exit(2)
+        sys.exit(fail(str(error), 2))
 
 
 def table(rows: list[tuple[str, str, str]]) -> list[str]:
