@@ -27,8 +27,8 @@ from trainer.start import start
 COMMANDS = {"export": export.main, "compare": compare.main, "lora": lora_command.main}
 # Those that answer --help before their imports.
 STARTED = {
-    "training": (training.__doc__, Config), "generate": (generate.__doc__, GenerateConfig),
-    "export": (export.__doc__,),
+    "training": (training.__doc__, {}, Config), "generate": (generate.__doc__, {}, GenerateConfig),
+    "export": (export.__doc__, {}),
 }  # fmt: skip
 NAMES = [*STARTED, "compare", "lora"]
 
@@ -53,7 +53,7 @@ def help_of(name: str) -> int:
     sys.argv = [name, "--help"]
     try:
         return start(*STARTED[name]) if name in STARTED else COMMANDS[name](["--help"])
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:
         return end.code
     finally:
         sys.argv, sys.excepthook = arguments, hook
