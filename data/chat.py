@@ -273,6 +273,10 @@ class TemplateFormat:
         """The special tokens that a template may write by name."""
         keys = ("bos_token", "eos_token", "unk_token", "pad_token")
         names = {key: special_text(self.files, key) for key in keys}
+        if "tokenizer.json" not in self.files:  # older folders leave them to the tokenizer's class
+            stated = json_file(self.files, "config.json")
+            numbers = {key: stated.get(f"{key}_id") for key in keys if names[key] is None}
+            names |= {key: self._special.get(number) for key, number in numbers.items()}
         return {key: name for key, name in names.items() if name is not None}
 
     def render(

@@ -96,7 +96,7 @@ def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[tuple[np.ndarr
 
     A tokenizer may join what a chunk's end would part, or put a mark before each chunk. So chunks
     overlap, and follow each other where both have the same tokens for some way. Where they never
-    have, they become one chunk.
+    have, they become one chunk, together with all that follow until one has.
     """
     end = 0  # of the last token given
 
@@ -105,23 +105,30 @@ def _token_chunks(corpus: TextCorpus, tokenizer: str) -> Iterator[tuple[np.ndarr
         start, end = end, places[:, 1].max(initial=end)
         return ids, count_unread(ids, places, max(stop, end), tokenizer, start)
 
-    left = None
+    group: list[_Chunk] = []  # neighbours without a seam
     for right in _chunks(corpus, tokenizer):
-        if left is None:
-            left = right
-            continue
-        seam = _seam(left, right)
-        if seam is None:
-            whole = left.text + right.text[OVERLAP:]
-            (joined,) = _encoded(tokenizer, [(whole, left.start)])
-            left = joined._replace(first=left.first)
-            continue
-        kept = (left.places[:, 0] >= left.first) & (left.places[:, 0] < seam)
-        yield given(left.ids[kept], left.places[kept], 0)
-        left = right._replace(first=seam)
-    if left is not None:
-        kept = left.places[:, 0] >= left.first
-        yield given(left.ids[kept], left.places[kept], left.start + len(left.text))
+        # Only what looks like the end of a group is worth encoding all of it for.
+        if group and _seam(group[-1], right) is not None:
+            left = _joined(group, tokenizer)
+            seam = _seam(left, right)
+            if seam is not None:
+                kept = (left.places[:, 0] >= left.first) & (left.places[:, 0] < seam)
+                yield given(left.ids[kept], left.places[kept], 0)
+                group, right = [], right._replace(first=seam)
+        group.append(right)
+    left = _joined(group, tokenizer)
+    kept = left.places[:, 0] >= left.first
+    yield given(left.ids[kept], left.places[kept], left.start + len(left.text))
+
+
+def _joined(group: list[_Chunk], tokenizer: str) -> _Chunk:
+    """Neighbouring chunks as one."""
+    first, *others = group
+    if not others:
+        return first
+    text = first.text + "".join(chunk.text[OVERLAP:] for chunk in others)
+    (joined,) = _encoded(tokenizer, [(text, first.start)])
+    return joined._replace(first=first.first)
 
 
 def _seam(left: _Chunk, right: _Chunk) -> int | None:

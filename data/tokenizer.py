@@ -190,7 +190,10 @@ def start_tokens(tokenizer: str | None, files: Mapping[str, bytes] = NO_FILES) -
     if tokenizer is None:
         return []
     loaded = load_tokenizer(tokenizer)
-    framed = _read_tokenizer(tokenizer).encode("a", add_special_tokens=True)
+    whole = _read_tokenizer(tokenizer)
+    whole.no_truncation()
+    whole.no_padding()  # which may be on the left
+    framed = whole.encode("a", add_special_tokens=True)
     added = itertools.takewhile(
         lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True)
     )
@@ -212,12 +215,15 @@ def _special_token(loaded: Any, files: Mapping[str, bytes], key: str) -> int | N
 
 
 def special_text(files: Mapping[str, bytes], key: str) -> str | None:
-    """The text of a token that tokenizer_config.json has as a text, or as a table with its content;
-    None where it has none."""
-    stated = json_file(files, "tokenizer_config.json").get(key)
-    if isinstance(stated, dict):
-        stated = stated.get("content")
-    return stated if isinstance(stated, str) else None
+    """The text of a token that tokenizer_config.json has as a text, or as a table with its content,
+    or else special_tokens_map.json; None where neither has one."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        stated = json_file(files, name).get(key)
+        if isinstance(stated, dict):
+            stated = stated.get("content")
+        if isinstance(stated, str):
+            return stated
+    return None
 
 
 def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -45,13 +45,13 @@ def read_file(path: str | os.PathLike, kind: str, version: int) -> dict[str, Any
     are not those that were written, or not under their names.
     """
     with _reading(path, OtherKind(f"{path} is not a {kind}, or it is damaged")):
+        if zipfile.is_zipfile(path) and os.fspath(path).isprintable():  # mapping takes no others
+            # Tensors are only mapped here: another kind of file may be large.
+            _check_kind(path, torch.load(path, "cpu", weights_only=True, mmap=True), kind)
         _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, "cpu", weights_only=True)
+        _check_kind(path, content, kind)
         digest = fingerprint(_tensors_in(content))
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != kind:
-        what = f"a {found}" if isinstance(found, str) else "some other file"
-        raise OtherKind(f"{path} is {what}, not a {kind}")
     if content.get("version") != version:
         raise FileError(f"{path} has format version {content.get('version')}, not {version}")
     if content.get("digest") != digest:
@@ -90,6 +90,14 @@ def read_foreign_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
             if not isinstance(tensor, Tensor) or not name.isprintable():
                 raise ValueError("no table of tensors by name")
     return found, header
+
+
+def _check_kind(path: str | os.PathLike, content: Any, kind: str) -> None:
+    """Raise OtherKind for a file's content that does not say that it is of this kind."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        what = f"a {found}" if isinstance(found, str) else "some other file"
+        raise OtherKind(f"{path} is {what}, not a {kind}")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from files import FileError
 from files.tensors import check_tensors, fingerprint, read_file, write_file
 from lora.inject import lora_layers, swap_modules, tied_names
 from lora.linear import LoRALinear
+from ops.products import base_weight
 
 FORMAT = "LoRA adapter"
 VERSION = 2
@@ -412,14 +413,19 @@ def merge_adapter(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def unmerge_adapter(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
-    """Put the layers back that `merge_adapter` returned: the model is what it was, to the bit."""
+    """Put the layers back that `merge_adapter` returned: the model is what it was, to the bit, in
+    the mode and on the device that it has now."""
+    for name, layer in layers.items():
+        merged = model.get_submodule(name)
+        layer.to(merged.weight.device).train(merged.training)
     swap_modules(model, layers)
 
 
 def _merged_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    weight = layer.weight.to(layer.lora_B.dtype)
-    merged = torch.addmm(weight, layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
+    merged = base_weight([layer.weight], layer.lora_B.dtype, copy=True).detach()
+    # In place, which keeps autocast from adding up in its own dtype.
+    merged.addmm_(layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
     linear.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lora.linear import LoRALinear, merging_pays
+from lora.linear import LoRALinear, has_hooks, merging_pays
 from ops.products import number_size
 
 
@@ -32,6 +32,7 @@ def add_lora(
         - A module is not a plain nn.Linear. A subclass may have another forward, or one that is
           never called, as in nn.MultiheadAttention. `targets=None` takes subclasses too, so a model
           that has them needs targets.
+        - A module has hooks, which the adapted layer would lose.
         - A linear is in an nn.TransformerEncoderLayer, whose fast path in eval reads the weights
           without calling the linear, and so without its adapter.
     """
@@ -52,6 +53,8 @@ def add_lora(
         if type(module) is not nn.Linear:
             kind = type(module).__name__
             raise ValueError(f"{name} is of {kind}, not a plain nn.Linear, and cannot be adapted")
+        if has_hooks(module):
+            raise ValueError(f"{name} has hooks, which its adapted layer would lose")
         if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
             raise ValueError(
                 f"{name} is in an nn.TransformerEncoderLayer, whose fast path passes adapters by"

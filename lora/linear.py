@@ -230,7 +230,7 @@ def factors_of(
 
     A and B of a plain linear are None. None where a bias, hooks or dropout are beside them.
     """
-    if getattr(layer, "bias", None) is not None or _has_hooks(layer):
+    if getattr(layer, "bias", None) is not None or has_hooks(layer):
         return None
     if type(layer) is nn.Linear:
         return layer.weight, None, None, 1.0
@@ -241,7 +241,7 @@ def factors_of(
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether a layer is a frozen plain linear, whose weight says all that calling it would do."""
-    return type(layer) is nn.Linear and not layer.weight.requires_grad and not _has_hooks(layer)
+    return type(layer) is nn.Linear and not layer.weight.requires_grad and not has_hooks(layer)
 
 
 def is_frozen_below(dtype: torch.dtype, layer: nn.Module) -> bool:
@@ -259,12 +259,13 @@ def _are_alike(layers: Sequence[nn.Module]) -> bool:
 
     kind = type(layers[0])
     return kind in (nn.Linear, LoRALinear) and all(
-        type(layer) is kind and character(layer) == character(layers[0]) and not _has_hooks(layer)
+        type(layer) is kind and character(layer) == character(layers[0]) and not has_hooks(layer)
         for layer in layers
     )
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its forward."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora import grouped_linear
 from lora.linear import apply_linear
-from models.language_model import Family, LanguageModel, StoredTensor
+from models.language_model import Family, LanguageModel, StoredTensor, in_float32
 from ops.attention import KeyValueCache, Lengths, causal_attention
 from ops.dropout import dropout as apply_dropout
 
@@ -114,13 +114,13 @@ class BigramLanguageModelLoRA(LanguageModel):
         return [self.token_embedding_table, self.position_embedding_table]
 
     def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor]:
-        x = self.token_embedding_table(idx) + self.position_embedding_table(positions)  # (B, T, C)
+        x = in_float32(self.token_embedding_table(idx))  # (B, T, C)
+        x = x + self.position_embedding_table(positions)
         return (apply_dropout(x, self.dropout, self.training),)
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, also of an input in float32 with weights in a lower precision, as where
-    the embeddings of a base in bfloat16 train."""
+    """torch's LayerNorm, also of an input in float32 with weights in a lower precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)

@@ -39,6 +39,7 @@ KEPT = (
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+GPT2_END = "<|endoftext|>"  # special, though no file of such a tokenizer says so
 SHARD_BYTES = 5 * 10**9  # at most, of a file of weights that is written, as in transformers
 
 MODEL_TYPES = {name: family for family in FAMILIES.values() for name in family.model_types}
@@ -473,6 +474,9 @@ def _read_tokenizer(folder: Path) -> str:
             f"{folder}: vocab.json needs the package tokenizers: pip install tokenizers"
         ) from error
     try:
-        return ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str()
+        made = ByteLevelBPETokenizer(str(vocabulary), str(merges))
+        if made.token_to_id(GPT2_END) is not None:
+            made.add_special_tokens([GPT2_END])
+        return made.to_str()
     except Exception as error:  # the package has no type of its own for it
         raise FileError(f"{folder}: vocab.json or merges.txt is damaged: {error}") from error

@@ -105,7 +105,8 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """What enters the first block, (B, T, C), and tensors that every block takes beside it.
+        """What enters the first block, (B, T, C) `in_float32`, and tensors that every block takes
+        beside it.
 
         `idx` is (B, T), `positions` (T,), or (B, T) where rows hold several texts.
         """
@@ -160,10 +161,11 @@ class LanguageModel(nn.Module):
         segments: Tensor | None = None,
         caches: Caches | None = None,
         reduction: str = "mean",
+        last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, vocab_size) for idx (B, T), and the cross-entropy if `targets` (B, T) is
-        given: the mean over those that are not negative, or for the `reduction` "none" that of each
-        token, (B, T), without gradients and 0 where the target is negative.
+        given: the mean over those that are not -100, or for the `reduction` "none" that of each
+        token, (B, T), and 0 where the target is -100, for evaluations.
 
         With targets there are no logits, but None, where the vocabulary is that of published models
         (`ops.loss`): they would be larger than the rest of a step. A head with dropout on its
@@ -172,7 +174,8 @@ class LanguageModel(nn.Module):
         `segments` (B, T) says to which text of its row each token belongs. Each text has positions
         from 0, and no text sees another.
 
-        With `caches`, one for each block, `idx` follows the tokens that are in them.
+        With `caches`, one for each block, `idx` follows the tokens that are in them. With `last`
+        there are logits for the last of `idx` alone, (B, 1, vocab_size), as sampling needs them.
 
         Raises ValueError when the tokens are more than block_size, those in caches included.
         """
@@ -184,8 +187,6 @@ class LanguageModel(nn.Module):
             positions = torch.arange(start, T, device=idx.device)  # (T,)
         else:
             positions = segments_positions(segments)  # (B, T)
-        # Float32 under autocast too: in bfloat16 small changes would be lost, and torch adds up the
-        # gradients of norms in the dtype of their input, on a CPU.
         x, *shared = self.embed(idx, positions)  # (B, T, C)
         mask = None
         if segments is not None and caches is None and mask_is_too_large(segments):
@@ -204,7 +205,7 @@ class LanguageModel(nn.Module):
                 x = checkpoint(block, x, *shared, **options)
             else:
                 x = block(x, *shared, **options)
-        x = self.final_norm(x)
+        x = self.final_norm(x[:, -1:] if last else x)
         factors = factors_of(self.lm_head)
         if targets is not None and factors is not None and fusing_pays(self.vocab_size):
             rows, flat = x.flatten(0, -2), targets.flatten()
@@ -286,7 +287,8 @@ class LanguageModel(nn.Module):
             if seen.shape[1] > self.block_size:
                 seen = seen[:, -max(1, self.block_size // 2) :]
                 new, caches = seen, self.new_caches()
-            logits, _ = self(new, caches=caches) if use_cache else self(seen)
+            idx, cached = (new, caches) if use_cache else (seen, None)
+            logits, _ = self(idx, caches=cached, last=True)
             last = logits[:, -1, :n_tokens].float()
             if not (last.is_meta or torch.isfinite(last).all()):
                 raise FloatingPointError("the model's logits are not finite numbers")
@@ -311,6 +313,15 @@ class LanguageModel(nn.Module):
         info["embedding"] = sum(table.weight.numel() for table in self.embedding_tables())
         info["lora_percentage"] = 100.0 * info["trainable"] / info["total"]
         return info
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """The residual stream as blocks take it: float32 or float64, whatever the base lies in.
+
+    It stays so under autocast. In bfloat16 small changes would be lost, and torch adds up the
+    gradients of norms in the dtype of their input, on a CPU.
+    """
+    return x.float() if x.itemsize < 4 else x
 
 
 def segments_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora import grouped_linear
 from lora.linear import Made, made
-from models.language_model import Family, LanguageModel, StoredTensor
+from models.language_model import Family, LanguageModel, StoredTensor, in_float32
 from ops.activations import swiglu
 from ops.attention import KeyValueCache, Lengths, causal_attention
 from ops.dropout import dropout as apply_dropout
@@ -109,9 +109,7 @@ class Llama(LanguageModel):
     def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """x (B, T, C), and the cosines and sines of rope, each (T, 1, D/2) or
         (B, T, 1, D/2)."""
-        x = self.model.embed_tokens(idx)
-        if x.itemsize < 4:  # the residual stream is float32, whatever the base lies in
-            x = x.float()
+        x = in_float32(self.model.embed_tokens(idx))
         if idx.device not in self.frequencies:
             frequencies, factor = rope_frequencies(self.sizes)
             self.frequencies[idx.device] = (frequencies.to(idx.device), factor)

@@ -104,6 +104,8 @@ def causal_attention(
     K = k.shape[2]
     if H % K != 0:
         raise ValueError(f"{H} heads of queries are not a multiple of {K} heads of keys")
+    if B == 0:  # a process's share of a small batch
+        return q.reshape(B, T, H * D)
     if isinstance(mask, list):
         # Each (1, tokens, H or K, D). Backward puts the gradients of all together at once.
         segments = zip(*(t.flatten(0, 1)[None].split(mask, 1) for t in (q, k, v)), strict=True)

@@ -202,7 +202,7 @@ def _chunks(
     most = max(1, LOGITS // vocabulary)
     size = -(-tokens // max(1, -(-tokens // most)))  # chunks of about equal sizes, of at most that
     logits = x.new_empty(size, vocabulary, dtype=dtype)
-    together = size if x.is_cuda else max(1, IN_CACHE // vocabulary)
+    together = max(1, IN_CACHE // vocabulary) if x.device.type == "cpu" else size
     down, up = (None, None) if A is None else (A.to(dtype), B.to(dtype))
     for start in range(0, tokens, max(1, size)):
         part = slice(start, min(start + size, tokens))

@@ -380,6 +380,33 @@ def test_merging_computes_the_same_and_unmerging_restores_it(tmp_path, options):
     assert unchanged(model, before) and torch.equal(logits(model), expected)
 
 
+def test_merging_adds_up_in_float32_under_autocast_too():
+    model, other = make(seed=1), make(seed=1)
+    merge_adapter(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapter(other)
+    assert unchanged(other, values(model))
+
+
+def test_unmerged_layers_are_in_the_mode_that_the_model_has_now():
+    model = make(lora_dropout=0.5).eval()
+    layers = merge_adapter(model)
+    model.train()
+    unmerge_adapter(model, layers)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_file_of_another_kind_is_known_without_reading_its_tensors(tmp_path):
+    checkpoint_file(tmp_path / "full.pt")
+    content = bytearray((tmp_path / "full.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # in the tensors, which only reading them shows
+    (tmp_path / "full.pt").write_bytes(content)
+    with pytest.raises(FileError, match="is a model checkpoint, not a LoRA adapter"):
+        read_adapter(tmp_path / "full.pt", None)
+    with pytest.raises(FileError, match="damaged"):
+        read_checkpoint(tmp_path / "full.pt")
+
+
 def test_adapters_are_listed(tmp_path, capsys):
     metadata = {"step": 7, "val_loss": 1.25, "data": "python-docs"}
     save_adapter(tmp_path / "a.pt", make(seed=1, lora_rank=4), "base", metadata)

@@ -224,6 +224,15 @@ def test_a_layer_whose_fast_path_passes_adapters_by_is_refused():
     assert not lora_layers(model)
 
 
+def test_a_layer_with_hooks_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="1 has hooks, which its adapted layer would lose"):
+        add_lora(model)
+    assert not lora_layers(model)
+    assert add_lora(model, targets=["0"]) == ["0"]
+
+
 class Shared(nn.Module):
     """One linear in two places, and a head that is tied to the embedding."""
 

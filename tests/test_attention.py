@@ -188,6 +188,16 @@ def test_losses_of_records_are_the_same_with_and_without_a_mask(family, monkeypa
     assert (gradients - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("T", [96, MASK_MAX_CONTEXT + 20])
+def test_a_process_may_have_no_block_of_a_batch(T):
+    """With a mask and without, in both families and dtypes."""
+    none = torch.zeros(0, T, dtype=torch.int64)
+    for model in packed_models(T):
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", dtype, dtype != torch.float32):
+                assert model(none, none, none, reduction="none")[1].shape == (0, T)
+
+
 def test_shapes_that_a_graph_fixes_keep_the_mask():
     """Blocks of records compile as one graph, whatever their segments."""
     torch._dynamo.reset()

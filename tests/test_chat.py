@@ -76,7 +76,7 @@ def tokenizer_of(kind: str, model: Published) -> tokenizers.Tokenizer:
         )
     if kind == "cut and padded":
         words.enable_truncation(5)
-        words.enable_padding(length=400)
+        words.enable_padding(direction="left", length=400)
     return words
 
 

@@ -15,6 +15,7 @@ import transformers
 from conftest import TEXT, needs_posix, refused, start_script, succeeded
 from torch import nn
 
+from data import chat_format
 from files.tensors import fingerprint, read_foreign_tensors
 from lora import (
     FileError,
@@ -134,10 +135,19 @@ def test_files_as_they_are_published_load_too(folder, tokenizer):
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()
     tokenizer.save_model(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text()) | {"<|endoftext|>": 299}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
     checkpoint = read_model(folder)
     assert relative_error(ours(checkpoint)(idx)[0], theirs(idx).logits) < 1e-5
     loaded = tokenizers.Tokenizer.from_str(checkpoint.tokenizer)
     assert loaded.encode(TEXT).ids == tokenizer.encode(TEXT).ids
+    marked = "a<|endoftext|>b"  # which no file says to be special
+    assert loaded.encode(marked).ids == tokenizer.encode(marked).ids
+    template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    files = checkpoint.files | {"config.json": b'{"eos_token_id": 299}'}
+    files |= {"chat_template.jinja": template.encode()}
+    asked = chat_format(checkpoint.tokenizer, files).render([{"role": "user", "content": "a"}])
+    assert asked == f"a{tokenizer.id_to_token(299)}" == "a<|endoftext|>"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,6 +169,28 @@ def test_transformers_loads_what_is_written_and_reading_it_gives_the_same_bits(
     assert words.eos_token == "<|endoftext|>"
     with pytest.raises(FileError, match="exists already"):
         write_model(tmp_path / "out", checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_low_precision_is_computed_with_in_float32(dtype, folder, tmp_path):
+    """The gradients of adapters are within 1e-5 of those on the same values in float32."""
+    gradients = []
+    for name, stored in (("low", dtype), ("same", torch.float32)):
+        gpt2().to(dtype).to(stored).save_pretrained(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        base = read_base(tmp_path / name)
+        lora = LoraOptions(4, 8.0, 0.0, None, train_embeddings=False)
+        model = build_model(GPT2, base.sizes, base, "cpu", 0.0, lora)
+        assert model.token_embedding_table.weight.dtype == stored
+        torch.manual_seed(1)
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.lora_A, std=0.1)
+            nn.init.normal_(layer.lora_B, std=0.1)
+        idx = tokens(SHAPES[0])
+        model(idx, idx)[1].backward()
+        trained = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.cat(trained))
+    assert relative_error(*gradients) < 1e-5
 
 
 def test_a_tied_head_counts_once_stays_tied_in_full_fine_tuning_and_is_apart_under_lora(folder):

@@ -351,6 +351,9 @@ def test_cached_logits_are_those_without_a_cache(device, use_lora):
             cache.truncate(3)
         again = model(idx[:, 3:], caches=caches)[0]
         assert (again - whole[:, 3:]).abs().max() < 1e-5 * whole.abs().max()
+        last = model(idx, last=True)[0]
+        assert last.shape == (2, 1, 256)
+        assert (last - whole[:, -1:]).abs().max() < 1e-5 * whole.abs().max()
 
 
 def test_gradients_of_norms_are_not_added_up_in_bfloat16():

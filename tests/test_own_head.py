@@ -150,6 +150,23 @@ def test_a_resized_vocabulary_gives_pefts_logits(kind, tied, targets, saved, tmp
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_head_stays_as_it_was_saved_where_products_are_rounded(kind, tmp_path):
+    write_base(tmp_path / "base", kind, tied=True)
+    write_adapter(tmp_path, kind, saved=["lm_head"])
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % WORDS}" for i in range(0, 4000, 3)))
+    run = {
+        "BASE_CHECKPOINT": "base", "DATA": "text.txt", "DTYPE": "bfloat16", "BATCH_SIZE": "2",
+        "BLOCK_SIZE": "16", "MAX_STEPS": "1", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0",
+    }  # fmt: skip
+    succeeded(start_script(tmp_path, USE_LORA="True", ADAPTERS="adapter", **run))
+    before, after = (read_adapter(tmp_path / name).tensors for name in ("adapter", "out/lora.pt"))
+    head = next(tensor for name, tensor in before.items() if name.endswith("lm_head.weight"))
+    assert torch.equal(after["lm_head.weight"], head)
+    assert not torch.equal(head, head.bfloat16())
+    succeeded(start_script(tmp_path, EVAL_ONLY="True", ADAPTERS="out/lora.pt", **run))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resized_vocabulary_goes_all_the_way(kind, dtype, tmp_path):
     """Evaluated, merged, exported, trained further, and that result read again here and in PEFT."""

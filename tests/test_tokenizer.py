@@ -102,6 +102,20 @@ def test_chunks_have_the_tokens_of_the_whole(bpe, kind, monkeypatch):
         assert sum(n for _, n in found) == unread
 
 
+def test_a_long_text_without_seams_is_encoded_as_a_whole_once(bpe, monkeypatch):
+    given, encode_texts = [], tokenized.encode_all
+
+    def count(texts: list[str], tokenizer: str):
+        given.append(sum(map(len, texts)))
+        return encode_texts(texts, tokenizer)
+
+    monkeypatch.setattr(tokenized, "encode_all", count)
+    text = TEXT + "0 " * (20 * tokenized.CHUNK_CHARACTERS) + TEXT * 80
+    found = list(tokenized._token_chunks(corpus_of(text), bpe))
+    assert [i for ids, _ in found for i in ids.tolist()] == encode(text, bpe)
+    assert len(found) > 1 and sum(given) < 3 * len(text)
+
+
 def test_characters_without_a_token_are_counted(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

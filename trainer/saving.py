@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hardware import processes
-from lora import base_state, lora_layers, merge_adapter, save_adapter
+from lora import lora_layers, merge_adapter, save_adapter
 from models.checkpoint import family_of, save_checkpoint, sizes_of
 from trainer.console import say
 from trainer.loading import dtype_below
@@ -38,9 +38,10 @@ def write_model(run: Run, path: Path, step: int, val_loss: float) -> int:
     metadata |= {name: getattr(run.config, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     metadata["targets"] = sorted({name.rpartition(".")[2] for name in lora_layers(run.model)})
     whole = {}
-    if "own_head" in run.adapter_metadata:  # that of ADAPTERS, which the base does not have
-        metadata |= {n: run.adapter_metadata[n] for n in ("files",) if n in run.adapter_metadata}
-        whole = {HEAD: base_state(run.model)[HEAD]}
+    if run.own_head is not None:
+        whole = {HEAD: run.own_head}
+        if "files" in run.adapter_metadata:
+            metadata["files"] = run.adapter_metadata["files"]
     return save_adapter(path, run.model, run.base_id, metadata, whole)
 
 

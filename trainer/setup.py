@@ -30,7 +30,7 @@ from trainer.loading import (
     read_adapters,
     read_checked_base,
 )
-from trainer.own_head import fit_base
+from trainer.own_head import HEAD, fit_base
 from trainer.resolving import choose_sizes, resolve
 from trainer.settings import Config, ConfigError, option_fields
 
@@ -71,6 +71,7 @@ class Run:
     base_id: str  # fingerprint of the weights that the run starts from
     adapters: AdapterFiles
     adapter_metadata: dict[str, Any]  # of ADAPTERS, as far as they agree
+    own_head: torch.Tensor | None  # (V, C), of ADAPTERS that have one, which the base has not
     model: LanguageModel
     old: tuple[Corpus, Adapter] | None  # for OLD_DATA: that data, and the base without adapters
     files: OutputFiles
@@ -167,6 +168,7 @@ def set_up(plan: Plan) -> Run:
     )
     model.grad_checkpoint = config.grad_checkpoint
     base_id, metadata, old = base_fingerprint(base, model), {}, None
+    own_head = None
     if config.old_data is not None:
         old_config = dataclasses.replace(config, data=config.old_data)
         try:
@@ -177,12 +179,14 @@ def set_up(plan: Plan) -> Run:
         rank = asked.lora_rank if "LORA_RANK" in asked.explicit else None
         metadata = put_on_adapters(model, base_id, plan.adapters, rank, config.any_base)
         check_scaling(asked, model)
+        if "own_head" in metadata:
+            own_head = base.tensors[HEAD]  # the model may have it rounded, or a part of it
     if plan.dtype != torch.float32 and not config.merge:
         store_base(model, plan.dtype, plan.batch_size * config.block_size)
     base = None if base is None else dataclasses.replace(base, tensors={})
     run = Run(
-        config, device, plan.dtype, corpus, base, base_id, plan.adapters, metadata, model, old,
-        plan.files, lock,
+        config, device, plan.dtype, corpus, base, base_id, plan.adapters, metadata, own_head,
+        model, old, plan.files, lock,
     )  # fmt: skip
     if processes.world_size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
