@@ -63,7 +63,7 @@ from trainer.settings import ConfigError, GenerateConfig
 
 def main() -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    return exit_code_of(work)
+    return exit_code_of(work, "BASE_DTYPE=nf4 takes the least")
 
 
 def work() -> None:
@@ -148,8 +148,9 @@ def load_writer(config: GenerateConfig, device: torch.device) -> Writer:
         targets, train_embeddings = parts_of(adapters)
         lora = LoraOptions(targets=targets, train_embeddings=train_embeddings)
     model = build_model(
-        base.family, base.sizes, base, device, lora=lora, base_dtype=config.base_dtype
-    )
+        base.family, base.sizes, base, device,
+        lora=lora, base_dtype=config.base_dtype, trains=False,
+    )  # fmt: skip
     lines = [f"Base: {base.path}"]
     if adapters:
         rank, any_base = config.lora_rank, config.any_base

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     start(__doc__, os.environ, Config, "MAX_STEPS=200 python training.py")
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import hardware
 from data import Batch, decode, vocabulary_size
+from files import FileError
 from files.streams import write_out
 from hardware import processes
 from models import LanguageModel
@@ -85,10 +87,12 @@ from trainer.watch import Watch
 # cuda`). Graphs keep their memory between steps.
 LAUNCH_BOUND_OPERATIONS = 2**48
 
+LESS_MEMORY = "lower BATCH_SIZE or BLOCK_SIZE; ESTIMATE=True says what a run needs and what helps"
+
 
 def main() -> int:
     """Run the script; returns its exit code: 0, or 2 for input that cannot be used."""
-    return exit_code_of(work)
+    return exit_code_of(work, LESS_MEMORY)
 
 
 def work() -> None:
@@ -105,9 +109,11 @@ def work() -> None:
         return
     say(*describe_plan(plan))
     if config.estimate:
+        processes.destroy_process_group()
         return
     run = set_up(plan)
     say(*describe(plan, run))
+    del plan  # and the base's tensors, of which the model has its own
     if run.old is not None:
         print_weights(run)
     elif run.config.eval_only:
@@ -152,9 +158,12 @@ def train(run: Run) -> None:
     started = time.perf_counter() - progress.elapsed
 
     def show(*lines: str) -> None:
-        if lines:
-            with tqdm.external_write_mode():
+        try:
+            with tqdm.external_write_mode() if lines else contextlib.nullcontext():
                 say(*lines)
+        except FileError:  # after Ctrl-C the reader of a pipe has gone, and the run is to be saved
+            if not stop.received:
+                raise
 
     def save_results(step: int) -> None:
         sizes[run.files.last] = save(run, run.files.last, step, progress.val_loss)
@@ -178,6 +187,7 @@ def train(run: Run) -> None:
                 signal,
             )
         save_progress()
+        metrics.flush()
         raise Interrupted(
             f"interrupted after step {progress.step}, saved in {run.files.resume}; "
             "the same command with RESUME=True goes on from there",
@@ -208,12 +218,12 @@ def train(run: Run) -> None:
                 if step == 0:
                     progress.start_loss = progress.val_loss
                 metrics.write(evaluation)
-                show(evaluation_line(evaluation))
                 check_finite(progress.val_loss, step, run)
                 progress.losses, progress.evaluated = [], step
                 if step > 0:
                     with timer.timed("saving"):
                         save_results(step)
+                show(evaluation_line(evaluation))
             if progress.has_ended(config):
                 if step < config.max_steps:
                     show(stopped_line(step, config.patience, progress.best_loss, run.files.best))

@@ -120,6 +120,8 @@ def _reading(path: str | os.PathLike, otherwise: FileError) -> Iterator[None]:
     except UnicodeEncodeError as error:
         raise FileError(f"{path} cannot be read: its name is not UTF-8") from error
     except Exception as error:
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            raise  # torch's RuntimeError of a CPU
         raise otherwise from error
 
 

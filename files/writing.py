@@ -131,11 +131,12 @@ def _remove_abandoned(folder: str | os.PathLike, pattern: str) -> None:
 def _sync_folder(folder: Path) -> None:
     """Have the renaming itself survive a power cut, where the system can sync a folder."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # some file systems cannot, and the file is there
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _umask() -> int:

@@ -176,7 +176,7 @@ def peak_memory(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out. Only on CUDA does torch have a type for it."""
     words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
-    words += ("array is too big",)  # numpy's
+    words += ("not enough memory", "array is too big")  # torch's on Windows, numpy's
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         any(text in str(error) for text in words)
     )

@@ -1,5 +1,6 @@
 """The memory that the log announces: what a step holds, its parts, and the advice."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,14 @@ from torch import nn
 
 from models import LanguageModel
 from trainer import estimate as module
-from trainer.estimate import _Held, estimate, held_in_step, memory_lines, shaped_model
+from trainer.estimate import (
+    _Held,
+    estimate,
+    free_bytes,
+    held_in_step,
+    memory_lines,
+    shaped_model,
+)
 from trainer.settings import Config
 from trainer.setup import Plan, plan_run
 
@@ -100,6 +108,73 @@ def test_a_base_in_4_bits_takes_4_127_bits_a_number(folder):
     numbers = sum(m.weight.numel() for m in linears if hasattr(m, "in_features"))
     saved = numbers * (2 - 4.127 / 8)
     assert whole.base - estimate(plan).base == pytest.approx(saved, abs=len(linears))
+
+
+def test_a_base_that_was_read_is_not_counted_twice(folder):
+    sizes = {"N_EMBD": "512", "N_LAYER": "8", "N_HEAD": "8"}
+    run = {"MAX_STEPS": "1", "EVAL_BATCHES": "1", "BATCH_SIZE": "1", "BLOCK_SIZE": "8"}
+    run |= {"DATA": "text.txt", "SAMPLE_TOKENS": "0", "DTYPE": "float32"}
+    succeeded(start_script(folder, OUT_DIR="large", **sizes, **run))
+    for variables in ({"USE_LORA": "True"}, {}):
+        base = {"BASE_CHECKPOINT": "large/full.pt", "OUT_DIR": "larger"}
+        log = succeeded(start_script(folder, **base, **run, **variables))
+        (announced,) = re.findall(r"^Memory: about ([\d,]+) MiB", log, re.M)
+        (peak,) = re.findall(r"^Peak memory: ([\d,]+) MiB", log, re.M)
+        announced, peak = (float(n.replace(",", "")) for n in (announced, peak))
+        assert announced == pytest.approx(peak, rel=0.15)
+
+
+def test_adapters_bring_their_rank(folder):
+    run = {"USE_LORA": "True", "BASE_CHECKPOINT": "base", "MAX_STEPS": "1", "DATA": "text.txt"}
+    run |= {"BLOCK_SIZE": "8", "EVAL_BATCHES": "1", "SAMPLE_TOKENS": "0", "LORA_RANK": "32"}
+    succeeded(start_script(folder, OUT_DIR="rank", **run))
+    plans = [
+        plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base", **asked)
+        for asked in ({"ADAPTERS": str(folder / "rank" / "lora.pt")}, {"LORA_RANK": "32"})
+    ]
+    assert estimate(plans[0]).trained == estimate(plans[1]).trained
+
+
+def test_each_gpu_has_memory_of_its_own(folder, monkeypatch):
+    plan = plan_of(folder, USE_LORA="True", BASE_CHECKPOINT="base")
+    gpu = dataclasses.replace(plan, device=torch.device("cuda"))
+    monkeypatch.setattr(module, "program_bytes", lambda device: 0)
+    needed = estimate(plan)
+    monkeypatch.setattr(module.processes, "local_world_size", lambda: 4)
+    monkeypatch.setattr(module, "estimate", lambda plan: needed)
+    monkeypatch.setattr(module, "free_bytes", lambda device: needed.total + 1)
+    assert len(memory_lines(gpu)) == 1
+    assert memory_lines(plan)[1].startswith("Note: that does not fit")
+
+
+def test_under_fsdp_a_gpu_has_a_share(folder, monkeypatch):
+    plan = plan_of(folder, N_EMBD="64", N_LAYER="8")
+    monkeypatch.setattr(module, "held_in_step", lambda plan, model: one_step)
+    one_step = held_in_step(plan, shaped_model(plan, 1))
+    sharded = dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, fsdp=True), device=torch.device("meta")
+    )
+    whole = estimate(dataclasses.replace(sharded, config=plan.config))
+    monkeypatch.setattr(module.processes, "world_size", lambda: 4)
+    found = estimate(sharded)
+    for part in ("trained", "optimizer", "gradients"):
+        assert getattr(found, part) == -(-getattr(whole, part) // 4)
+    two_blocks = sum(p.nbytes for p in shaped_model(plan, 2).parameters())
+    assert found.gaps == two_blocks and found.activations == whole.activations
+
+
+def test_files_in_memory_are_free_in_a_container(monkeypatch):
+    files = {
+        "memory.max": "1000000", "memory.current": "900000",
+        "memory.stat": "anon 100000\nactive_file 300000\ninactive_file 400000\n",
+        "meminfo": "MemAvailable: 5000 kB",
+    }  # fmt: skip
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: files[path.name])
+    free_bytes.cache_clear()
+    try:
+        assert free_bytes(torch.device("cpu")) == 800_000
+    finally:
+        free_bytes.cache_clear()
 
 
 def test_what_would_fit_is_said(folder, monkeypatch):

@@ -91,6 +91,15 @@ def ours(folder: Path, lora: LoraOptions | None = None):
     return build_model(base.family, base.sizes, base, "cpu", lora=lora).eval()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_does_not_train_is_its_file_and_no_copy(kind, tmp_path):
+    published(tmp_path / kind, kind, dtype=torch.bfloat16)
+    base = read_base(tmp_path / kind)
+    model = build_model(base.family, base.sizes, base, "cpu", trains=False)
+    for name, p in model.named_parameters():
+        assert not p.requires_grad and p.data_ptr() == base.tensors[name].data_ptr()
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     found = model.eval()(IDX)

@@ -275,6 +275,14 @@ TRAINING_INPUT = {
         "OLD_DATA: DATA=nowhere.txt: no such file or folder",
     ),
     "merge of nothing": ({"MERGE": "True"}, "MERGE=True needs ADAPTERS"),
+    "an adapter that is not there": (
+        {"EVAL_ONLY": "True", "USE_LORA": "True"},
+        "there is no out/lora.pt: set ADAPTERS",
+    ),
+    "a rate that never falls": (
+        {"SCHEDULE": "constant", "MIN_LEARNING_RATE": "0.1"},
+        "SCHEDULE=constant and MIN_LEARNING_RATE exclude each other",
+    ),
     "two modes": ({"MERGE": "True", "EVAL_ONLY": "True"}, "exclude each other"),
     "nothing to evaluate": ({"EVAL_ONLY": "True", "OUT_DIR": "nowhere"}, "no nowhere/full.pt"),
     "merged over its base": (
@@ -290,6 +298,15 @@ def test_bad_combinations_get_one_clear_line(folder, case):
     shutil.copy(folder / "out" / "full.pt", folder / "x" / "merged.pt")
     variables, named = TRAINING_INPUT[case]
     assert named in refused(start_script(folder, **TINY | variables))
+
+
+def test_the_adapter_of_out_dir_is_evaluated_where_use_lora_says_so(folder):
+    run = TINY | {"EVAL_ONLY": "True", "BASE_CHECKPOINT": "out/full.pt", "OUT_DIR": "one"}
+    losses = [
+        re.search("^Validation loss: (.*)", succeeded(start_script(folder, **run | asked)), re.M)[1]
+        for asked in ({"USE_LORA": "True"}, {"ADAPTERS": "one/lora.pt"}, {})
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_help_lists_the_variables(folder):

@@ -179,6 +179,8 @@ def test_a_base_in_low_precision_is_computed_with_in_float32(dtype, folder, tmp_
         gpt2().to(dtype).to(stored).save_pretrained(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
         base = read_base(tmp_path / name)
+        bare = build_model(GPT2, base.sizes, base, "cpu", trains=False)
+        assert {(p.dtype, p.requires_grad) for p in bare.parameters()} == {(stored, False)}
         lora = LoraOptions(4, 8.0, 0.0, None, train_embeddings=False)
         model = build_model(GPT2, base.sizes, base, "cpu", 0.0, lora)
         assert model.token_embedding_table.weight.dtype == stored

@@ -9,7 +9,7 @@ from data import open_corpus
 from models import GPT2
 from models.checkpoint import meta_model
 from trainer import muon, recipe
-from trainer.muon import Muon, orthogonalized
+from trainer.muon import Muon, orthogonalized, working_bytes
 from trainer.optimization import learning_rate, make_optimizer
 from trainer.settings import Config
 
@@ -70,7 +70,9 @@ def after(optimizer, parameters, gradients):
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def test_steps_are_those_of_an_independent_computation():
+@pytest.mark.parametrize("together", [1, 2**24])
+def test_steps_are_those_of_an_independent_computation(together, monkeypatch):
+    monkeypatch.setattr(muon, "TOGETHER", together)
     start, gradients = parameters_and_gradients(4)
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     found = after(Muon(groups_of(parameters), lr=0.02), parameters, gradients)
@@ -101,6 +103,15 @@ def test_steps_are_torchs_up_to_its_rounding_to_bfloat16():
     for name, value in expected.items():
         change, theirs_change = found[name] - start[name], value - start[name]
         assert (change - theirs_change).norm() < 0.06 * theirs_change.norm()
+
+
+def test_what_a_step_works_with_is_bounded():
+    matrices = [torch.empty(768, 768, device="meta")] * 48
+    matrices += [torch.empty(3072, 768, device="meta")] * 24
+    assert working_bytes(matrices, torch.float32) == 20 * muon.TOGETHER
+    assert working_bytes(matrices[:2], torch.bfloat16) == 12 * 2 * 768**2
+    assert working_bytes([torch.empty(4096, 14336, device="meta")], torch.float32) > 2**30
+    assert working_bytes([], torch.float32) == 0
 
 
 def test_a_restored_state_goes_on_to_the_bit():

@@ -164,6 +164,8 @@ def test_a_head_stays_as_it_was_saved_where_products_are_rounded(kind, tmp_path)
     assert torch.equal(after["lm_head.weight"], head)
     assert not torch.equal(head, head.bfloat16())
     succeeded(start_script(tmp_path, EVAL_ONLY="True", ADAPTERS="out/lora.pt", **run))
+    asked = {"ESTIMATE": "True", "USE_LORA": "True", "ADAPTERS": "adapter"}
+    assert "\nMemory: about " in succeeded(start_script(tmp_path, **asked, **run))
 
 
 @pytest.mark.parametrize("kind", KINDS)

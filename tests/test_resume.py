@@ -1,6 +1,7 @@
 """Interrupted runs: resumed to the bit, killed at any moment, stopped politely, on a full disk."""
 
 import errno
+import json
 import math
 import os
 import random
@@ -14,7 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, Started, needs_posix, refused, start_script, succeeded
+from conftest import (
+    ROOT,
+    TEXT,
+    TINY,
+    Started,
+    environment_of,
+    needs_posix,
+    refused,
+    start_script,
+    succeeded,
+)
 from test_training import losses
 
 from data import DataError
@@ -137,6 +148,38 @@ def test_a_polite_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, n
     # The training losses between evaluations go on over the interruption too.
     assert losses(stopped.stdout) + losses(resumed) == losses(whole)
     assert_same(files_of(tmp_path / "out", "full"), files_of(tmp_path / "whole", "full"))
+
+
+@needs_posix
+def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves_the_run(tmp_path):
+    """As Ctrl-C does in `python training.py | tee log`."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    variables = TINY | {"MAX_STEPS": "1000000", "EVAL_INTERVAL": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py")], cwd=tmp_path, env=environment_of(variables),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "step 2 " not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGSTOP)  # so that the signal is there when the pipe breaks
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    process.send_signal(signal.SIGCONT)
+    error = process.stderr.read()
+    assert process.wait() == 130 and "saved in out/full-resume.pt" in error, error
+
+
+@needs_posix
+def test_a_run_that_is_stopped_before_its_first_step_is_evaluated_has_a_whole_log(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    variables = TINY | {"MAX_STEPS": "400", "EVAL_INTERVAL": "400"}
+    process = Started(tmp_path, ["training.py"], variables)
+    process.wait_for("step 0 ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait().returncode == 130
+    succeeded(start_script(tmp_path, RESUME="True", **variables))
+    lines = (tmp_path / "out" / "full-metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [None, 0, 400, None]
 
 
 @needs_posix

@@ -30,7 +30,8 @@ class Interrupted(BaseException):
 
 
 BAD_INPUT = (
-    ConfigError, DataError, FileError, TrainingError, hardware.DeviceError, processes.GroupError
+    ConfigError, DataError, FileError, TrainingError, hardware.DeviceError, processes.GroupError,
+    FloatingPointError,  # of a model that cannot write
 )  # fmt: skip
 
 
@@ -45,8 +46,11 @@ def indent(lines: Iterable[str]) -> list[str]:
     return [f"   {line}".rstrip() for line in lines]
 
 
-def exit_code_of(work: Callable[[], None]) -> int:
-    """Do a command's work; returns 0, or says in one line what failed and returns its exit code."""
+def exit_code_of(work: Callable[[], None], saves_memory: str = "") -> int:
+    """Do a command's work; returns 0, or says in one line what failed and returns its exit code.
+
+    `saves_memory` is the advice where memory does not suffice.
+    """
     set_stdout(errors="backslashreplace")
     try:
         with terminable():
@@ -55,16 +59,15 @@ def exit_code_of(work: Callable[[], None]) -> int:
         return fail(str(error), 2)
     except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is the second
         if processes.is_connection_lost(error):
-            return fail("lost another process; RESUME=True goes on from the last evaluation", 1)
+            return fail("lost another process; RESUME=True goes on from what was saved", 1)
         if not hardware.is_out_of_memory(error):
             raise
-        variables = "BATCH_SIZE, BLOCK_SIZE, N_EMBD, N_LAYER or LORA_RANK"
-        return fail(f"not enough memory; lower {variables}", 2)
+        return fail("; ".join(filter(None, ("not enough memory", saves_memory))), 2)
     except Interrupted as stop:
         message, number = stop.args
         return fail(message, 128 + number)
     except KeyboardInterrupt:
-        return fail("interrupted; files that were there are as they were", 130)
+        return fail("interrupted", 130)
     except OSError as error:
         return fail(reason_of(error), 2)
     return 0
@@ -80,7 +83,7 @@ def terminable() -> Iterator[None]:
         return
 
     def stop(number: int, _: object) -> None:
-        raise Interrupted("terminated; files that were there are as they were", number)
+        raise Interrupted("terminated", number)
 
     former = {kind: signal.signal(kind, stop) for kind in ending_signals()}
     try:

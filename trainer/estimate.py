@@ -6,6 +6,7 @@ each further block adds as much as the second one.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -26,7 +27,8 @@ from lora import LoRALinear, store_base
 from models import LanguageModel
 from models.checkpoint import Checkpoint, meta_model
 from trainer.loading import put_lora
-from trainer.optimization import matrices_for_muon
+from trainer.muon import working_bytes
+from trainer.optimization import matrices_for_muon, muon_dtype
 from trainer.settings import Config
 from trainer.setup import Plan
 
@@ -50,10 +52,11 @@ class Memory:
     Attributes:
         base: weights that are frozen.
         trained: weights that train.
-        optimizer: its state.
+        optimizer: its state, and what its step holds beyond what a batch has held.
         gradients, activations, loss: what a step holds at its largest moment; activations with
             their own gradients, and of the loss what it computes with and keeps.
-        gaps: beside the tensors, what products need, and the room between tensors.
+        gaps: beside the tensors, what products need, and the room between tensors; under FSDP the
+            weights that are whole while a block computes.
         program: what the process has before.
     """
 
@@ -72,7 +75,11 @@ class Memory:
 
 
 def estimate(plan: Plan) -> Memory:
-    """The memory of a run that trains as planned, in this process."""
+    """The memory of a run that trains as planned, in this process.
+
+    Under FSDP a GPU has a share of the weights and of what belongs to them. A CPU has all of them
+    when the run begins.
+    """
     n_blocks = plan.sizes.n_layer
     models = [shaped_model(plan, n) for n in range(1, min(2, n_blocks) + 1)]
 
@@ -88,7 +95,18 @@ def estimate(plan: Plan) -> Memory:
     lost = round(LOST_IN_HEAP * n_blocks * steps[0].most_in_heap)
     gaps = FIRST_USE + lost if plan.device.type == "cpu" else 0
     optimizer = of_all_blocks([optimizer_bytes(plan.config, model) for model in models])
-    return Memory(base, trained, optimizer, *parts, gaps, program_bytes(plan.device))
+    by_muon = matrices_for_muon(plan.config, models[0])
+    matrices = [p for p in models[0].parameters() if id(p) in by_muon] * n_blocks
+    working = working_bytes(matrices, muon_dtype(plan.dtype))
+    optimizer += max(0, trained + working - sum(parts))
+    gradients, *others = parts
+    if plan.config.fsdp and plan.device.type != "cpu":
+        # While a block computes, its weights are whole, the next one's and those outside of blocks.
+        gaps += sum(p.nbytes for p in models[-1].parameters())
+        shares = (base, trained, optimizer, gradients)
+        base, trained, optimizer, gradients = (-(-n // processes.world_size()) for n in shares)
+    program = max(0, program_bytes(plan.device) - read_bytes(plan.base))
+    return Memory(base, trained, optimizer, gradients, *others, gaps, program)
 
 
 def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
@@ -101,7 +119,8 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
     if plan.lora is not None:
         model.requires_grad_(False)
         targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
-        put_lora(model, dataclasses.replace(plan.lora, targets=targets))
+        rank = plan.config.lora_rank  # that of ADAPTERS
+        put_lora(model, dataclasses.replace(plan.lora, rank=rank, targets=targets))
     model.grad_checkpoint = plan.config.grad_checkpoint
     made: dict[int, nn.Parameter] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -245,9 +264,11 @@ class _Held(TorchDispatchMode):
 # ---- what there is
 
 
+@functools.cache
 def program_bytes(device: torch.device) -> int:
-    """What this process holds now: Python, torch and the data; 0 where the system does not tell,
-    and on a GPU, whose memory the program does not take."""
+    """What this process holds when it is first asked, before weights are made: Python, torch and
+    the data; 0 where the system does not tell, and on a GPU, whose memory the program does not
+    take."""
     if device.type != "cpu":
         return 0
     try:
@@ -257,9 +278,17 @@ def program_bytes(device: torch.device) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def read_bytes(base: Checkpoint | None) -> int:
+    """What a base holds in memory already: one of a file of ours. A folder's is mapped."""
+    if base is None or os.path.isdir(base.path):
+        return 0
+    return sum({t.data_ptr(): t.nbytes for t in base.tensors.values()}.values())
+
+
+@functools.cache
 def free_bytes(device: torch.device) -> float:
-    """What a run on `device` can take beside what this process has; infinite where the system does
-    not tell.
+    """What a run on `device` can take beside what this process has when it is first asked; infinite
+    where the system does not tell.
 
     On a CPU it is what the system has available, or less where the process is in a group with a
     limit, as in a container.
@@ -278,8 +307,10 @@ def free_bytes(device: torch.device) -> float:
         limit = (group / "memory.max").read_text().strip()
         if limit.isdigit():
             used = int((group / "memory.current").read_text())
+            stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+            used -= int(stat["active_file"]) + int(stat["inactive_file"])  # files, which can go
             free = min(free, max(0, int(limit) - used))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         pass
     return free
 
@@ -290,7 +321,9 @@ def free_bytes(device: torch.device) -> float:
 def memory_lines(plan: Plan) -> list[str]:
     """What a run that trains needs and what is free; where that is too little, what would help."""
     needed, n = estimate(plan), processes.local_world_size()
-    free = free_bytes(plan.device) + needed.program
+    # On a CPU all processes take of the same memory, and each has its program already.
+    takers = n if plan.device.type == "cpu" else 1
+    free = free_bytes(plan.device) + takers * program_bytes(plan.device)
     words = {"trained": "trained weights"}
     listed = ", ".join(
         f"{words.get(part, part)} {size / MIB:,.0f}" for part, size in vars(needed).items()
@@ -298,11 +331,11 @@ def memory_lines(plan: Plan) -> list[str]:
     each = f" for each of {n} processes" if n > 1 else ""
     available = "" if math.isinf(free) else f"; {free / MIB:,.0f} free"
     lines = [f"Memory: about {needed.total / MIB:,.0f} MiB{each} ({listed}){available}"]
-    if needed.total * n > free:
+    if takers * needed.total > free:
         lines.append("Note: that does not fit; with other variables it takes about, in MiB:")
         for words, changed in smaller(plan):
             size = estimate(changed).total
-            fits = " (fits)" if size * n <= free else ""
+            fits = " (fits)" if takers * size <= free else ""
             lines.append(f"   {words}: {size / MIB:,.0f}{fits}")
     return lines
 
@@ -315,10 +348,11 @@ def smaller(plan: Plan) -> list[tuple[str, Plan]]:
         changes.append({"grad_checkpoint": True})
     n = processes.world_size()
     if config.batch_size > n:
-        parts = next(k for k in range(config.batch_size // n, 0, -1) if config.batch_size % k == 0)
+        parts = config.batch_size // n
         steps = config.grad_accum_steps * parts
         changes.append({"batch_size": config.batch_size // parts, "grad_accum_steps": steps})
-    if config.base_dtype != "nf4" and plan.base is not None and config.use_lora:
+    takes_nf4 = plan.base is not None and config.use_lora and not config.fsdp
+    if takes_nf4 and config.base_dtype != "nf4":
         changes.append({"base_dtype": "nf4"})
     if config.block_size > 1:
         changes.append({"block_size": config.block_size // 2})

@@ -173,7 +173,7 @@ def summary_of(run: Run, progress: Progress, seconds: float) -> dict[str, float]
         "best_val_loss": progress.best_loss,
         "final_val_loss": progress.val_loss,
         "training_time": seconds,
-        "median_step_time": statistics.median(progress.step_times),
+        "median_step_time": statistics.median(progress.step_times or [math.nan]),
         "tokens_per_second": tokens_per_second(run.config, progress.step_times),
         "peak_memory": hardware.peak_memory(run.device),
         "skipped_steps": int(progress.skipped),

@@ -20,7 +20,7 @@ from lora import (
     switch_adapter,
     take_adapter,
 )
-from models import GPT2, Family, LanguageModel
+from models import Family, LanguageModel
 from models.checkpoint import Checkpoint, load_base, meta_model
 from models.huggingface import adapter_from_folder, read_base
 from trainer.settings import WeightedAdapters
@@ -98,37 +98,22 @@ def build_model(
     dropout: float = 0.0,
     lora: LoraOptions | None = None,
     base_dtype: str = "auto",
+    trains: bool = True,
 ) -> LanguageModel:
     """A model on its base, or of random weights, with fresh adapters where `lora` is given.
 
     What is frozen lies in `base_dtype`, one of those of `load_base`. Without `lora` all weights
-    train with "auto", and none does with the others.
+    train, but none where nothing `trains`.
 
     Raises FileError when the base's tensors are not the model's, and ValueError for a target that
     is no linear of it.
     """
-    if base is None or family is GPT2:
-        # The specification's constructor draws all weights before the adapters. A base replaces
-        # those weights, but a seed gives the same adapters with and without a base.
-        options = {}
-        if lora is not None:
-            options = {f"lora_{n}": v for n, v in dataclasses.asdict(lora).items()}
-            options["train_embeddings"] = options.pop("lora_train_embeddings")
-        model = family.model(
-            **dataclasses.asdict(sizes),
-            device=device,
-            dropout=dropout,
-            use_lora=lora is not None,
-            **options,
-        )
-        if base is not None:
-            if base_dtype != "auto" and lora is None:
-                model.requires_grad_(False)
-            load_base(model, base, base_dtype)
-        return model
-    model = meta_model(family, sizes, dropout)
-    model.requires_grad_(lora is None and base_dtype == "auto")
-    load_base(model, base, base_dtype, device)
+    if base is None:
+        model = family.model(**dataclasses.asdict(sizes), device="cpu", dropout=dropout)
+    else:
+        model = meta_model(family, sizes, dropout)
+        model.requires_grad_(lora is None and trains)
+        load_base(model, base, base_dtype, device)
     if lora is not None:
         put_lora(model, lora)
     return model.to(device)

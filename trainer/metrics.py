@@ -37,7 +37,12 @@ class Metrics:
         if not processes.is_main_process():
             return
         self.lines.append(json.dumps(plain(values)))
-        if values.get("step") == 0:
+        if values.get("step") != 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have all lines in the file, as of a run that ends now. Raises FileError as `write`."""
+        if not self.lines or not processes.is_main_process():
             return
         text = "".join(f"{line}\n" for line in self.lines)
         self.lines = []

@@ -27,9 +27,24 @@ MOMENTUM = 0.9
 # Columns over rows from which the iteration on X X^T is the faster one.
 WIDE = 2
 
+# How many numbers are made orthogonal at a time, in about five tensors of this size.
+TOGETHER = 2**24
+
 # The root mean square of the numbers of a step of AdamW, as Liu et al. (2025, arXiv 2502.16982)
 # found it: with steps of the same size one learning rate serves both.
 ADAM_RMS = 0.2
+
+
+def working_bytes(matrices: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """What a step holds beside the matrices, their momentum and their gradients."""
+    numbers: dict[tuple[int, ...], int] = {}
+    for matrix in matrices:
+        shape = tuple(sorted(matrix.shape))
+        numbers[shape] = numbers.get(shape, 0) + matrix.numel()
+    most = max(
+        (max(rows * columns, min(n, TOGETHER)) for (rows, columns), n in numbers.items()), default=0
+    )
+    return most * (torch.float32.itemsize + 4 * dtype.itemsize)
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,21 +96,26 @@ class Muon(torch.optim.Optimizer):
         gradients = [processes.local(p.grad) for p in parameters]
         momenta = [processes.local(self.state[p]["momentum"]) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         shrunk = 1 - group["lr"] * group["weight_decay"]
         torch._foreach_mul_([processes.local(p) for p in parameters], shrunk)
         numbers_of: dict[tuple[int, ...], list[int]] = {}  # by shape, with the shorter side first
         for i, p in enumerate(parameters):
             numbers_of.setdefault(tuple(sorted(p.shape)), []).append(i)
-        for (_, columns), numbers in numbers_of.items():
-            whole = [processes.gathered(ahead[i], parameters[i]) for i in numbers]
-            wide = torch.stack([m if m.shape[1] == columns else m.T for m in whole])
-            steps = orthogonalized(wide, self.dtype).to(wide.dtype).unbind()
-            for i, step in zip(numbers, steps, strict=True):
-                p = parameters[i]
-                step = step if p.shape[1] == columns else step.T
-                size = ADAM_RMS * columns**0.5
-                p.sub_(processes.shard_like(step, p), alpha=group["lr"] * size)
+        for (rows, columns), numbers in numbers_of.items():
+            n = max(1, TOGETHER // (rows * columns))
+            for some in (numbers[i : i + n] for i in range(0, len(numbers), n)):
+                ahead = torch._foreach_lerp(  # Nesterov's
+                    [gradients[i] for i in some], [momenta[i] for i in some], MOMENTUM
+                )
+                of_some = [parameters[i] for i in some]
+                whole = map(processes.gathered, ahead, of_some)
+                wide = torch.stack([m if m.shape[1] == columns else m.T for m in whole])
+                del ahead
+                steps = orthogonalized(wide, self.dtype).to(wide.dtype).unbind()
+                for p, step in zip(of_some, steps, strict=True):
+                    step = step if p.shape[1] == columns else step.T
+                    size = ADAM_RMS * columns**0.5
+                    p.sub_(processes.shard_like(step, p), alpha=group["lr"] * size)
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,8 +37,13 @@ def make_optimizer(config: Config, model: LanguageModel, dtype: torch.dtype) -> 
     ]
     common = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
     if config.optimizer == "muon":
-        return Muon(options, **common, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+        return Muon(options, **common, dtype=muon_dtype(dtype))
     return torch.optim.AdamW(options, **common, fused=True)
+
+
+def muon_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of Muon's products in a run of this dtype."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def matrices_for_muon(config: Config, model: LanguageModel) -> set[int]:

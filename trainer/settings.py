@@ -182,7 +182,8 @@ class Settings:
         # A number is the width of a terminal, which shells and other programs tell each other.
         if environment.get("COLUMNS", "").strip().isdecimal():
             environment = {n: v for n, v in environment.items() if n != "COLUMNS"}
-        if sys.platform == "win32" and environment.get("PROMPT") == "$P$G":  # cmd.exe's own
+        # cmd.exe's own, which environments put their names before.
+        if sys.platform == "win32" and "$P$G" in environment.get("PROMPT", ""):
             environment = {n: v for n, v in environment.items() if n != "PROMPT"}
         options = {field.name.upper(): field for field in option_fields(cls)}
         known = {f.name.upper() for kind in (Config, GenerateConfig) for f in option_fields(kind)}
@@ -402,6 +403,10 @@ class Config(Settings):
             raise ConfigError("ADAPTERS needs USE_LORA=True, EVAL_ONLY=True or MERGE=True")
         if self.old_data is not None and not (self.eval_only and self.adapters):
             raise ConfigError("OLD_DATA needs EVAL_ONLY=True and ADAPTERS, such as out/lora.pt")
+        if self.schedule == "constant" and self.min_learning_rate is not None:
+            raise ConfigError(
+                "SCHEDULE=constant and MIN_LEARNING_RATE exclude each other: the rate never falls"
+            )
         if self.train_embeddings is False and not self.use_lora:
             raise ConfigError(
                 "TRAIN_EMBEDDINGS=False needs USE_LORA=True: else every parameter trains"
@@ -475,6 +480,10 @@ class GenerateConfig(Settings):
     num_threads: int | None = option(
         None, "CPU threads [torch's own choice]", at_least=1, below=1025
     )
+
+    def _check_combinations(self) -> None:
+        if self.raw_prompt and self.chat_template is not None:
+            raise ConfigError("RAW_PROMPT and CHAT_TEMPLATE exclude each other")
 
     @property
     def adapter_files(self) -> WeightedAdapters | None:

@@ -1,8 +1,10 @@
 """Setting up a run: a plan before a weight is read, then what the run works with."""
 
+import contextlib
 import dataclasses
 import os
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +34,7 @@ from trainer.loading import (
 )
 from trainer.own_head import HEAD, fit_base
 from trainer.resolving import choose_sizes, resolve
-from trainer.settings import Config, ConfigError, option_fields
+from trainer.settings import Config, ConfigError, WeightedAdapters, option_fields
 
 DEFAULT_INPUT = Path(__file__).resolve().parent.parent / "data" / "input.txt"
 
@@ -87,9 +89,11 @@ class Run:
         """Where the base is; None for random weights."""
         return self.base.path if self.base is not None else None
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         """A context in which matrix products are of the run's dtype."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ def plan_run(asked: Config) -> Plan:
     for processes that cannot work together.
     """
     hardware.keep_freed_memory()
+    if asked.eval_only and asked.use_lora and asked.adapters is None:
+        asked = with_own_adapter(asked)
     device, device_reason = join_processes(asked)
     dtype, dtype_reason = hardware.choose_dtype(asked.dtype, device)
     files = output_files(asked)
@@ -164,8 +170,9 @@ def set_up(plan: Plan) -> Run:
         check_checkpointing(config, device)  # with the dropout that this has chosen
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     model = build_model(
-        plan.family, plan.sizes, base, place, config.dropout or 0.0, plan.lora, config.base_dtype
-    )
+        plan.family, plan.sizes, base, place, config.dropout or 0.0, plan.lora,
+        config.base_dtype, config.trains,
+    )  # fmt: skip
     model.grad_checkpoint = config.grad_checkpoint
     base_id, metadata, old = base_fingerprint(base, model), {}, None
     own_head = None
@@ -221,6 +228,18 @@ def preview(plan: Plan, colour: bool) -> list[str]:
     return ["Data:", *(f"   {line}" for line in corpus.describe()), "", *examples]
 
 
+def with_own_adapter(config: Config) -> Config:
+    """The settings with the adapter that a run with USE_LORA=True wrote to OUT_DIR as ADAPTERS.
+    Raises ConfigError where there is none."""
+    path = Path(config.output_folder) / "lora.pt"
+    if not path.exists():
+        raise ConfigError(
+            f"EVAL_ONLY=True with USE_LORA=True evaluates an adapter, and there is no {path}: set "
+            "ADAPTERS, or unset USE_LORA to evaluate the base"
+        )
+    return dataclasses.replace(config, adapters=WeightedAdapters.parse(str(path)))
+
+
 def join_processes(config: Config) -> tuple[torch.device, str]:
     """Meet the other processes, if any; returns this one's device and the reason for it."""
     local_rank, local_processes = processes.local_rank(), processes.local_world_size()
@@ -266,8 +285,8 @@ def find_base(config: Config, files: OutputFiles) -> Checkpoint | None:
         refuse_to_replace("BASE_CHECKPOINT", path, config, files)
     for adapter, _ in config.adapters.parts if config.adapters else ():
         refuse_to_replace("ADAPTERS", adapter, config, files)
-    if path is not None and config.estimate and os.path.isdir(path):
-        return read_shape(Path(path))
+    if path is not None and config.estimate and os.path.isdir(path) and config.adapters is None:
+        return read_shape(Path(path))  # an adapter may have a head, which is compared with its own
     return None if path is None else read_checked_base(path)
 
 

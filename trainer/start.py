@@ -46,7 +46,7 @@ def start(
                 write_out(line + "\n")
             sys.exit(0)
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-        if missing and settings is not None:
+        if missing:
             raise ConfigError(
                 f"the package {missing[0]} is not installed: pip install -r requirements.txt"
             )
