@@ -12,6 +12,8 @@ from test_exchange import published
 from torch import nn
 
 from models import LanguageModel
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.checkpoint import save_checkpoint
 from trainer import estimate as module
 from trainer.estimate import (
     _Held,
@@ -111,12 +113,14 @@ def test_a_base_in_4_bits_takes_4_127_bits_a_number(folder):
 
 
 def test_a_base_that_was_read_is_not_counted_twice(folder):
-    sizes = {"N_EMBD": "512", "N_LAYER": "8", "N_HEAD": "8"}
+    sizes = {"vocab_size": 256, "n_embd": 768, "block_size": 8, "n_head": 8, "n_layer": 5}
+    model = BigramLanguageModelLoRA(**sizes, device="cpu", dropout=0.0)
+    save_checkpoint(folder / "large.pt", model, {})
+    del model
     run = {"MAX_STEPS": "1", "EVAL_BATCHES": "1", "BATCH_SIZE": "1", "BLOCK_SIZE": "8"}
     run |= {"DATA": "text.txt", "SAMPLE_TOKENS": "0", "DTYPE": "float32"}
-    succeeded(start_script(folder, OUT_DIR="large", **sizes, **run))
     for variables in ({"USE_LORA": "True"}, {}):
-        base = {"BASE_CHECKPOINT": "large/full.pt", "OUT_DIR": "larger"}
+        base = {"BASE_CHECKPOINT": "large.pt", "OUT_DIR": "larger"}
         log = succeeded(start_script(folder, **base, **run, **variables))
         (announced,) = re.findall(r"^Memory: about ([\d,]+) MiB", log, re.M)
         (peak,) = re.findall(r"^Peak memory: ([\d,]+) MiB", log, re.M)

@@ -110,7 +110,8 @@ def test_a_long_text_without_seams_is_encoded_as_a_whole_once(bpe, monkeypatch):
         return encode_texts(texts, tokenizer)
 
     monkeypatch.setattr(tokenized, "encode_all", count)
-    text = TEXT + "0 " * (20 * tokenized.CHUNK_CHARACTERS) + TEXT * 80
+    monkeypatch.setattr(tokenized, "CHUNK_CHARACTERS", 4096)
+    text = TEXT + "0 " * (10 * 4096) + TEXT * 5
     found = list(tokenized._token_chunks(corpus_of(text), bpe))
     assert [i for ids, _ in found for i in ids.tolist()] == encode(text, bpe)
     assert len(found) > 1 and sum(given) < 3 * len(text)
