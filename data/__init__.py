@@ -8,8 +8,9 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
     text.py         text_files.py finds and maps it, tokenized.py has it in a tokenizer's tokens,
                     batches.py draws windows
     records.py      chats and texts: record_files.py finds their files, rows.py reads a file's rows,
-                    forms.py makes examples of them, chat.py writes these in a chat template or the
-                    plain format, packing.py fills blocks, packed.py keeps them in a file
+                    forms.py makes examples of them, chat.py writes these in a chat template
+                    (templates.py) or the plain format, encoding.py has them in tokens, packing.py
+                    fills blocks, packed.py keeps them in a file
     preview.py      what a model will see, with what the loss counts marked
     tokenizer.py    text to tokens and back
     make_instructions.py   made the built-in python-instructions
@@ -17,18 +18,17 @@ x, y, *segments = corpus.training_batch(batch_size=32, block_size=128, seed=1337
 
 from data.chat import (
     SAYS,
-    TEMPLATE_FILE,
     Format,
     chat_format,
     continues_text,
     ends_of,
-    template_in,
     text_format,
 )
 from data.corpus import Batch, Corpus, DataError
 from data.opening import open_corpus
 from data.preview import preview_lines
 from data.records import RecordCorpus, load_records
+from data.templates import TEMPLATE_FILE, template_in
 from data.text import TextCorpus, load_corpus
 from data.tokenizer import (
     decode,

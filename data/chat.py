@@ -10,9 +10,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +20,15 @@ import numpy as np
 
 from data.corpus import DataError, printable
 from data.forms import Example
+from data.templates import (
+    BREAK,
+    TODAY,
+    any_of,
+    compile_template,
+    guard,
+    template_in,
+    with_reasoning,
+)
 from data.tokenizer import (
     NO_FILES,
     Encoded,
@@ -35,7 +43,6 @@ from data.tokenizer import (
     special_text,
     start_tokens,
 )
-from files.streams import one_line
 
 Message = Mapping[str, Any]
 
@@ -52,23 +59,10 @@ PLAIN_TEMPLATE = """{{ START }}{% for message in messages %}
 {%- endfor %}
 {{ 'assistant: ' if add_generation_prompt }}"""
 
-TEMPLATE_FILE = "chat_template.jinja"  # in a folder of Hugging Face's
-
 # What a model's metadata has that say how it is asked; of a text it has only the first.
 SAYS = {"data", "prompt_format", "chat_template"}
 
-# Some templates print the day. A fixed one, Llama 3's own default, makes every run's data the same.
-TODAY = datetime(2024, 7, 26)
-
-# Put into a special token's text that a content has, so that the tokenizer leaves it a text. It is
-# no character: Unicode sets it aside for use within a program.
-BREAK = "\ufdd0"
-
-SIDE_BY_SIDE = 2**20  # characters of examples that are encoded at a time
-
-# How often a template's loops and macros may turn for one chat, before it is taken for endless, and
-# how many characters it may write beside those of the chat itself.
-MOST_STEPS = 200_000
+# How many characters a template may write of a chat that has not a tenth as many.
 MOST_CHARACTERS = 10**6
 
 
@@ -266,7 +260,7 @@ class TemplateFormat:
         the added tokens that the template itself writes, such as <think>."""
         written = [t.content for t in self._added.values() if t.content in self.template]
         special = list(self._special.values())
-        return {True: _any_of(special), False: _any_of(special + written)}
+        return {True: any_of(special), False: any_of(special + written)}
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
@@ -290,7 +284,7 @@ class TemplateFormat:
         render = compile_template(self.template)
         try:
             text = render(
-                messages=[_with_reasoning(message) for message in messages],
+                messages=[with_reasoning(message) for message in messages],
                 tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=opens,
@@ -319,7 +313,7 @@ class TemplateFormat:
         if text is not None:
             return [text]
         messages = [self._guarded(message) for message in example.messages]
-        tools = _guard(list(example.tools), self._guards[False])
+        tools = guard(list(example.tools), self._guards[False])
         learned = [i for i, message in enumerate(messages) if is_learned(message)]
         if whole or not learned:
             return [self._written(self.render(messages, tools), [])]
@@ -344,7 +338,7 @@ class TemplateFormat:
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens of a chat that the assistant is to continue; see `PlainFormat.ask`."""
         guarded = [self._guarded(message) for message in messages]
-        tools = _guard(list(tools), self._guards[False])
+        tools = guard(list(tools), self._guards[False])
         text = characters(self.render(guarded, tools, opens=True))
         (encoded,) = encode_all([text], self.tokenizer)
         return list(self._counted(encoded, text, []).tokens)
@@ -380,7 +374,7 @@ class TemplateFormat:
     def _guarded(self, message: Message) -> dict[str, Any]:
         """The message with its texts guarded, without keys that have nothing to say: a template may
         ask whether they are there."""
-        guarded = _guard(message, self._guards[message["role"] == "assistant"])
+        guarded = guard(message, self._guards[message["role"] == "assistant"])
         return {key: v for key, v in guarded.items() if key == "content" or v not in (None, [])}
 
     def of_texts(self) -> PlainFormat:
@@ -477,89 +471,6 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def template_in(files: Mapping[str, bytes]) -> str | None:
-    """The chat template among the files beside a base's weights, if there is one.
-
-    chat_template.jinja decides where tokenizer_config.json has one too. Of several the one named
-    default is taken.
-    """
-    if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode("utf-8", "replace")
-    found = json_file(files, "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        named = [t for t in found if isinstance(t, dict)]
-        found = next((t.get("template") for t in named if t.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
-
-
-@functools.lru_cache(maxsize=4)
-def compile_template(source: str) -> Callable[..., str]:
-    """The function that renders a chat template's source with the variables that it is given.
-
-    It runs in Jinja's sandbox, with what chat templates use. It raises whatever the template does,
-    and ValueError where its loops and macros take more than MOST_STEPS. Raises ValueError for a
-    source that is no template.
-    """
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-    from jinja2 import nodes
-
-    steps = 0
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %}, which marks what the assistant says, and writes what is in it."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def step(self) -> bool:
-            nonlocal steps
-            steps += 1
-            if steps > MOST_STEPS:
-                raise ValueError(f"it does not end within {MOST_STEPS:,} steps")
-            return True
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any
-    ) -> str:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-        return text.replace(json.dumps(BREAK)[1:-1], BREAK)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
-        optimized=False,  # or what could be constants is computed, and written out, beforehand
-    )  # fmt: skip
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = TODAY.strftime
-    step = environment.extensions[Generation.identifier].call_method("step")
-    try:
-        parsed = environment.parse(source)
-        for node in parsed.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            node.body.insert(0, nodes.ExprStmt(step))
-            if getattr(node, "test", None) is not None:
-                node.test = nodes.And(step, node.test)
-        compiled = environment.compile(parsed)
-        template = jinja2.Template.from_code(environment, compiled, environment.globals)
-    # Python refuses what is nested too deeply.
-    except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
-        raise ValueError(f"it is no template: {error}") from error
-
-    def render(**names: Any) -> str:
-        nonlocal steps
-        steps = 0
-        return template.render(**names)
-
-    return render
-
-
 def _text(example: Example, format: Format) -> Written | None:
     """A text alone, which begins and ends as the base's texts do; None for a chat."""
     if example.text is None:
@@ -576,82 +487,7 @@ def _text(example: Example, format: Format) -> Written | None:
     return Written([example.text], True, join)
 
 
-def encode_examples(
-    examples: Sequence[Example], format: Format, whole: bool = False
-) -> Iterator[Tokens]:
-    """The tokens of examples, of which a template may make several each. If they are to be `whole`,
-    the loss counts all of them.
-
-    Raises DataError, with the example's place, for what the format cannot say.
-    """
-    batch: list[tuple[Example, Written]] = []
-    size = 0
-    for example in examples:
-        for written in _at(example, format.write, example, whole):
-            batch.append((example, written))
-            size += sum(map(len, written.texts))
-        if size >= SIDE_BY_SIDE:
-            yield from _joined(batch, format, whole)
-            batch, size = [], 0
-    yield from _joined(batch, format, whole)
-
-
-def _joined(
-    batch: Sequence[tuple[Example, Written]], format: Format, whole: bool
-) -> Iterator[Tokens]:
-    """The tokens of what is written of examples."""
-    for special, group in itertools.groupby(batch, lambda pair: pair[1].special):
-        alike = list(group)
-        texts = [text for _, written in alike for text in written.texts]
-        encoded = encode_all(texts, format.tokenizer, special)
-        for example, written in alike:
-            parts = list(itertools.islice(encoded, len(written.texts)))
-            tokens = _at(example, written.join, parts)
-            yield tokens._replace(counted=[True] * len(tokens.tokens)) if whole else tokens
-
-
-def _at(example: Example, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments). Raises its ValueError as a DataError with the example's place."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        reason = one_line(str(error))
-        raise DataError(f"{printable(example.place)}: {reason}") from error
-    except RecursionError as error:
-        raise DataError(f"{printable(example.place)}: it is nested too deeply") from error
-
-
 def refuse_end(text: str) -> None:
     """Raise ValueError for a text of bytes with the byte that ends records."""
     if "\0" in text:
         raise ValueError("it has '\\0', the mark that ends a record")
-
-
-def _guard(value: Any, pattern: re.Pattern | None) -> Any:
-    """`value` with a BREAK after the first character of each text that `pattern` finds in it."""
-    if isinstance(value, str):
-        if BREAK in value:
-            raise ValueError("it has U+FDD0, which stands for no character")
-        if pattern is None:
-            return value
-        return pattern.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
-    if isinstance(value, Mapping):
-        return {_guard(key, pattern): _guard(item, pattern) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_guard(item, pattern) for item in value]
-    return value
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern | None:
-    """What finds each of the texts, the longest first; None for none. One character is no mark."""
-    texts = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-
-def _with_reasoning(message: Message) -> dict[str, Any]:
-    """The message, with its reasoning under the two names that templates read."""
-    names = ("reasoning_content", "reasoning", "thinking")
-    reasoning = next((message[n] for n in names if message.get(n) is not None), None)
-    if reasoning is None:
-        return dict(message)
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data.batches import even_spread, on_device
-from data.chat import Format, PlainFormat, Tokens, encode_examples
+from data.chat import Format, PlainFormat, Tokens
 from data.corpus import IGNORED, Batch, Corpus, DataError, aligned, printable
+from data.encoding import encode_examples
 from data.forms import NO_COLUMNS, Example
 from data.packed import Packed, kept_in
 from data.packing import Blocks, pack

@@ -16,18 +16,13 @@ from test_exchange import byte_fallback
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-import data.chat
+import data.encoding
 from data import DataError, chat_format, load_records
-from data.chat import (
-    Format,
-    PlainFormat,
-    TemplateFormat,
-    Tokens,
-    encode_examples,
-    template_in,
-)
+from data.chat import Format, PlainFormat, TemplateFormat, Tokens
 from data.corpus import IGNORED
+from data.encoding import encode_examples
 from data.forms import Example
+from data.templates import template_in
 from data.tokenizer import decode, encode
 
 DAY = {"date_string": "26 Jul 2024"}
@@ -265,7 +260,7 @@ def test_examples_are_encoded_side_by_side_as_one_by_one(name, tmp_path, monkeyp
     examples = [Example(tuple(HI)), Example(text="a <|im_end|> b"), Example(tuple(LONG))] * 9
     alone = [tokens for example in examples for tokens in encoded(format, example)]
     for size in (1, 100, 10**6):
-        monkeypatch.setattr(data.chat, "SIDE_BY_SIDE", size)
+        monkeypatch.setattr(data.encoding, "SIDE_BY_SIDE", size)
         assert list(encode_examples(examples, format)) == alone
 
 
@@ -532,7 +527,7 @@ def test_records_in_other_tokens_are_other_data(tmp_path):
 
 
 def test_every_chat_has_its_own_steps(monkeypatch):
-    monkeypatch.setattr("data.chat.MOST_STEPS", 4)
+    monkeypatch.setattr("data.templates.MOST_STEPS", 4)
     words = tokenizer_of("bytes", PUBLISHED["smollm2"]).to_str()
     format = TemplateFormat(GREET, words)
     for _ in range(3):

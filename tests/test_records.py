@@ -20,8 +20,9 @@ from test_training import losses
 
 from data import DataError, RecordCorpus, open_corpus
 from data import records as data_records
-from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens, encode_examples
+from data.chat import OPENING, PROMPT_FORMAT, TURN, PlainFormat, Tokens
 from data.corpus import IGNORED
+from data.encoding import encode_examples
 from data.forms import NO_COLUMNS, Example
 from data.packed import ARRAYS, MOST_FILES
 from data.packing import Blocks, pack
