@@ -179,6 +179,14 @@ class LanguageModel(nn.Module):
 
         Raises ValueError when the tokens are more than block_size, those in caches included.
         """
+        x = self.through_blocks(idx, segments, caches)
+        x = self.final_norm(x[:, -1:] if last else x)
+        if targets is None:
+            return apply_linear(self.lm_head, x), None
+        return self.loss_of(x, targets, reduction)
+
+    def through_blocks(self, idx: Tensor, segments: Tensor | None, caches: Caches | None) -> Tensor:
+        """What leaves the last block, (B, T, C) in float32, for the arguments of `forward`."""
         start = caches[0].length if caches else 0
         T = start + idx.shape[1]
         if self.block_size < T:
@@ -205,16 +213,17 @@ class LanguageModel(nn.Module):
                 x = checkpoint(block, x, *shared, **options)
             else:
                 x = block(x, *shared, **options)
-        x = self.final_norm(x[:, -1:] if last else x)
+        return x
+
+    def loss_of(self, x: Tensor, targets: Tensor, reduction: str) -> tuple[Tensor | None, Tensor]:
+        """The logits, if they are made, and the loss of what leaves the final norm, (B, T, C)."""
         factors = factors_of(self.lm_head)
-        if targets is not None and factors is not None and fusing_pays(self.vocab_size):
+        if factors is not None and fusing_pays(self.vocab_size):
             rows, flat = x.flatten(0, -2), targets.flatten()
             if reduction == "none":
                 return None, linear_losses(rows, flat, *factors).view(targets.shape)
             return None, linear_cross_entropy(rows, flat, *factors)
         logits = apply_linear(self.lm_head, x)
-        if targets is None:
-            return logits, None
         wide = logits.float().flatten(0, -2)
         loss = F.cross_entropy(wide, targets.flatten(), reduction=reduction)
         return logits, loss.view(targets.shape) if reduction == "none" else loss
