@@ -41,13 +41,7 @@ from files.streams import write_out
 from hardware import processes
 from models import LanguageModel
 from models.language_model import mask_is_too_large
-from trainer.console import (
-    Interrupted,
-    TrainingError,
-    exit_code_of,
-    indent,
-    say,
-)
+from trainer.console import TrainingError, exit_code_of, indent, say
 from trainer.description import describe, describe_costs, describe_outcome, describe_plan
 from trainer.evaluation import (
     check_finite,
@@ -75,10 +69,12 @@ from trainer.optimization import (
     make_scaler,
     set_learning_rate,
 )
-from trainer.resuming import Progress, StopSignals, resume, save_training_state
+from trainer.progress import Progress
+from trainer.resuming import resume, save_training_state
 from trainer.saving import save, write_merged
 from trainer.settings import Config
 from trainer.setup import Run, header, identity, plan_run, preview, set_up
+from trainer.stopping import Interrupted, StopSignals
 from trainer.watch import Watch
 
 # Steps of up to so many operations are launch-bound: a GPU is done with most kernels before Python
@@ -140,19 +136,15 @@ def train(run: Run) -> None:
     progress, lines = resume(run, optimizer, scaler) if config.resume else (Progress(), [])
     say(*lines)
     traffic = processes.Traffic()
-    model = processes.replicate(run.model, traffic)
-    compile_time, first_batches = None, step_batches(run, 0)
-    if config.compile:
-        model, compile_time = compiled(run, model, first_batches)
-        traffic.bytes = 0  # compiling ran a batch that is no part of a step
-    elif is_launch_bound(run.model, first_batches):
-        model = hardware.in_cuda_graphs(model, first_batches[0], run.dtype)
+    model, compile_time = fast_form(run, processes.replicate(run.model, traffic))
+    traffic.bytes = 0  # compiling ran a batch that is no part of a step
     timer = hardware.StepTimer(run.device, progress.step_times, progress.seconds)
     watch = Watch(progress.recent)
-    first_step, gradient_norm = progress.step, None
     windows = evaluation_windows(config, run.corpus)
     earlier_state = not config.resume and run.files.resume.exists()
     earlier_state = processes.all_reduce_max(int(earlier_state)) > 0
+    first_step = progress.step
+    gradient_norm: Tensor | None = None
     sizes: dict[Path, int] = {}
     metrics = Metrics(run.files.metrics, header(run), progress.evaluated)
     started = time.perf_counter() - progress.elapsed
@@ -322,6 +314,16 @@ def accumulate(
             scale(batch_loss).backward()
         loss += batch_loss.detach()
     return loss
+
+
+def fast_form(run: Run, model: nn.Module) -> tuple[nn.Module, float | None]:
+    """The model in the form that trains fastest here, and the seconds that compiling took, if it
+    was compiled."""
+    if run.config.compile:
+        return compiled(run, model, step_batches(run, 0))
+    if run.device.type == "cuda" and is_launch_bound(run.model, batches := step_batches(run, 0)):
+        return hardware.in_cuda_graphs(model, batches[0], run.dtype), None
+    return model, None
 
 
 def compiled(run: Run, model: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, float]:

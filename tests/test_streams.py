@@ -19,10 +19,9 @@ from files.streams import reason_of, write_out
 from files.writing import write_folder
 from lora import Adapter, write_adapter
 from lora import __main__ as lora_command
-from trainer.console import Interrupted, terminable
-from trainer.resuming import StopSignals
 from trainer.settings import Config, GenerateConfig
 from trainer.start import start
+from trainer.stopping import Interrupted, StopSignals, terminable
 
 COMMANDS = {"export": export.main, "compare": compare.main, "lora": lora_command.main}
 # Those that answer --help before their imports.

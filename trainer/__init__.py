@@ -12,9 +12,11 @@ optimization.py   learning rate, gradients and the optimizer; muon.py is one of 
 evaluation.py     losses on the validation data
 watch.py          losses and gradients that leap
 saving.py         checkpoints, adapters and merged models
-resuming.py       the state of an interrupted run, progress and PATIENCE, Ctrl-C within a run
+progress.py       how far a run is, and whether PATIENCE has ended it
+resuming.py       the state of an interrupted run: saved, and gone on from
+stopping.py       what Ctrl-C and other signals do
 log.py            the lines of the log that programs read; log_reader.py reads them
 metrics.py        the same figures in metrics.jsonl
-start.py          --help and Ctrl-C, before torch is imported
+start.py          --help, before torch is imported
 console.py        the log, errors and exit codes
 """

@@ -1,32 +1,18 @@
 """What a command says: its log on stdout, errors in one line on stderr, and its exit code."""
 
-import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import (
-    ending_signals,
-    one_line,
-    reason_of,
-    set_stdout,
-    write_err,
-    write_out,
-)
+from files.streams import one_line, reason_of, set_stdout, write_err, write_out
 from hardware import processes
 from trainer.settings import ConfigError
+from trainer.stopping import Interrupted, terminable
 
 
 class TrainingError(ValueError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or another signal, after the run was saved; holds the message and its number. As with
-    KeyboardInterrupt, nobody who expects errors of any kind takes it for one."""
 
 
 BAD_INPUT = (
@@ -71,26 +57,6 @@ def exit_code_of(work: Callable[[], None], saves_memory: str = "") -> int:
     except OSError as error:
         return fail(reason_of(error), 2)
     return 0
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise Interrupted, so that nothing half written is left, as after
-    Ctrl-C. Not in a group of processes, which torchrun ends, nor in a thread, where Python takes no
-    signals."""
-    if processes.in_group() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: object) -> None:
-        raise Interrupted("terminated", number)
-
-    former = {kind: signal.signal(kind, stop) for kind in ending_signals()}
-    try:
-        yield
-    finally:
-        for kind, handler in former.items():
-            signal.signal(kind, handler)
 
 
 def fail(message: str, exit_code: int) -> int:

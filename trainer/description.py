@@ -14,8 +14,8 @@ from trainer.console import indent
 from trainer.estimate import memory_lines
 from trainer.loading import describe_adapters
 from trainer.log import START
+from trainer.progress import Progress
 from trainer.resolving import is_published
-from trainer.resuming import Progress
 from trainer.settings import Config
 from trainer.setup import Plan, Run
 

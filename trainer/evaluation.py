@@ -21,7 +21,7 @@ from hardware import processes
 from lora import combine_adapters, switch_adapter, take_adapter
 from trainer.console import TrainingError
 from trainer.optimization import learning_rate
-from trainer.resuming import Progress
+from trainer.progress import Progress
 from trainer.settings import Config
 from trainer.setup import Run
 

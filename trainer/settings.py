@@ -250,7 +250,11 @@ class Config(Settings):
     )
     test_mode: bool = option(False, "a run of a few steps, in an output folder of its own")
     resume: bool = option(False, "go on with the interrupted run in OUT_DIR")
-    eval_only: bool = option(False, "evaluate on all of the validation data; train nothing")
+    eval_only: bool = option(
+        False,
+        "evaluate on all of the validation data; train nothing [with USE_LORA and without "
+        "ADAPTERS, lora.pt in OUT_DIR]",
+    )
     preview: int = option(
         0, "show this many examples, and in them what the loss counts; train nothing", at_least=0
     )
