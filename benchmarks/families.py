@@ -58,10 +58,9 @@ import hardware
 from benchmarks import results
 from benchmarks.measure import at_least_one, device_of, names_of
 from lora import store_base
-from models import LLAMA
+from models import GPT2, Family
 from models.checkpoint import Checkpoint
-from models.huggingface import read_base
-from models.llama import layout, read_config
+from models.huggingface import MODEL_TYPES, read_base
 from trainer.loading import LoraOptions, build_model
 from trainer.optimization import make_optimizer
 from trainer.settings import Config
@@ -101,6 +100,11 @@ MODELS = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "GPT-2": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257,
+        "n_embd": 768, "n_positions": 1024, "n_layer": 12, "n_head": 12,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": True,
+    },
     "tiny": {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 288,
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -108,7 +112,13 @@ MODELS = {
         "max_position_embeddings": 64, "rope_theta": 10000, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# What PEFT adapts: the linears of the blocks, by the names of `transformers`.
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+TARGETS["qwen2"] = TARGETS["llama"]
+NORM = re.compile(r"(norm|ln_\w)\.weight$")
 METHODS = ("ours", "peft", "ours-nf4", "peft-nf4", "full", "floor", "ours-float32")
 PACKAGES = {  # and the methods that need them
     "transformers": ("peft", "peft-nf4"),
@@ -145,6 +155,17 @@ class Setting:
 # The models
 
 
+def family_of(model: str) -> tuple[Family, Any]:
+    """The family of a published shape, and its sizes."""
+    family = MODEL_TYPES[MODELS[model]["model_type"]]
+    return family, family.read_config(MODELS[model])
+
+
+def targets_of(model: str) -> list[str]:
+    """The names of the linears that PEFT adapts."""
+    return TARGETS[MODELS[model]["model_type"]]
+
+
 def write_folder(folder: Path, model: str, **changes: object) -> None:
     """A folder of random weights in bfloat16: norms are 1, all else is normal with a deviation of
     STD. It is written in parts, so that no model is ever in memory. `changes` are to its config."""
@@ -152,7 +173,8 @@ def write_folder(folder: Path, model: str, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")  # none is needed
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    tensors = layout(read_config(config))
+    family, _ = family_of(model)
+    tensors = family.layout(family.read_config(config))
     for stored in tensors:
         start, end = end, end + 2 * torch.Size(stored.shape).numel()
         header[stored.name] = {
@@ -167,18 +189,18 @@ def write_folder(folder: Path, model: str, **changes: object) -> None:
             rows, *columns = stored.shape
             for start in range(0, rows, ROWS):
                 part = torch.ones(min(ROWS, rows - start), *columns)
-                if not stored.name.endswith("norm.weight"):
+                if not NORM.search(stored.name):
                     part.normal_(std=STD, generator=generator)
                 part.bfloat16().view(torch.int16).numpy().tofile(file)
 
 
 class Drawn(Mapping[str, Tensor]):
     """The weights of a folder of `write_folder`'s kind, each drawn on a device when it is asked
-    for, and again the next time."""
+    for, and again the next time. The model must have the names of its folder."""
 
     def __init__(self, model: str, device: torch.device) -> None:
-        sizes = read_config(MODELS[model])
-        self.shapes = {stored.name: stored.shape for stored in layout(sizes)}
+        family, sizes = family_of(model)
+        self.shapes = {stored.name: stored.shape for stored in family.layout(sizes)}
         self.seeds = {name: SEED + i for i, name in enumerate(self.shapes)}
         self.device = device
         if sizes.tied_head:
@@ -187,7 +209,7 @@ class Drawn(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         made = torch.ones(self.shapes[name], dtype=torch.bfloat16, device=self.device)
-        if not name.endswith("norm.weight"):
+        if not NORM.search(name):
             generator = torch.Generator(self.device).manual_seed(self.seeds[name])
             made.normal_(std=STD, generator=generator)
         return made
@@ -206,17 +228,18 @@ def our_step(folder: Path | None, setting: Setting, method: str, base_dtype: str
     """A step as training.py takes it, on the model of a folder or on drawn weights."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
     if folder is None:
-        sizes = read_config(MODELS[setting.model])
-        base = Checkpoint("drawn", LLAMA, sizes, Drawn(setting.model, device), {})
+        base = Checkpoint("drawn", *family_of(setting.model), Drawn(setting.model, device), {})
     else:
         base = read_base(folder)
     rank = setting.rank
-    lora = LoraOptions(rank, 2.0 * rank, 0.0, TARGETS, train_embeddings=False)
+    targets = [name for name in base.family.model.linears if name != "lm_head"]
+    lora = LoraOptions(rank, 2.0 * rank, 0.0, targets, train_embeddings=False)
     lora = lora if method == "ours" else None
     model = build_model(base.family, base.sizes, base, device, 0.0, lora, base_dtype)
     if method == "floor":
         model.requires_grad_(False)
-        first = model.blocks[0].input_layernorm.weight
+        named = model.blocks[0].named_parameters()
+        first = next(parameter for name, parameter in named if NORM.search(name))
         first.data = first.data.float()
         first.requires_grad_(True)
     model.grad_checkpoint = setting.grad_checkpoint
@@ -256,7 +279,7 @@ def peft_step(folder: Path | None, setting: Setting, method: str, base_dtype: st
     if setting.grad_checkpoint:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"r": setting.rank, "lora_alpha": 2 * setting.rank}
-    config = LoraConfig(**sizes, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(**sizes, target_modules=targets_of(setting.model), task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(base.to(device), config).train()
     tokens = batch_of(setting)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -302,7 +325,7 @@ def peft_base(folder: Path | None, setting: Setting, in_nf4: bool) -> nn.Module:
 
         base.is_loaded_in_4bit = True
         for name, linear in list(base.named_modules()):
-            if name.rpartition(".")[2] not in TARGETS:
+            if name.rpartition(".")[2] not in targets_of(setting.model):
                 continue
             options = {"compress_statistics": True, "quant_type": "nf4"}
             bias = linear.bias is not None
@@ -467,15 +490,22 @@ def most_operations(device: torch.device, dtype: torch.dtype) -> float:
 
 def step_operations(setting: Setting, method: str) -> float:
     """The operations of the model in a step, as this file's first lines count them."""
-    s = read_config(MODELS[setting.model])
-    linears = [stored.shape for stored in layout(s) if stored.module.rpartition(".")[2] in TARGETS]
-    matrices = [shape for shape in linears if len(shape) == 2]
-    n = sum(rows * columns for rows, columns in matrices) + s.vocab_size * s.n_embd
-    each = (
-        6 if method == "full" else 4
-    ) * n + 6 * setting.block * s.n_layer * s.n_head * s.head_dim
+    family, s = family_of(setting.model)
+    matrices = [
+        (len(stored.ours), *(stored.shape if stored.transposed else stored.shape[::-1]))
+        for stored in family.layout(s)
+        if stored.module.rpartition(".")[2] in targets_of(setting.model) and len(stored.shape) == 2
+    ]  # how many linears lie in one, its inputs and its outputs
+    n = sum(n_in * n_out for _, n_in, n_out in matrices) + s.vocab_size * s.n_embd
+    width = s.n_head * getattr(s, "head_dim", s.n_embd // s.n_head)  # of all queries
+    each = (6 if method == "full" else 4) * n + 6 * setting.block * s.n_layer * width
     if method not in ("full", "floor"):
-        each += 6 * setting.rank * sum(rows + columns for rows, columns in matrices)
+        inputs = (1 if method.startswith("peft") else many for many, _, _ in matrices)
+        each += (
+            6
+            * setting.rank
+            * sum(a * n_in + n_out for a, (_, n_in, n_out) in zip(inputs, matrices, strict=True))
+        )
     return each * setting.batch * setting.block
 
 
@@ -576,7 +606,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that what is wrong stands alone
     )
-    real = list(MODELS)[:3]
+    real = ["SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B"]
     parser.add_argument(
         "--models", type=names_of(list(MODELS)), default=real, metavar="NAMES",
         help=f"some of {', '.join(MODELS)}, separated by commas (default: {','.join(real)})",
@@ -631,7 +661,10 @@ def parse_arguments() -> argparse.Namespace:
     if not args.methods:
         parser.error(f"{args.notes[0]}: pip install -r requirements-dev.txt")
     for model in args.models:
-        context = MODELS[model]["max_position_embeddings"]
+        family, sizes = family_of(model)
+        context = sizes.block_size
+        if family is GPT2 and not args.processes:
+            parser.error("--no-processes draws weights by the folder's names, which GPT-2 has not")
         for batch, block in args.batches:
             if block > context:
                 parser.error(f"--batches {batch}x{block} is more than {model}'s context, {context}")

@@ -40,7 +40,7 @@ def steps_of(model: str, dtype: str) -> Iterator[tuple[str, Callable[[], Tensor]
             built = build_model(method, SIZES[model], DTYPES[dtype], settings)
             yield method, training_step(built, SIZES[model], DTYPES[dtype], CPU)
         return
-    tokens = min(TOKENS, families.MODELS[model]["max_position_embeddings"])
+    tokens = min(TOKENS, families.family_of(model)[1].block_size)
     setting = families.Setting(model, dtype, 1, tokens, "cpu", False, False, None, "wall", 1)
     with tempfile.TemporaryDirectory() as name:
         families.write_folder(Path(name), model)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hardware
 from benchmarks import results
-from benchmarks.families import MODELS, RANK, TARGETS, batches_of
+from benchmarks.families import MODELS, RANK, batches_of, targets_of
 from benchmarks.measure import at_least_one, metrics_of, names_of, printed_by
 from benchmarks.memory import write_base
 from data import load_corpus
@@ -92,7 +92,7 @@ def train_with_trl(model: str, batch: tuple[int, int], dtype: str, steps: int) -
         train_dataset=sets[0],
         eval_dataset=sets[1],
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS),
+        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets_of(model)),
     )
     started = time.perf_counter()
     trainer.train()
