@@ -244,7 +244,7 @@ def train(run: Run) -> None:
             progress.tokens += config.tokens_per_step
             if scaler.is_enabled():
                 progress.skipped = progress.skipped + ~gradient_norm.isfinite()
-            if step % 10 == 9:  # the step at which the timer waits for a GPU anyway
+            if step % 10 == 9:  # seldom: reading the loss waits for a GPU
                 check_finite(loss.item(), step, run)
                 show(*watch.leaps())
                 speed = tokens_per_second(config, progress.step_times[-10:])

@@ -114,9 +114,10 @@ def write_peft(
         within = any(f".{module}." in f".{layer}." for layer in alphas)
         if not module or within or f"{module}.weight" not in adapter.tensors:
             raise FileError(f"{folder}: PEFT saves whole modules and cannot hold {name} alone")
-    for name, others in adapter.metadata.get("tied", {}).items():
+    if tied := adapter.metadata.get("tied"):
+        name, places = next(iter(tied.items()))
         raise FileError(
-            f"{folder}: {name} is also {', '.join(others)}, which PEFT, adapting one place or "
+            f"{folder}: {name} is also {', '.join(places)}, which PEFT, adapting one place or "
             "training a copy, cannot hold"
         )
     rank, alpha = most_frequent(ranks), most_frequent(alphas)

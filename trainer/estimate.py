@@ -119,8 +119,7 @@ def shaped_model(plan: Plan, n_blocks: int) -> LanguageModel:
     if plan.lora is not None:
         model.requires_grad_(False)
         targets = plan.lora.targets and [name.rpartition(".")[2] for name in plan.lora.targets]
-        rank = plan.config.lora_rank  # that of ADAPTERS
-        put_lora(model, dataclasses.replace(plan.lora, rank=rank, targets=targets))
+        put_lora(model, dataclasses.replace(plan.lora, targets=targets))
     model.grad_checkpoint = plan.config.grad_checkpoint
     made: dict[int, nn.Parameter] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -2,7 +2,7 @@
 
 `MAX_STEPS=200 USE_LORA=True python training.py` sets the fields `max_steps` and `use_lora` of
 `Config`; generate.py has `GenerateConfig`. A field knows its default, its check and its help line.
-A default of None follows from other settings, the base or the data (recipe.py, setup.py).
+A default of None follows from other settings, the base or the data (recipe.py, resolving.py).
 """
 
 import dataclasses

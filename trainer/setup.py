@@ -144,11 +144,17 @@ def plan_run(asked: Config) -> Plan:
     config, targets = resolve(asked, family, sizes, adapters, base)
     lora = None
     if config.use_lora:
-        scaling = (asked.lora_rank, asked.lora_alpha, asked.lora_dropout)
-        lora = LoraOptions(*scaling, targets, config.train_embeddings)
+        lora = LoraOptions(
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=targets,
+            train_embeddings=config.train_embeddings,
+        )
     return Plan(
-        asked, config, device, device_reason, dtype, dtype_reason, files, base, family, sizes,
-        adapters, lora,
+        asked=asked, config=config, device=device, device_reason=device_reason, dtype=dtype,
+        dtype_reason=dtype_reason, files=files, base=base, family=family, sizes=sizes,
+        adapters=adapters, lora=lora,
     )  # fmt: skip
 
 
@@ -170,9 +176,15 @@ def set_up(plan: Plan) -> Run:
         check_checkpointing(config, device)  # with the dropout that this has chosen
     place = "cpu" if config.fsdp else device  # a GPU may have no room for more than a shard
     model = build_model(
-        plan.family, plan.sizes, base, place, config.dropout or 0.0, plan.lora,
-        config.base_dtype, config.trains,
-    )  # fmt: skip
+        plan.family,
+        plan.sizes,
+        base,
+        place,
+        config.dropout or 0.0,
+        plan.lora,
+        base_dtype=config.base_dtype,
+        trains=config.trains,
+    )
     model.grad_checkpoint = config.grad_checkpoint
     base_id, metadata, old = base_fingerprint(base, model), {}, None
     own_head = None
@@ -192,8 +204,9 @@ def set_up(plan: Plan) -> Run:
         store_base(model, plan.dtype, plan.batch_size * config.block_size)
     base = None if base is None else dataclasses.replace(base, tensors={})
     run = Run(
-        config, device, plan.dtype, corpus, base, base_id, plan.adapters, metadata, own_head,
-        model, old, plan.files, lock,
+        config=config, device=device, dtype=plan.dtype, corpus=corpus, base=base, base_id=base_id,
+        adapters=plan.adapters, adapter_metadata=metadata, own_head=own_head, model=model, old=old,
+        files=plan.files, lock=lock,
     )  # fmt: skip
     if processes.world_size() > 1:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -213,11 +226,17 @@ def open_data(config: Config, base: Checkpoint | None, adapters: AdapterFiles) -
     tokenizer, files = (None, {}) if base is None else (base.tokenizer, base.files)
     stated = metadata_of_asking(base, adapters)
     return open_corpus(
-        config.data, DEFAULT_INPUT, tokenizer, config.block_size, config.loss_on_prompt,
-        Path(config.output_folder), processes.local_main_process_first(),
-        chat_format(tokenizer, files, stated, config.chat_template),
-        dict(config.columns.pairs if config.columns is not None else ()), config.text,
-    )  # fmt: skip
+        config.data,
+        DEFAULT_INPUT,
+        tokenizer,
+        config.block_size,
+        count_prompts=config.loss_on_prompt,
+        token_folder=Path(config.output_folder),
+        in_turn=processes.local_main_process_first(),
+        format=chat_format(tokenizer, files, stated, config.chat_template),
+        columns=dict(config.columns.pairs if config.columns is not None else ()),
+        text=config.text,
+    )
 
 
 def preview(plan: Plan, colour: bool) -> list[str]:
