@@ -102,7 +102,7 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def exit_on_signals() -> None:
-    """Have those signals end this process as an error does, so that nothing half written is
+    """Have SIGTERM and SIGHUP end this process as an error does, so that nothing half written is
     left."""
 
     def stop(number: int, _: object) -> NoReturn:
