@@ -218,7 +218,8 @@ def release(tensor: Tensor) -> None:
     as the process's memory otherwise, as long as it has the file. Only Linux can tell whether
     memory is that of a file, so elsewhere this does nothing.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+    if sys.platform != "linux" or not plain:
         return
     page = mmap.PAGESIZE
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes

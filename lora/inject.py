@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from files.tensors import release
 from lora.linear import LoRALinear, has_hooks, merging_pays
 from ops.products import number_size
 
@@ -116,7 +117,10 @@ def store_base(model: nn.Module, dtype: torch.dtype, tokens: int) -> None:
             continue  # in less memory already
         adapted = isinstance(layer, LoRALinear)
         if not adapted or layer.dropout > 0.0 or not merging_pays(tokens, layer, dtype):
-            layer.weight.data = layer.weight.data.to(dtype)
+            before = layer.weight.data
+            layer.weight.data = before.to(dtype)
+            if before.dtype != dtype:
+                release(before)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

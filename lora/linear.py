@@ -33,6 +33,7 @@ from ops.products import (
     concatenated,
     differentiable_once,
     float32_product,
+    joined,
     number_size,
     product_dtype,
     rows_of,
@@ -211,8 +212,9 @@ def grouped_linear(x: Tensor | Made, layers: Sequence[nn.Module]) -> tuple[Tenso
     widths = [layer.out_features for layer in layers]
     if type(layers[0]) is LoRALinear:
         return _adapted(x, layers, source).split(widths, -1)
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    weight = joined([layer.weight for layer in layers], product_dtype(x))
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = joined(biases, product_dtype(x), 0) if biases else None
     return F.linear(x, weight, bias).split(widths, -1)
 
 
@@ -306,7 +308,7 @@ def _adapted(x: Tensor, layers: Sequence[LoRALinear], source: Made | None = None
     b = [layer.bias for layer in layers if layer.bias is not None]
     A = [layer.lora_A for layer in layers]
     B = [layer.lora_B for layer in layers]
-    bias = concatenated(b, 0).to(x.dtype) if b else None
+    bias = joined(b, x.dtype, 0) if b else None
     if any(t.requires_grad for t in W + b):
         return _by_autograd(x, first.scaling, bias, p, W, A, B)
     if p == 0.0 and all(merging_pays(tokens, layer, x.dtype) for layer in layers):

@@ -134,10 +134,10 @@ def load_base(
     """Make a checkpoint's weights those of a model of its sizes, with or without adapters.
 
     What trains is a copy in float32. What is frozen keeps the checkpoint's dtype and, on a CPU, its
-    memory, such as that of a mapped file. With another `dtype` than "auto" the weights of frozen
-    linears are converted, one by one: with "float32" or "bfloat16" of all of them, with "nf4" of
-    those in the blocks, on the device where they will be. A model on the meta device is on `device`
-    afterwards.
+    memory, such as that of a mapped file. With another `dtype` than "auto" frozen linears are
+    converted, one by one: with "float32" or "bfloat16" all of them, and what else is in float64 to
+    float32; with "nf4" the weights of those in the blocks, on the device where they will be. A
+    model on the meta device is on `device` afterwards.
 
     Raises FileError, and leaves the model as it was, when the tensors are not exactly its own.
     """
@@ -152,11 +152,14 @@ def load_base(
     for name, tensor in found.items():
         check_tensors(path, {name: tensor}, {name: tensor})  # that its numbers are finite
         release(tensor)
-    converted = {
-        id(module.weight)
+    linears = [
+        module
         for module in (model.blocks if dtype == "nf4" else model).modules()
         if isinstance(module, nn.Linear | LoRALinear) and dtype != "auto"
-    }
+    ]
+    converted = {id(linear.weight) for linear in linears}
+    if dtype != "nf4":
+        converted |= {id(linear.bias) for linear in linears}
     loaded: dict[int, nn.Parameter] = {}  # by the id of the parameter that it replaces
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -166,6 +169,8 @@ def load_base(
             if id(parameter) not in loaded:
                 trains = parameter.requires_grad
                 form = dtype if id(parameter) in converted else "auto"
+                if dtype in ("float32", "bfloat16") and found[full_name].dtype == torch.float64:
+                    form = dtype if form == dtype else "float32"
                 place = device if parameter.is_meta else parameter.device
                 tensor = _loaded(found[full_name], place, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)

@@ -36,7 +36,7 @@ def base_weight(W: Tensors, dtype: torch.dtype, copy: bool = False) -> Tensor:
     itself.
     """
     W = [dequantize(w, dtype) if isinstance(w, NF4) else w for w in W]
-    return concatenated(W).to(dtype, copy=copy and len(W) == 1)
+    return W[0].to(dtype, copy=copy) if len(W) == 1 else joined(W, dtype)
 
 
 def base_slices(W: Tensors, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -88,6 +88,14 @@ def rows_of(t: Tensor) -> Tensor:
 def concatenated(tensors: Tensors, dim: int = -2) -> Tensor:
     """The tensors one below the other, or along `dim`; a single one as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def joined(tensors: Tensors, dtype: torch.dtype, dim: int = -2) -> Tensor:
+    """`concatenated`, in `dtype`. Half precisions are cast before: autocast to one of them refuses
+    to join tensors of the other."""
+    if tensors[0].itemsize < 4:
+        tensors = [t.to(dtype) for t in tensors]
+    return concatenated(tensors, dim).to(dtype)
 
 
 def block_diagonal(matrices: Tensors) -> Tensor:

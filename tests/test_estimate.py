@@ -204,7 +204,8 @@ def test_the_script_announces_it_and_estimate_needs_no_weights(folder):
     by_heart = succeeded(start_script(folder, **TINY | {"MAX_STEPS": "14", "BATCH_SIZE": "512"}))
     assert "DROPOUT: 0." in by_heart and by_heart.count("\nMemory: about ") == 2  # then with masks
     again = TINY | {"ESTIMATE": "True", "BASE_CHECKPOINT": "out/full.pt"}  # it replaces nothing
-    assert "\nMemory: about " in succeeded(start_script(folder, **again))
+    log = succeeded(start_script(folder, **again, COMPILE="True"))
+    assert "\nMemory: about " in log and "\nNote: COMPILE=True takes more: " in log
     (folder / "shape").mkdir()
     config = (folder / "base" / "config.json").read_text()
     (folder / "shape" / "config.json").write_text(config)

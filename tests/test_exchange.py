@@ -91,6 +91,18 @@ def ours(folder: Path, lora: LoraOptions | None = None):
     return build_model(base.family, base.sizes, base, "cpu", lora=lora).eval()
 
 
+@pytest.mark.parametrize("base_dtype", ["auto", "float32", "bfloat16"])
+def test_a_tied_base_in_float64_takes_packed_records(base_dtype, tmp_path):
+    published(tmp_path / "base", dtype=torch.float64, tie_word_embeddings=True)
+    base = read_base(tmp_path / "base")
+    lora = LoraOptions(targets=["q_proj"], train_embeddings=False)
+    idx, segments = torch.arange(24)[None], torch.arange(24)[None] // 10
+    for options in ({"lora": lora}, {"trains": False}):
+        options |= {"base_dtype": base_dtype}
+        model = build_model(base.family, base.sizes, base, "cpu", 0.0, **options)
+        assert model(idx, idx, segments)[1].isfinite()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_does_not_train_is_its_file_and_no_copy(kind, tmp_path):
     published(tmp_path / kind, kind, dtype=torch.bfloat16)

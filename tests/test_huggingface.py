@@ -195,6 +195,36 @@ def test_a_base_in_low_precision_is_computed_with_in_float32(dtype, folder, tmp_
     assert relative_error(*gradients) < 1e-5
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_dtype_of_a_file_goes_with_every_dtype_of_a_run(stored, tied, folder, tmp_path):
+    """The loss is within 2% of that in float32, for texts and packed records."""
+    theirs = gpt2(**SHAPES[0], tie_word_embeddings=tied)
+    theirs.to(stored).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    idx = tokens(SHAPES[0])
+    expected = theirs.float()(input_ids=idx, labels=idx).loss.item()
+    segments = torch.arange(64).div(20, rounding_mode="floor").expand(3, -1)
+    targets = torch.cat([idx[:, 1:], torch.full((3, 1), -100)], 1)
+    base = read_base(tmp_path / "base")
+    some = LoraOptions(2, 4.0, 0.0, ["query", "value"], train_embeddings=False)
+    for lora in (None, some, dataclasses.replace(some, targets=None)):
+        for base_dtype in ("auto", "float32", "bfloat16", "nf4"):
+            if stored == torch.float64 and base_dtype == "nf4":
+                continue
+            options = {"lora": lora, "base_dtype": base_dtype, "trains": lora is not None}
+            model = build_model(GPT2, base.sizes, base, "cpu", 0.0, **options)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    loss = model(idx, targets)[1]
+                    packed = model(idx, targets, segments)[1]
+                if lora is not None:
+                    (loss + packed).backward()
+                close = 0.1 if base_dtype == "nf4" else 0.02
+                assert loss.item() == pytest.approx(expected, rel=close)
+                assert packed.isfinite()
+
+
 def test_a_tied_head_counts_once_stays_tied_in_full_fine_tuning_and_is_apart_under_lora(folder):
     checkpoint = read_base(folder)
     full, lora = ours(checkpoint), ours(checkpoint, use_lora=True)

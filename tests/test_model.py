@@ -105,6 +105,17 @@ def test_weights_that_are_never_merged_are_kept_in_bfloat16_and_change_nothing(t
         assert p.grad is None or torch.equal(p.grad, q.grad), name
 
 
+def test_a_weight_that_was_cast_leaves_the_memory_of_its_file(monkeypatch):
+    released = []
+    monkeypatch.setattr("lora.inject.release", released.append)
+    model = make(use_lora=True)
+    before = {layer.weight.data_ptr() for layer in lora_layers(model).values()}
+    store_base(model, torch.bfloat16, 4)
+    assert {tensor.data_ptr() for tensor in released} == before and before
+    store_base(model, torch.bfloat16, 4)
+    assert len(released) == len(before)
+
+
 def test_an_adapted_model_starts_as_its_base_to_the_bit():
     base, adapted = make(), make(use_lora=True)
     adapted.load_state_dict(base.state_dict(), strict=False)

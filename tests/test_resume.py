@@ -196,6 +196,23 @@ def test_a_run_that_is_stopped_before_it_evaluates_leaves_an_earlier_ones_files(
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_run_goes_on_from_its_own_start_alone(lora_folder, tmp_path):
+    """With other ADAPTERS, or with USE_LORA forgotten, it is refused."""
+    folder = tmp_path / "run"
+    shutil.copytree(lora_folder, folder)
+    run = LORA | {"OUT_DIR": "more", "PATIENCE": "0"}
+    succeeded(start_script(folder, **run | {"ADAPTERS": "tuned/lora.pt"}))
+    shutil.copy(folder / "tuned" / "lora.pt", folder / "same.pt")
+    shutil.copy(folder / "more" / "lora.pt", folder / "other.pt")
+    again = run | {"RESUME": "True", "MAX_STEPS": "7"}
+    for other in ({"ADAPTERS": "other.pt"}, {"ADAPTERS": "same.pt:0.5"}, {}):
+        error = refused(start_script(folder, **again | other))
+        assert "more/lora-resume.pt is a run on other ADAPTERS: adapter " in error
+    assert "Resuming " in succeeded(start_script(folder, **again | {"ADAPTERS": "same.pt"}))
+    error = refused(start_script(folder, **again | {"USE_LORA": "False"}))
+    assert "more/lora-resume.pt is, of a run with USE_LORA=True" in error
+
+
 def test_a_finished_run_can_be_resumed_for_longer(base_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(base_folder, folder)

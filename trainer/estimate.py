@@ -330,6 +330,8 @@ def memory_lines(plan: Plan) -> list[str]:
     each = f" for each of {n} processes" if n > 1 else ""
     available = "" if math.isinf(free) else f"; {free / MIB:,.0f} free"
     lines = [f"Memory: about {needed.total / MIB:,.0f} MiB{each} ({listed}){available}"]
+    if plan.config.compile:
+        lines.append("Note: COMPILE=True takes more: the compiler itself, and what it makes")
     if takers * needed.total > free:
         lines.append("Note: that does not fit; with other variables it takes about, in MiB:")
         for words, changed in smaller(plan):

@@ -66,6 +66,7 @@ def resume(
     state = read_training_state(path) if path.exists() else None
     processes.check_agreement({"the state to go on from": state and state.digest})
     if state is None:
+        refuse_other_mode(run)
         return Progress(), [f"Nothing to resume in {config.output_folder}: starting from step 0"]
     before, now = state.identity, identity(run)
     # A variable that an earlier version did not have has not changed.
@@ -73,8 +74,9 @@ def resume(
     if run.base is None and before.get("base_checkpoint") is None:
         refuse_fixed(path, changed, before, now)  # variables that make other random weights
     # The base before the data, since its tokenizer is part of the data's checksum.
-    for name, words in (("base", "another base"), ("checksum", "other DATA")):
-        if before.get(name) != now[name]:
+    starts = {"base": "another base", "checksum": "other DATA", "adapter": "other ADAPTERS"}
+    for name, words in starts.items():
+        if before.get(name, now[name]) != now[name]:  # earlier versions wrote no adapter
             started = before.get("base_checkpoint")
             hint = (
                 f"; it began with BASE_CHECKPOINT={started}" if started and name == "base" else ""
@@ -103,6 +105,16 @@ def resume(
         differences = (f"{n.upper()} {before.get(n)} -> {now[n]}" for n in changed)
         lines.append(f"Note: changed since the interruption: {', '.join(differences)}")
     return progress, lines
+
+
+def refuse_other_mode(run: Run) -> None:
+    """Raise FileError where a full run would begin, but there is a run with LoRA to go on with."""
+    other = run.files.resume.with_name("lora-resume.pt")
+    if not run.config.use_lora and other.exists():
+        raise FileError(
+            f"{run.files.resume} is not there, but {other} is, of a run with USE_LORA=True: set "
+            "USE_LORA=True to go on with it, or unset RESUME to train every weight"
+        )
 
 
 def refuse_fixed(

@@ -404,6 +404,7 @@ def header(run: Run) -> dict[str, Any]:
             "data": run.corpus.name,
             "checksum": run.corpus.checksum,
             "base": run.base_id,
+            "adapter": adapter_id(run.adapters),
             "base_checkpoint": run.base_path,
             "parameters": run.model.get_parameter_info(),
             "processes": processes.world_size(),
@@ -411,10 +412,22 @@ def header(run: Run) -> dict[str, Any]:
     }
 
 
+def adapter_id(adapters: AdapterFiles) -> str | None:
+    """A fingerprint of the adapters that a run starts from and of their weights; None for none."""
+    tensors = {
+        f"{weight:g} of {i}: {name}": tensor
+        for i, (_, adapter, weight) in enumerate(adapters)
+        for name, tensor in adapter.tensors.items()
+    }
+    return fingerprint(tensors) if tensors else None
+
+
 def identity(run: Run) -> dict[str, Any]:
     """What tells one run from another: its settings, its data, its base, and how many train it.
 
     Last come settings whose defaults follow from the others, and so differ where those do."""
     found = header(run)
-    facts = found["config"] | {n: found["run"][n] for n in ("checksum", "base", "processes")}
+    facts = found["config"] | {
+        n: found["run"][n] for n in ("checksum", "base", "adapter", "processes")
+    }
     return facts | {name: facts.pop(name) for name in FOLLOWING}
