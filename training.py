@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     start(__doc__, os.environ, Config, "MAX_STEPS=200 python training.py")
 
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -151,8 +150,9 @@ def train(run: Run) -> None:
 
     def show(*lines: str) -> None:
         try:
-            with tqdm.external_write_mode() if lines else contextlib.nullcontext():
-                say(*lines)
+            if lines:
+                with tqdm.external_write_mode():
+                    say(*lines)
         except FileError:  # after Ctrl-C the reader of a pipe has gone, and the run is to be saved
             if not stop.received:
                 raise

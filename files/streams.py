@@ -35,9 +35,19 @@ def write_out(text: str) -> None:
         raise FileError(f"stdout: {reason_of(error)}") from error
 
 
-def run_command(work: Callable[[], None], *bad_input: type[Exception]) -> int:
+def fail(message: str, exit_code: int) -> int:
+    """Say what failed, on stderr; returns the exit code."""
+    write_err(f"error: {message}")
+    return exit_code
+
+
+def run_command(
+    work: Callable[[], None],
+    *bad_input: type[Exception],
+    fail: Callable[[str, int], int] = fail,
+) -> int:
     """Do a command's work; returns 0, or says in one line what failed and returns its exit code: 2
-    for `bad_input` and for what the system refuses, 130 for Ctrl-C."""
+    for `bad_input` and for what the system refuses, 130 for Ctrl-C. `fail` is what says it."""
     set_stdout(errors="backslashreplace")
     try:
         work()
@@ -48,12 +58,6 @@ def run_command(work: Callable[[], None], *bad_input: type[Exception]) -> int:
     except OSError as error:
         return fail(reason_of(error), 2)
     return 0
-
-
-def fail(message: str, exit_code: int) -> int:
-    """Say what failed, on stderr; returns the exit code."""
-    write_err(f"error: {message}")
-    return exit_code
 
 
 def read_stdin() -> str:

@@ -168,9 +168,11 @@ def load_base(
                 continue
             if id(parameter) not in loaded:
                 trains = parameter.requires_grad
-                form = dtype if id(parameter) in converted else "auto"
-                if dtype in ("float32", "bfloat16") and found[full_name].dtype == torch.float64:
-                    form = dtype if form == dtype else "float32"
+                form = "auto"
+                if id(parameter) in converted:
+                    form = dtype
+                elif dtype in ("float32", "bfloat16") and found[full_name].dtype == torch.float64:
+                    form = "float32"
                 place = device if parameter.is_meta else parameter.device
                 tensor = _loaded(found[full_name], place, trains, form)
                 loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=trains)

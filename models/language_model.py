@@ -296,8 +296,8 @@ class LanguageModel(nn.Module):
             if seen.shape[1] > self.block_size:
                 seen = seen[:, -max(1, self.block_size // 2) :]
                 new, caches = seen, self.new_caches()
-            idx, cached = (new, caches) if use_cache else (seen, None)
-            logits, _ = self(idx, caches=cached, last=True)
+            tokens, cached = (new, caches) if use_cache else (seen, None)
+            logits, _ = self(tokens, caches=cached, last=True)
             last = logits[:, -1, :n_tokens].float()
             if not (last.is_meta or torch.isfinite(last).all()):
                 raise FloatingPointError("the model's logits are not finite numbers")

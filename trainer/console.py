@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import hardware
 from data import DataError
 from files import FileError
-from files.streams import one_line, reason_of, set_stdout, write_err, write_out
+from files.streams import one_line, run_command, write_err, write_out
 from hardware import processes
 from trainer.settings import ConfigError
 from trainer.stopping import Interrupted, terminable
@@ -37,12 +37,13 @@ def exit_code_of(work: Callable[[], None], saves_memory: str = "") -> int:
 
     `saves_memory` is the advice where memory does not suffice.
     """
-    set_stdout(errors="backslashreplace")
-    try:
+
+    def terminably() -> None:
         with terminable():
             work()
-    except BAD_INPUT as error:
-        return fail(str(error), 2)
+
+    try:
+        return run_command(terminably, *BAD_INPUT, fail=fail)
     except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is the second
         if processes.is_connection_lost(error):
             return fail("lost another process; RESUME=True goes on from what was saved", 1)
@@ -52,11 +53,6 @@ def exit_code_of(work: Callable[[], None], saves_memory: str = "") -> int:
     except Interrupted as stop:
         message, number = stop.args
         return fail(message, 128 + number)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        return fail(reason_of(error), 2)
-    return 0
 
 
 def fail(message: str, exit_code: int) -> int:

@@ -215,6 +215,11 @@ class Settings:
         """OUT_DIR, or beside it a folder for test runs, which must not replace real ones."""
         return f"{Path(self.out_dir)}-test" if self.test_mode else self.out_dir
 
+    @property
+    def own_adapter(self) -> Path:
+        """The adapter that a run with USE_LORA=True writes to OUT_DIR."""
+        return Path(self.output_folder) / "lora.pt"
+
     def _check_combinations(self) -> None:
         """Raise ConfigError for values that do not go together."""
 
@@ -491,9 +496,9 @@ class GenerateConfig(Settings):
 
     @property
     def adapter_files(self) -> WeightedAdapters | None:
-        """ADAPTERS, or the adapter that a run with USE_LORA=True wrote to OUT_DIR."""
+        """ADAPTERS, or with USE_LORA the adapter in OUT_DIR."""
         if self.adapters is None and self.use_lora:
-            return WeightedAdapters.parse(str(Path(self.output_folder) / "lora.pt"))
+            return WeightedAdapters.parse(str(self.own_adapter))
         return self.adapters
 
 

@@ -250,7 +250,7 @@ def preview(plan: Plan, colour: bool) -> list[str]:
 def with_own_adapter(config: Config) -> Config:
     """The settings with the adapter that a run with USE_LORA=True wrote to OUT_DIR as ADAPTERS.
     Raises ConfigError where there is none."""
-    path = Path(config.output_folder) / "lora.pt"
+    path = config.own_adapter
     if not path.exists():
         raise ConfigError(
             f"EVAL_ONLY=True with USE_LORA=True evaluates an adapter, and there is no {path}: set "
